@@ -1,0 +1,7 @@
+"""What the layers are: options, equations and names, in NumPy alone."""
+
+from rbn_core.config import Config
+from rbn_core.errors import RBNError, RBNTypeError, RBNValueError
+from rbn_core.reference import RBN
+
+__all__ = ["RBN", "Config", "RBNError", "RBNTypeError", "RBNValueError"]

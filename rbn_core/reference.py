@@ -1,0 +1,339 @@
+"""The reference: Representative Batch Normalization as the paper writes it, in float64.
+
+Gao et al., "Representative Batch Normalization with Feature Calibration", CVPR 2021. Every step carries
+the number of its equation. Nothing here is fast; everything here is meant to be read beside the paper.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rbn_core.config import SPATIAL_STATISTICS, Config, Statistic, check_input, refuse_unknown_options
+from rbn_core.weights import State, check_state
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Steps:
+    """What one forward pass computed, under the paper's symbols; the backward pass reads it."""
+
+    batch_statistics: bool
+    x: Array
+    k_m: Array | None
+    x_cm: Array
+    mean: Array
+    inverse_std: Array
+    x_s: Array
+    k_s: Array | None
+    restriction: Array | None
+    x_cs: Array
+    y: Array
+
+
+@refuse_unknown_options
+class RBN:
+    """Representative Batch Normalization, eq. 12, literally, with a hand-derived gradient.
+
+        X_cm = X + w_m K_m                        centering calibration, eq. 5
+        X_m  = X_cm - E(X_cm)                     centering
+        X_s  = X_m / sqrt(Var(X_cm) + eps)        scaling
+        X_cs = X_s R(w_v K_s + w_b)               scaling calibration, eq. 9
+        Y    = X_cs gamma + beta                  affine
+
+    Inputs have the shape (N, C, *spatial) and are taken to float64; parameters and statistics are float64
+    of shape (C,), in `parameters` and `statistics` under their canonical names. A subclass with a longer
+    `dtype` has the same equations to more digits.
+
+    Args:
+        num_features: C, the number of channels.
+        eps: epsilon of eq. 1.
+        momentum: m of eq. 3, the weight of the old value; `None` averages all batches equally.
+        centering: The statistic K_m of eq. 5, or `None`.
+        scaling: The statistic K_s of eq. 9, or `None`.
+        restrict: R of eq. 9, "sigmoid" or "hard_sigmoid".
+        running_var: "unbiased" or "biased", the batch variance that eq. 3 accumulates.
+        gamma: Whether there is a gamma.
+        beta: Whether there is a beta.
+        track_running_stats: Whether there are running statistics; without them evaluation uses the batch's.
+
+    Raises:
+        RBNError: An option or an input is refused; see `rbn_core.config`.
+    """
+
+    dtype: type[np.floating[Any]] = np.float64
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        eps: float = 1e-5,
+        momentum: float | None = 0.9,
+        centering: Statistic | None = "channel_mean",
+        scaling: Statistic | None = "channel_mean",
+        restrict: str = "sigmoid",
+        running_var: str = "unbiased",
+        gamma: bool = True,
+        beta: bool = True,
+        track_running_stats: bool = True,
+    ) -> None:
+        self.config = Config(
+            num_features,
+            eps,
+            momentum,
+            centering,
+            scaling,
+            restrict,
+            running_var,
+            gamma,
+            beta,
+            track_running_stats,
+        )
+        self.parameters: dict[str, Array] = {
+            name: np.full(num_features, start, self.dtype) for name, start in self.config.parameters.items()
+        }
+        self.statistics: dict[str, Any] = {}
+        if track_running_stats:
+            self.statistics = {
+                "running_mean": np.zeros(num_features, self.dtype),
+                "running_var": np.ones(num_features, self.dtype),
+                "num_batches_tracked": 0,
+            }
+        self.steps: Steps | None = None
+
+    def state(self) -> State:
+        """Copies of everything the layer stores, under canonical names."""
+        return {name: np.array(value) for name, value in (self.parameters | self.statistics).items()}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Load a state.
+
+        Raises:
+            RBNValueError: Names are missing or unexpected, or shapes are wrong; nothing has changed then.
+        """
+        arrays = check_state(state, self.config.state_shapes())
+        for name, array in arrays.items():
+            if name == "num_batches_tracked":
+                self.statistics[name] = int(array)
+            else:
+                own = self.parameters if name in self.parameters else self.statistics
+                own[name] = array.astype(self.dtype)
+
+    def forward(self, x: Any, training: bool) -> Array:
+        """Y of eq. 12; in training from batch statistics, which eq. 3 then accumulates.
+
+        Args:
+            x: (N, C, *spatial), any floating-point dtype; not changed.
+            training: Batch statistics (True) or running statistics (False).
+
+        Returns:
+            Y, of the shape of x, in float64.
+        """
+        x = np.asarray(x)
+        batch_statistics = training or not self.config.track_running_stats
+        check_input(x.shape, x.dtype.name, self.config.num_features, training=batch_statistics)
+        x = x.astype(self.dtype)
+        k_m, x_cm = self.calibrate_centering(x)
+        mean, var = self.statistics_of(x_cm, training)
+        x_s, inverse_std = self.standardize(x_cm, mean, var)
+        k_s = self.scaling_statistic(x, x_s)
+        restriction, x_cs = self.calibrate_scaling(x_s, k_s)
+        y = self.transform(x_cs)
+        self.steps = Steps(batch_statistics, x, k_m, x_cm, mean, inverse_std, x_s, k_s, restriction, x_cs, y)
+        return y
+
+    def calibrate_centering(self, x: Array) -> tuple[Array | None, Array]:
+        """Eq. 5: X_cm = X + w_m K_m."""
+        if self.config.centering is None:
+            return None, x
+        k_m = statistic(self.config.centering, x, self.config.eps)
+        return k_m, x + per_channel(self.parameters["center_weight"], x) * k_m
+
+    def statistics_of(self, x_cm: Array, training: bool) -> tuple[Array, Array]:
+        """E and Var of eq. 12, (C,) each: the batch's, accumulated in training, or the running ones."""
+        tracked = self.config.track_running_stats
+        if not training and tracked:
+            return self.statistics["running_mean"], self.statistics["running_var"]
+        mean, var = batch_mean_and_variance(x_cm)
+        if tracked:
+            self.accumulate(mean, var, values=x_cm.size // x_cm.shape[1])
+        return mean, var
+
+    def accumulate(self, mean: Array, var: Array, values: int) -> None:
+        """Eq. 3: E <- m E + (1 - m) mu_B and Var <- m Var + (1 - m) sigma_B^2.
+
+        `values` is n of eq. 2, the number of values behind each channel's statistic.
+        """
+        self.statistics["num_batches_tracked"] += 1
+        m = self.config.momentum
+        if m is None:
+            m = 1.0 - 1.0 / self.statistics["num_batches_tracked"]
+        if self.config.running_var == "unbiased":
+            var = var * values / (values - 1)
+        self.statistics["running_mean"] = m * self.statistics["running_mean"] + (1.0 - m) * mean
+        self.statistics["running_var"] = m * self.statistics["running_var"] + (1.0 - m) * var
+
+    def standardize(self, x_cm: Array, mean: Array, var: Array) -> tuple[Array, Array]:
+        """Centering and scaling of eq. 12: X_s = (X_cm - E) / sqrt(Var + eps), and 1 / sqrt(Var + eps)."""
+        inverse_std = 1.0 / np.sqrt(per_channel(var, x_cm) + self.config.eps)
+        return (x_cm - per_channel(mean, x_cm)) * inverse_std, inverse_std
+
+    def scaling_statistic(self, x: Array, x_s: Array) -> Array | None:
+        """K_s of eq. 9, a statistic of X_s."""
+        return None if self.config.scaling is None else statistic(self.config.scaling, x_s, self.config.eps)
+
+    def calibrate_scaling(self, x_s: Array, k_s: Array | None) -> tuple[Array | None, Array]:
+        """Eq. 9: R(w_v K_s + w_b), and X_cs = X_s times it."""
+        if k_s is None:
+            return None, x_s
+        w_v = per_channel(self.parameters["scale_weight"], x_s)
+        w_b = per_channel(self.parameters["scale_bias"], x_s)
+        restriction = RESTRICT[self.config.restrict](w_v * k_s + w_b)
+        return restriction, x_s * restriction
+
+    def transform(self, x_cs: Array) -> Array:
+        """The affine step of eq. 1: Y = X_cs gamma + beta."""
+        y = x_cs
+        if self.config.gamma:
+            y = y * per_channel(self.parameters["gamma"], y)
+        if self.config.beta:
+            y = y + per_channel(self.parameters["beta"], y)
+        return y
+
+    def backward(self, dy: Any) -> tuple[Array, dict[str, Array]]:
+        """The gradient of sum(Y dY) for the last forward pass, through every statistic.
+
+        Args:
+            dy: The gradient of Y, of its shape.
+
+        Returns:
+            The gradient of X, and of every parameter under its canonical name.
+        """
+        if self.steps is None:
+            raise RuntimeError("RBN: expected a forward pass before backward, got none. Call forward first.")
+        s = self.steps
+        gradients: dict[str, Array] = {}
+        dx_cs = self.transform_backward(np.asarray(dy, dtype=self.dtype), s, gradients)
+        dx_s = self.calibrate_scaling_backward(dx_cs, s, gradients)
+        dx_cm = self.standardize_backward(dx_s, s)
+        return self.calibrate_centering_backward(dx_cm, s, gradients), gradients
+
+    def transform_backward(self, dy: Array, s: Steps, gradients: dict[str, Array]) -> Array:
+        """dX_cs = dY gamma."""
+        if self.config.beta:
+            gradients["beta"] = over_channel(dy)
+        if not self.config.gamma:
+            return dy
+        gradients["gamma"] = over_channel(dy * s.x_cs)
+        return dy * per_channel(self.parameters["gamma"], dy)
+
+    def calibrate_scaling_backward(self, dx_cs: Array, s: Steps, gradients: dict[str, Array]) -> Array:
+        """dX_s = dX_cs R + (dK_s/dX_s)^T dK_s, of eq. 9."""
+        if self.config.scaling is None:
+            return dx_cs
+        assert s.k_s is not None
+        assert s.restriction is not None
+        dz = dx_cs * s.x_s * RESTRICT_SLOPE[self.config.restrict](s.restriction)
+        gradients["scale_weight"] = over_channel(dz * s.k_s)
+        gradients["scale_bias"] = over_channel(dz)
+        dk_s = dz * per_channel(self.parameters["scale_weight"], dz)
+        return dx_cs * s.restriction + statistic_backward(self.config.scaling, s.x_s, s.k_s, dk_s)
+
+    def standardize_backward(self, dx_s: Array, s: Steps) -> Array:
+        """dX_cm of X_s = (X_cm - E) / sqrt(Var + eps), E and Var the batch's in training."""
+        dx_cm = dx_s * s.inverse_std
+        if not s.batch_statistics:
+            return dx_cm
+        axes = (0, *spatial_axes(dx_s))
+        through_mean = dx_cm.mean(axis=axes, keepdims=True)
+        through_variance = s.x_s * (dx_cm * s.x_s).mean(axis=axes, keepdims=True)
+        return dx_cm - through_mean - through_variance
+
+    def calibrate_centering_backward(self, dx_cm: Array, s: Steps, gradients: dict[str, Array]) -> Array:
+        """dX = dX_cm + (dK_m/dX)^T dK_m, of eq. 5."""
+        if self.config.centering is None:
+            return dx_cm
+        assert s.k_m is not None
+        gradients["center_weight"] = over_channel(dx_cm * s.k_m)
+        dk_m = dx_cm * per_channel(self.parameters["center_weight"], dx_cm)
+        return dx_cm + statistic_backward(self.config.centering, s.x, s.k_m, dk_m)
+
+
+def batch_mean_and_variance(x: Array) -> tuple[Array, Array]:
+    """Eq. 2: mu_B and sigma_B^2 of every channel, (C,) each; the variance divided by n."""
+    axes = (0, *spatial_axes(x))
+    mean = x.mean(axis=axes)
+    return mean, np.square(x - per_channel(mean, x)).mean(axis=axes)
+
+
+def statistic(name: Statistic, x: Array, eps: float) -> Array:
+    """Eq. 4: an instance statistic, over the positions of a channel or the channels of a position.
+
+    Returns:
+        (N, C, 1, ...) for mu_c and sigma_c, (N, 1, *spatial) for mu_s and sigma_s. A standard deviation is
+        sqrt(biased variance + eps), whose gradient is finite where x is constant.
+    """
+    axes = statistic_axes(name, x)
+    mean = x.mean(axis=axes, keepdims=True)
+    if name.endswith("mean"):
+        return mean
+    return np.sqrt(np.square(x - mean).mean(axis=axes, keepdims=True) + eps)
+
+
+def statistic_backward(name: Statistic, x: Array, k: Array, dk: Array) -> Array:
+    """The gradient of x through its statistic k; dk has the shape of x and is summed onto k's here."""
+    axes = statistic_axes(name, x)
+    dk = dk.sum(axis=axes, keepdims=True)
+    count = x.size // k.size
+    if name.endswith("mean"):
+        return np.broadcast_to(dk / count, x.shape)
+    return dk * (x - x.mean(axis=axes, keepdims=True)) / (count * k)
+
+
+def statistic_axes(name: Statistic, x: Array) -> tuple[int, ...]:
+    """The axes that a statistic averages over."""
+    return (1,) if name in SPATIAL_STATISTICS else spatial_axes(x)
+
+
+def sigmoid(z: Array) -> Array:
+    """1 / (1 + exp(-z)), written so that no z overflows."""
+    return 0.5 * (1.0 + np.tanh(0.5 * z))
+
+
+def hard_sigmoid(z: Array) -> Array:
+    """The piecewise linear sigmoid: z / 6 + 1 / 2, held within 0 and 1."""
+    return np.clip(z / 6.0 + 0.5, 0.0, 1.0)
+
+
+def sigmoid_slope(r: Array) -> Array:
+    """The derivative of the sigmoid where its value is r."""
+    return r * (1.0 - r)
+
+
+def hard_sigmoid_slope(r: Array) -> Array:
+    """The derivative of the piecewise linear sigmoid where its value is r; 0 at its corners."""
+    return np.where((r > 0.0) & (r < 1.0), 1.0 / 6.0, 0.0)
+
+
+RESTRICT = {"sigmoid": sigmoid, "hard_sigmoid": hard_sigmoid}
+RESTRICT_SLOPE = {"sigmoid": sigmoid_slope, "hard_sigmoid": hard_sigmoid_slope}
+
+
+def spatial_axes(x: Array) -> tuple[int, ...]:
+    """The axes behind the channel axis; none for (N, C), whose planes are single values."""
+    return tuple(range(2, x.ndim))
+
+
+def per_channel(values: Array, x: Array) -> Array:
+    """(C,) values shaped to broadcast over (N, C, *spatial)."""
+    return np.reshape(values, (1, -1) + (1,) * (x.ndim - 2))
+
+
+def over_channel(x: Array) -> Array:
+    """The sum over everything but the channel axis: (C,)."""
+    return x.sum(axis=(0, *spatial_axes(x)))

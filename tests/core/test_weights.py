@@ -1,0 +1,32 @@
+"""The canonical weight file."""
+
+import numpy as np
+import pytest
+
+from rbn_core import RBN, RBNValueError
+from rbn_core.names import NAMES, PARAMETERS, STATISTICS
+from rbn_core.weights import load, save
+
+
+def test_a_state_survives_the_file(tmp_path):
+    layer = RBN(3)
+    layer.forward(np.random.default_rng(0).normal(size=(4, 3, 2, 2)), training=True)
+    save(tmp_path / "layer.safetensors", layer.state())
+    read = load(tmp_path / "layer.safetensors")
+    assert read.keys() == layer.state().keys()
+    for name, value in layer.state().items():
+        np.testing.assert_array_equal(read[name], value)
+        assert read[name].dtype == value.dtype
+
+
+def test_a_file_that_is_no_safetensors_file_is_one_clear_error(tmp_path):
+    path = tmp_path / "layer.safetensors"
+    path.write_bytes(b"not a weight file")
+    with pytest.raises(RBNValueError, match=r"expected a safetensors file, got .*layer\.safetensors"):
+        load(path)
+
+
+def test_the_table_of_names_is_complete_in_every_framework():
+    for framework, names in NAMES.items():
+        assert tuple(names) == PARAMETERS + STATISTICS, framework
+        assert len(set(names.values())) == len(names), framework
