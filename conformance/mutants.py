@@ -1,0 +1,288 @@
+"""Wrong layers: the reference with one plausible mistake each. The suite must reject every one.
+
+A mutant's docstring says the mistake, as somebody might make it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import numpy as np
+
+from rbn.conformance.subjects.numpy import Numpy
+from rbn_core.reference import (
+    RBN,
+    Array,
+    Steps,
+    batch_mean_and_variance,
+    over_channel,
+    per_channel,
+    spatial_axes,
+)
+
+
+class OtherRunningVariance(RBN):
+    """The running variance has the other estimator: n for n - 1, or n - 1 for n."""
+
+    def accumulate(self, mean: Array, var: Array, values: int) -> None:
+        bessel = values / (values - 1)
+        super().accumulate(
+            mean, var / bessel if self.config.running_var == "unbiased" else var * bessel, values
+        )
+
+
+class UnbiasedNormalization(RBN):
+    """X is normalized with the unbiased variance."""
+
+    def standardize(self, x_cm: Array, mean: Array, var: Array) -> tuple[Array, Array]:
+        values = x_cm.size // x_cm.shape[1]
+        return super().standardize(x_cm, mean, var * values / (values - 1) if values > 1 else var)
+
+
+class FlippedMomentum(RBN):
+    """The momentum weighs the new value instead of the old."""
+
+    def accumulate(self, mean: Array, var: Array, values: int) -> None:
+        old = dict(self.statistics)
+        super().accumulate(mean, var, values)
+        for name in ("running_mean", "running_var"):
+            m = self.config.momentum
+            if m:
+                batch = (self.statistics[name] - m * old[name]) / (1.0 - m) if m < 1.0 else old[name]
+                self.statistics[name] = (1.0 - m) * old[name] + m * batch
+
+
+class OnePassVariance(RBN):
+    """The variance is E[X^2] - E[X]^2, which cancels where the mean is large."""
+
+    def statistics_of(self, x_cm: Array, training: bool) -> tuple[Array, Array]:
+        if not training and self.config.track_running_stats:
+            return super().statistics_of(x_cm, training)
+        mean, _ = batch_mean_and_variance(x_cm)
+        var = np.square(x_cm).mean(axis=(0, *spatial_axes(x_cm))) - np.square(mean)
+        if self.config.track_running_stats:
+            self.accumulate(mean, var, values=x_cm.size // x_cm.shape[1])
+        return mean, var
+
+
+class EpsOutsideTheRoot(RBN):
+    """X is divided by sqrt(Var) + eps."""
+
+    def standardize(self, x_cm: Array, mean: Array, var: Array) -> tuple[Array, Array]:
+        inverse_std = 1.0 / (np.sqrt(per_channel(var, x_cm)) + self.config.eps)
+        return (x_cm - per_channel(mean, x_cm)) * inverse_std, inverse_std
+
+
+class CenteringWithoutGradient(RBN):
+    """No gradient flows through K_m."""
+
+    def calibrate_centering_backward(self, dx_cm: Array, s: Steps, gradients: dict[str, Array]) -> Array:
+        super().calibrate_centering_backward(dx_cm, s, gradients)
+        return dx_cm
+
+
+class ScalingWithoutGradient(RBN):
+    """No gradient flows through K_s."""
+
+    def calibrate_scaling_backward(self, dx_cs: Array, s: Steps, gradients: dict[str, Array]) -> Array:
+        super().calibrate_scaling_backward(dx_cs, s, gradients)
+        return dx_cs if s.restriction is None else dx_cs * s.restriction
+
+
+class StatisticsWithoutGradient(RBN):
+    """No gradient flows through the batch's E and Var."""
+
+    def standardize_backward(self, dx_s: Array, s: Steps) -> Array:
+        return dx_s * s.inverse_std
+
+
+class VarianceWithoutGradient(RBN):
+    """The gradient flows through the batch's E but not through its Var."""
+
+    def standardize_backward(self, dx_s: Array, s: Steps) -> Array:
+        dx_cm = dx_s * s.inverse_std
+        if not s.batch_statistics:
+            return dx_cm
+        return dx_cm - dx_cm.mean(axis=(0, *spatial_axes(dx_cm)), keepdims=True)
+
+
+class RunningStatisticsWithBatchGradient(RBN):
+    """In evaluation the gradient flows through E and Var as if they were the batch's."""
+
+    def standardize_backward(self, dx_s: Array, s: Steps) -> Array:
+        dx_cm = dx_s * s.inverse_std
+        axes = (0, *spatial_axes(dx_s))
+        through_variance = s.x_s * (dx_cm * s.x_s).mean(axis=axes, keepdims=True)
+        return dx_cm - dx_cm.mean(axis=axes, keepdims=True) - through_variance
+
+
+class ScalingStatisticOfX(RBN):
+    """K_s is taken from X instead of X_s."""
+
+    def scaling_statistic(self, x: Array, x_s: Array) -> Array | None:
+        return super().scaling_statistic(x, x)
+
+
+class NoRestriction(RBN):
+    """R is left out: X_s is multiplied by w_v K_s + w_b itself."""
+
+    def calibrate_scaling(self, x_s: Array, k_s: Array | None) -> tuple[Array | None, Array]:
+        if k_s is None:
+            return None, x_s
+        w_v = per_channel(self.parameters["scale_weight"], x_s)
+        scale = w_v * k_s + per_channel(self.parameters["scale_bias"], x_s)
+        return scale, x_s * scale
+
+
+class NoScaleBias(RBN):
+    """w_b is left out of R(w_v K_s + w_b)."""
+
+    def calibrate_scaling(self, x_s: Array, k_s: Array | None) -> tuple[Array | None, Array]:
+        kept = dict(self.parameters)
+        if k_s is not None:
+            self.parameters = kept | {"scale_bias": np.zeros_like(kept["scale_bias"])}
+        result = super().calibrate_scaling(x_s, k_s)
+        self.parameters = kept
+        return result
+
+
+class BatchStatisticsInEvaluation(RBN):
+    """Evaluation normalizes with the batch's statistics."""
+
+    def statistics_of(self, x_cm: Array, training: bool) -> tuple[Array, Array]:
+        return super().statistics_of(x_cm, training) if training else batch_mean_and_variance(x_cm)
+
+
+class EvaluationAccumulates(RBN):
+    """Evaluation updates the running statistics too."""
+
+    def statistics_of(self, x_cm: Array, training: bool) -> tuple[Array, Array]:
+        result = super().statistics_of(x_cm, training)
+        if not training and self.config.track_running_stats and x_cm.size > x_cm.shape[1]:
+            self.accumulate(*batch_mean_and_variance(x_cm), values=x_cm.size // x_cm.shape[1])
+        return result
+
+
+class TrainingDoesNotAccumulate(RBN):
+    """Training leaves the running statistics as they are."""
+
+    def accumulate(self, mean: Array, var: Array, values: int) -> None:
+        pass
+
+
+class CounterStandsStill(RBN):
+    """num_batches_tracked is never counted up."""
+
+    def accumulate(self, mean: Array, var: Array, values: int) -> None:
+        before = self.statistics["num_batches_tracked"]
+        super().accumulate(mean, var, values)
+        self.statistics["num_batches_tracked"] = before
+
+
+class RunningMeanOfX(RBN):
+    """The running mean follows X, as before the centering calibration, and not X_cm."""
+
+    def calibrate_centering(self, x: Array) -> tuple[Array | None, Array]:
+        self.x_mean, _ = batch_mean_and_variance(x)
+        return super().calibrate_centering(x)
+
+    def accumulate(self, mean: Array, var: Array, values: int) -> None:
+        super().accumulate(self.x_mean, var, values)
+
+
+class RunningDeviation(RBN):
+    """The running variance accumulates standard deviations."""
+
+    def accumulate(self, mean: Array, var: Array, values: int) -> None:
+        super().accumulate(mean, np.sqrt(var), values)
+
+
+class InputModified(RBN):
+    """X_cm is written over the caller's X."""
+
+    def forward(self, x: Any, training: bool) -> Array:
+        y = super().forward(x, training)
+        assert self.steps is not None
+        x[...] = self.steps.x_cm
+        return y
+
+
+class CenteringSubtracts(RBN):
+    """w_m K_m is subtracted from X."""
+
+    def calibrate_centering(self, x: Array) -> tuple[Array | None, Array]:
+        k_m, x_cm = super().calibrate_centering(x)
+        return k_m, 2.0 * x - x_cm
+
+
+class CenteringAfterwards(RBN):
+    """w_m K_m is added behind the centering, so that E and Var are those of X."""
+
+    def calibrate_centering(self, x: Array) -> tuple[Array | None, Array]:
+        self.x = x
+        return super().calibrate_centering(x)
+
+    def statistics_of(self, x_cm: Array, training: bool) -> tuple[Array, Array]:
+        return super().statistics_of(self.x, training)
+
+
+class PlaneVariance(RBN):
+    """Var is the mean of the planes' variances and leaves out the spread between their means."""
+
+    def statistics_of(self, x_cm: Array, training: bool) -> tuple[Array, Array]:
+        mean, var = super().statistics_of(x_cm, training)
+        if training and x_cm.ndim > 2 and x_cm[0, 0].size > 1:
+            var = x_cm.var(axis=spatial_axes(x_cm)).mean(axis=0)
+        return mean, var
+
+
+class BetaInsideTheRestriction(RBN):
+    """The affine step comes before the scaling calibration, so that R multiplies beta too."""
+
+    def calibrate_scaling(self, x_s: Array, k_s: Array | None) -> tuple[Array | None, Array]:
+        restriction, x_cs = super().calibrate_scaling(x_s, k_s)
+        if restriction is None or "beta" not in self.parameters:
+            return restriction, x_cs
+        beta = per_channel(self.parameters["beta"], x_s)
+        gamma = per_channel(self.parameters["gamma"], x_s)
+        return restriction, x_cs + (restriction - 1.0) * beta / gamma
+
+
+class GammaGradientOfXs(RBN):
+    """The gradient of gamma is summed over X_s instead of X_cs."""
+
+    def transform_backward(self, dy: Array, s: Steps, gradients: dict[str, Array]) -> Array:
+        result = super().transform_backward(dy, s, gradients)
+        if "gamma" in gradients:
+            gradients["gamma"] = over_channel(dy * s.x_s)
+        return result
+
+
+class CenterWeightGradientOfTheMean(RBN):
+    """The gradient of w_m is averaged over the positions instead of summed."""
+
+    def calibrate_centering_backward(self, dx_cm: Array, s: Steps, gradients: dict[str, Array]) -> Array:
+        result = super().calibrate_centering_backward(dx_cm, s, gradients)
+        if "center_weight" in gradients:
+            gradients["center_weight"] /= np.prod(dx_cm.shape[2:])
+        return result
+
+
+MUTANTS: tuple[type[RBN], ...] = tuple(
+    value
+    for value in list(vars().values())
+    if isinstance(value, type) and issubclass(value, RBN) and value is not RBN
+)
+
+
+def subject_of(layer: type[RBN]) -> Numpy:
+    """A NumPy layer, such as a mutant, as a subject of the suite."""
+
+    class Layer(Numpy):
+        """A layer with the reference's interface."""
+
+        name = layer.__name__
+        absent: ClassVar[dict[str, str]] = {}
+        layer_class = layer
+
+    return Layer()

@@ -1,0 +1,1 @@
+"""The subjects that the suite ships: one for each backend, and the reference in two passes."""

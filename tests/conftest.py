@@ -1,0 +1,60 @@
+"""Which tests run: those that need no framework, or with ``--framework NAME`` those of that framework.
+
+One framework per process, because Jittor and PyTorch in one process have crashed.
+"""
+
+from pathlib import Path
+
+import pytest
+
+from rbn.backends.frameworks import FRAMEWORKS
+
+TESTS = Path(__file__).parent
+
+
+def pytest_addoption(parser):
+    parser.addoption("--framework", choices=FRAMEWORKS, help="run the tests of this framework alone")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "framework(*names): runs with --framework NAME, once per name")
+
+
+def pytest_report_header(config):
+    return f"tests that need: {config.option.framework or 'no framework (the others: --framework NAME)'}"
+
+
+@pytest.fixture(
+    scope="session",
+    params=["reference", *(pytest.param(name, marks=pytest.mark.framework(name)) for name in FRAMEWORKS)],
+)
+def framework(request):
+    """The name of what is tested: the NumPy reference or one of the four frameworks."""
+    return request.param
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Leave the folders of the other frameworks alone: their tests import the framework."""
+    name = _folder(collection_path)
+    return True if name in FRAMEWORKS and name != config.option.framework else None
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    selected, deselected = [], []
+    for item in items:
+        if (name := _folder(item.path)) in FRAMEWORKS:
+            item.add_marker(pytest.mark.framework(name))
+        mark = item.get_closest_marker("framework")
+        names = mark.args if mark else (None,)
+        if unknown := set(names) - {None, *FRAMEWORKS}:
+            raise pytest.UsageError(f"{item.nodeid}: unknown in the framework mark: {', '.join(unknown)}")
+        (selected if config.option.framework in names else deselected).append(item)
+    items[:] = selected
+    config.hook.pytest_deselected(items=deselected)
+
+
+def _folder(path):
+    """The top folder of tests/ that a path lies in."""
+    parts = path.relative_to(TESTS).parts if path.is_relative_to(TESTS) else ()
+    return parts[0] if parts else None
