@@ -1,0 +1,204 @@
+"""RBN in MindSpore operations: the two-pass form of `rbn_core.fused`, and spatial statistics around it.
+
+Everything here runs in PyNative and is compiled in graph mode, whose parser takes a part of Python only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import mindspore as ms
+from mindspore import Parameter, Tensor, ops
+
+from rbn_core.config import SPATIAL_STATISTICS, Statistic
+
+
+def restriction(name: str, z: Tensor) -> Tensor:
+    """R of eq. 9: 1 / (1 + exp(-z)), or z / 6 + 1 / 2 within 0 and 1.
+
+    Not a table: mixed precision at level O1 copies this code without the variables of its module.
+    """
+    if name == "hard_sigmoid":
+        return ops.clamp(z / 6 + 0.5, 0, 1)
+    return ops.sigmoid(z)
+
+
+def rbn(
+    x: Tensor,
+    parameters: Mapping[str, Tensor],
+    running: tuple[Tensor, Tensor] | None,
+    *,
+    eps: float,
+    centering: Statistic | None,
+    scaling: Statistic | None,
+    restrict: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Representative Batch Normalization, eq. 12 of the paper.
+
+    Args:
+        x: (N, C, *spatial); not changed.
+        parameters: gamma, beta, center_weight, scale_weight and scale_bias, (C,) each, where the layer has
+            them.
+        running: E and Var of eq. 1, (C,) each; `None` takes the batch's.
+        eps: epsilon of eq. 1.
+        centering: K_m of eq. 5, or `None`.
+        scaling: K_s of eq. 9, or `None`.
+        restrict: R of eq. 9.
+
+    Returns:
+        Y in the dtype of x, and the E and biased Var it was normalized with, in at least float32.
+    """
+    dtype = x.dtype
+    x = x.astype(at_least_float32(dtype))
+    if centering in SPATIAL_STATISTICS:
+        x = x + per_channel(parameters["center_weight"], x) * spatial_statistic(centering, x, eps)
+        centering = None
+    if scaling in SPATIAL_STATISTICS:
+        before = {"center_weight": parameters["center_weight"]} if centering is not None else {}
+        x_s, mean, var = two_pass(x, before, running, eps, centering, None, restrict)
+        y = scale_spatially(x_s, parameters, eps, scaling, restrict)
+    else:
+        y, mean, var = two_pass(x, parameters, running, eps, centering, scaling, restrict)
+    return y.astype(dtype), mean, var
+
+
+def two_pass(
+    x: Tensor,
+    parameters: Mapping[str, Tensor],
+    running: tuple[Tensor, Tensor] | None,
+    eps: float,
+    centering: Statistic | None,
+    scaling: Statistic | None,
+    restrict: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Y, E and Var for channel statistics; only the first and the last step touch the image."""
+    mu, v = moments(x)
+    a, b, mean, var = calibrate(mu, v, parameters, running, eps, centering, scaling, restrict)
+    return affine(x, a, b), mean, var
+
+
+def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean and biased variance of every plane, (N, C) each."""
+    planes = as_planes(x)
+    mu = ops.mean(planes, 2, True)
+    v = ops.mean(ops.square(planes - mu), 2)
+    return mu.reshape(x.shape[:2]), v
+
+
+def calibrate(
+    mu: Tensor,
+    v: Tensor,
+    parameters: Mapping[str, Tensor],
+    running: tuple[Tensor, Tensor] | None,
+    eps: float,
+    centering: Statistic | None,
+    scaling: Statistic | None,
+    restrict: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Equations 2 to 9 on (N, C) moments, for channel statistics.
+
+    The batch's plane means are measured from their own mean, as `rbn_core.fused.calibrate` explains; Y does
+    not depend on that origin, so it needs no gradient.
+
+    Returns:
+        a and b of Y = a X + b, (N, C) each, and the E and biased Var they were made with, (C,) each.
+    """
+    epsilon = scalar(eps, mu)
+    origin = ops.mean(ops.stop_gradient(mu), 0) if running is None else ops.zeros_like(mu[0])
+    mu_0 = mu - origin
+    shift, origin_cm = ops.zeros_like(mu), origin
+    if centering == "channel_mean":
+        shift = parameters["center_weight"] * mu_0
+        origin_cm = origin + parameters["center_weight"] * origin
+    elif centering == "channel_std":
+        shift = parameters["center_weight"] * ops.sqrt(v + epsilon)
+    shifted = mu_0 + shift  # the plane means of X_cm; its plane variances are those of X
+
+    if running is None:
+        mean_0 = ops.mean(shifted, 0)
+        mean = mean_0 + origin_cm
+        var = ops.mean(v, 0) + ops.mean(ops.square(shifted - mean_0), 0)
+    else:
+        mean, var = running[0].astype(mu.dtype), running[1].astype(mu.dtype)
+        mean_0 = mean
+    inverse_std = ops.rsqrt(var + epsilon)
+
+    a = inverse_std + ops.zeros_like(mu)  # broadcast_to refuses an empty batch in graph mode
+    if scaling is not None:
+        k_s = (shifted - mean_0) * inverse_std
+        if scaling == "channel_std":
+            k_s = ops.sqrt(v * ops.square(inverse_std) + epsilon)
+        a = a * restriction(restrict, parameters["scale_weight"] * k_s + parameters["scale_bias"])
+    if "gamma" in parameters:
+        a = a * parameters["gamma"]
+    b = a * (shift - mean_0 - origin)
+    if "beta" in parameters:
+        b = b + parameters["beta"]
+    return a, b, mean, var
+
+
+def affine(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Y = a X + b, with one a and one b for each plane."""
+    plane = (*a.shape, *(1,) * (x.ndim - 2))
+    return x * a.reshape(plane) + b.reshape(plane)
+
+
+def accumulate(
+    running: tuple[Parameter, Parameter], mean: Tensor, var: Tensor, new_weight: float | Tensor
+) -> None:
+    """Eq. 3, in place: running <- running + (1 - m) (batch - running), without a gradient.
+
+    Args:
+        running: E and Var, (C,) each.
+        mean: mu_B, (C,).
+        var: sigma_B^2, (C,), already divided as the layer wants it.
+        new_weight: 1 - m, the weight of the batch.
+    """
+    for old, batch in ((running[0], mean), (running[1], var)):
+        ops.assign_add(old, new_weight * (ops.stop_gradient(batch).astype(old.dtype) - old))
+
+
+def spatial_statistic(name: Statistic, x: Tensor, eps: float) -> Tensor:
+    """mu_s or sigma_s of Table 3, over the channels of every position: (N, 1, *spatial)."""
+    mean = ops.mean(x, 1, True)
+    if name == "spatial_mean":
+        return mean
+    return ops.sqrt(ops.mean(ops.square(x - mean), 1, True) + scalar(eps, x))
+
+
+def scale_spatially(
+    x_s: Tensor, parameters: Mapping[str, Tensor], eps: float, scaling: Statistic, restrict: str
+) -> Tensor:
+    """Eq. 9 and the affine step, for a statistic that differs from position to position."""
+    k_s = spatial_statistic(scaling, x_s, eps)
+    z = per_channel(parameters["scale_weight"], x_s) * k_s + per_channel(parameters["scale_bias"], x_s)
+    y = x_s * restriction(restrict, z)
+    if "gamma" in parameters:
+        y = y * per_channel(parameters["gamma"], y)
+    if "beta" in parameters:
+        y = y + per_channel(parameters["beta"], y)
+    return y
+
+
+def per_channel(values: Tensor, x: Tensor) -> Tensor:
+    """(C,) values shaped to broadcast over x, (N, C, *spatial)."""
+    return values.reshape((-1, *(1,) * (x.ndim - 2)))
+
+
+def as_planes(x: Tensor) -> Tensor:
+    """x, (N, C, *spatial), seen as (N, C, M)."""
+    return x.reshape((x.shape[0], x.shape[1], -1))
+
+
+def scalar(value: float, like: Tensor) -> Tensor:
+    """A number in the dtype of `like`.
+
+    MindSpore rounds a Python float beside a float64 tensor to float32, and in a graph also what arithmetic on
+    Python floats gives: do the arithmetic on this.
+    """
+    return Tensor(value, like.dtype)
+
+
+def at_least_float32(dtype: ms.Type) -> ms.Type:
+    """The dtype that statistics of a tensor of this dtype are taken and kept in."""
+    return ms.float64 if dtype == ms.float64 else ms.float32

@@ -1,0 +1,180 @@
+"""RBN in PyTorch operations: the two-pass form of `rbn_core.fused`, and spatial statistics around it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from rbn_core.config import SPATIAL_STATISTICS, Statistic
+
+
+def hard_sigmoid(z: Tensor) -> Tensor:
+    """z / 6 + 1 / 2 within 0 and 1; torch's own has a float32 slope in float64 too."""
+    return (z / 6 + 0.5).clamp(0, 1)
+
+
+RESTRICT = {"sigmoid": torch.sigmoid, "hard_sigmoid": hard_sigmoid}
+
+
+def rbn(
+    x: Tensor,
+    parameters: Mapping[str, Tensor],
+    running: tuple[Tensor, Tensor] | None,
+    *,
+    eps: float,
+    centering: Statistic | None,
+    scaling: Statistic | None,
+    restrict: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Representative Batch Normalization, eq. 12 of the paper.
+
+    Args:
+        x: (N, C, *spatial), any memory format; not changed.
+        parameters: gamma, beta, center_weight, scale_weight and scale_bias, (C,) each, where the layer has
+            them.
+        running: E and Var of eq. 1, (C,) each; `None` takes the batch's.
+        eps: epsilon of eq. 1.
+        centering: K_m of eq. 5, or `None`.
+        scaling: K_s of eq. 9, or `None`.
+        restrict: R of eq. 9.
+
+    Returns:
+        Y in the dtype of x, and the E and biased Var it was normalized with, in at least float32.
+    """
+    dtype = x.dtype
+    x = x.to(torch.promote_types(dtype, torch.float32))
+    if centering in SPATIAL_STATISTICS:
+        x = x + per_channel(parameters["center_weight"], x) * spatial_statistic(centering, x, eps)
+        centering = None
+    if scaling in SPATIAL_STATISTICS:
+        before = {"center_weight": parameters["center_weight"]} if centering else {}
+        x_s, mean, var = two_pass(x, before, running, eps, centering, None, restrict)
+        y = scale_spatially(x_s, parameters, eps, scaling, restrict)
+    else:
+        y, mean, var = two_pass(x, parameters, running, eps, centering, scaling, restrict)
+    return y.to(dtype), mean, var
+
+
+def two_pass(
+    x: Tensor,
+    parameters: Mapping[str, Tensor],
+    running: tuple[Tensor, Tensor] | None,
+    eps: float,
+    centering: Statistic | None,
+    scaling: Statistic | None,
+    restrict: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Y, E and Var for channel statistics; only the first and the last step touch the image."""
+    mu, v = moments(x)
+    a, b, mean, var = calibrate(mu, v, parameters, running, eps, centering, scaling, restrict)
+    return affine(x, a, b), mean, var
+
+
+def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean and biased variance of every plane, (N, C) each."""
+    var, mean = torch.var_mean(as_planes(x), dim=2, correction=0)
+    return mean, var
+
+
+def calibrate(
+    mu: Tensor,
+    v: Tensor,
+    parameters: Mapping[str, Tensor],
+    running: tuple[Tensor, Tensor] | None,
+    eps: float,
+    centering: Statistic | None,
+    scaling: Statistic | None,
+    restrict: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Equations 2 to 9 on (N, C) moments, for channel statistics.
+
+    The batch's plane means are measured from their own mean, as `rbn_core.fused.calibrate` explains; Y does
+    not depend on that origin, so it needs no gradient.
+
+    Returns:
+        a and b of Y = a X + b, (N, C) each, and the E and biased Var they were made with, (C,) each.
+    """
+    origin = mu.detach().mean(dim=0) if running is None else torch.zeros_like(mu[0])
+    mu_0 = mu - origin
+    shift, origin_cm = torch.zeros_like(mu), origin
+    if centering == "channel_mean":
+        shift = parameters["center_weight"] * mu_0
+        origin_cm = origin + parameters["center_weight"] * origin
+    elif centering == "channel_std":
+        shift = parameters["center_weight"] * torch.sqrt(v + eps)
+    shifted = mu_0 + shift  # the plane means of X_cm; its plane variances are those of X
+
+    if running is None:
+        mean_0 = shifted.mean(dim=0)
+        mean = mean_0 + origin_cm
+        var = v.mean(dim=0) + (shifted - mean_0).square().mean(dim=0)
+    else:
+        mean, var = (statistic.to(mu.dtype) for statistic in running)
+        mean_0 = mean
+    inverse_std = torch.rsqrt(var + eps)
+
+    a = inverse_std.expand_as(mu)
+    if scaling is not None:
+        k_s = (shifted - mean_0) * inverse_std
+        if scaling == "channel_std":
+            k_s = torch.sqrt(v * inverse_std.square() + eps)
+        a = a * RESTRICT[restrict](parameters["scale_weight"] * k_s + parameters["scale_bias"])
+    if "gamma" in parameters:
+        a = a * parameters["gamma"]
+    b = a * (shift - mean_0 - origin)
+    if "beta" in parameters:
+        b = b + parameters["beta"]
+    return a, b, mean, var
+
+
+def affine(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """Y = a X + b, with one a and one b for each plane."""
+    plane = (*a.shape, *(1,) * (x.dim() - 2))
+    return x * a.reshape(plane) + b.reshape(plane)
+
+
+def accumulate(running: tuple[Tensor, Tensor], mean: Tensor, var: Tensor, new_weight: float | Tensor) -> None:
+    """Eq. 3, in place: running <- running + (1 - m) (batch - running), without a gradient.
+
+    Args:
+        running: E and Var, (C,) each.
+        mean: mu_B, (C,).
+        var: sigma_B^2, (C,), already divided as the layer wants it.
+        new_weight: 1 - m, the weight of the batch.
+    """
+    with torch.no_grad():
+        for old, batch in zip(running, (mean, var), strict=True):
+            old.add_(new_weight * (batch - old))
+
+
+def spatial_statistic(name: Statistic, x: Tensor, eps: float) -> Tensor:
+    """mu_s or sigma_s of Table 3, over the channels of every position: (N, 1, *spatial)."""
+    if name == "spatial_mean":
+        return x.mean(dim=1, keepdim=True)
+    return torch.sqrt(x.var(dim=1, correction=0, keepdim=True) + eps)
+
+
+def scale_spatially(
+    x_s: Tensor, parameters: Mapping[str, Tensor], eps: float, scaling: Statistic, restrict: str
+) -> Tensor:
+    """Eq. 9 and the affine step, for a statistic that differs from position to position."""
+    k_s = spatial_statistic(scaling, x_s, eps)
+    z = per_channel(parameters["scale_weight"], x_s) * k_s + per_channel(parameters["scale_bias"], x_s)
+    y = x_s * RESTRICT[restrict](z)
+    if "gamma" in parameters:
+        y = y * per_channel(parameters["gamma"], y)
+    if "beta" in parameters:
+        y = y + per_channel(parameters["beta"], y)
+    return y
+
+
+def per_channel(values: Tensor, x: Tensor) -> Tensor:
+    """(C,) values shaped to broadcast over x, (N, C, *spatial)."""
+    return values.reshape(-1, *(1,) * (x.dim() - 2))
+
+
+def as_planes(x: Tensor) -> Tensor:
+    """x, (N, C, *spatial), seen as (N, C, M)."""
+    return x.flatten(2) if x.dim() > 2 else x.unsqueeze(2)

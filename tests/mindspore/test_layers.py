@@ -1,0 +1,360 @@
+"""What is MindSpore's own about the layer; the mathematics is the conformance suite's business."""
+
+import os
+
+os.environ.setdefault("GLOG_v", "4")
+
+import copy
+
+import mindspore as ms
+import numpy as np
+import pytest
+from mindspore import Tensor, nn, ops
+
+from rbn.backends.mindspore import RBN, from_numpy, to_numpy
+from rbn_core import RBNTypeError, RBNValueError
+
+rng = np.random.default_rng(0)
+
+
+@pytest.fixture(autouse=True)
+def _folder(tmp_path, monkeypatch):
+    """MindSpore writes into the working folder: refused graphs, the code it rewrites for mixed precision."""
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(params=[ms.PYNATIVE_MODE, ms.GRAPH_MODE], ids=["pynative", "graph"])
+def mode(request):
+    ms.set_context(mode=request.param)
+    yield request.param
+    ms.set_context(mode=ms.PYNATIVE_MODE)
+
+
+def images(*shape, mean=0.0, dtype=ms.float32):
+    return Tensor(rng.normal(mean, 1, shape or (4, 3, 5, 5))).astype(dtype)
+
+
+def training(cell):
+    return cell.set_train()
+
+
+def assert_close(actual, expected, tolerance=1e-5):
+    np.testing.assert_allclose(actual.asnumpy(), expected.asnumpy(), rtol=tolerance, atol=tolerance)
+
+
+def assert_same_state(layer, state):
+    for name, value in to_numpy(layer).items():
+        np.testing.assert_array_equal(value, state[name])
+
+
+class Network(nn.Cell):
+    """The layer where it usually is: inside."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.norm = norm
+
+    def construct(self, x):
+        return self.norm(x)
+
+
+class Twice(nn.Cell):
+    def __init__(self, norm):
+        super().__init__()
+        self.norm = norm
+
+    def construct(self, x):
+        return self.norm(self.norm(x))
+
+
+@pytest.mark.parametrize("wrap", [lambda norm: norm, nn.SequentialCell], ids=["alone", "in a network"])
+def test_a_batch_norm_checkpoint_loads_into_rbn(wrap, tmp_path) -> None:
+    norm, layer = nn.BatchNorm2d(3), RBN(3)
+    source, target = training(wrap(norm)), wrap(layer)
+    source(images())
+    ms.save_checkpoint(source, str(tmp_path / "norm.ckpt"))
+    missing, unexpected = ms.load_param_into_net(target, ms.load_checkpoint(str(tmp_path / "norm.ckpt")))
+    own = ["center_weight", "num_batches_tracked", "scale_bias", "scale_weight"]
+    assert sorted(name.rpartition(".")[2] for name in missing) == own
+    assert unexpected == []
+    assert_close(layer.moving_variance, norm.moving_variance, 0)
+    assert_close(layer.moving_mean, norm.moving_mean, 0)
+
+
+def test_a_fresh_layer_is_batch_norm_times_one_constant(mode) -> None:
+    x = images()
+    expected = training(nn.BatchNorm2d(3))(x) * ops.sigmoid(Tensor(1.0))
+    assert_close(training(RBN(3))(x), expected)
+
+
+def test_statistics_follow_batch_norm_step_by_step(mode) -> None:
+    layer, norm = training(RBN(3)), training(nn.BatchNorm2d(3))
+    for _ in range(3):
+        x = images()
+        layer(x), norm(x)
+    assert_close(layer.moving_mean, norm.moving_mean)
+    assert_close(layer.moving_variance, norm.moving_variance)
+    assert layer.num_batches_tracked == 3
+
+
+@pytest.mark.parametrize("use_batch_statistics", [None, True, False])
+@pytest.mark.parametrize("train", [True, False])
+def test_batch_statistics_are_used_when_batch_norm_uses_them(use_batch_statistics, train) -> None:
+    x = images(mean=2.0)
+    layer = RBN(3, use_batch_statistics=use_batch_statistics, scaling=None).set_train(train)
+    norm = nn.BatchNorm2d(3, use_batch_statistics=use_batch_statistics).set_train(train)
+    assert_close(layer(x), norm(x))
+    assert_close(layer.moving_mean, norm.moving_mean)
+
+
+def test_a_cell_starts_in_evaluation_and_leaves_every_statistic_alone(mode) -> None:
+    layer = RBN(3)
+    before = to_numpy(layer)
+    layer(images())
+    assert_same_state(layer, before)
+
+
+def test_cumulative_momentum_averages_all_batches(mode) -> None:
+    layer, seen = training(RBN(3, momentum=None, centering=None)), []
+    for _ in range(3):
+        x = images()
+        layer(x)
+        seen.append(x.asnumpy().transpose(1, 0, 2, 3).reshape(3, -1))
+    expected = np.mean([batch.var(axis=1, ddof=1) for batch in seen], axis=0)
+    np.testing.assert_allclose(layer.moving_variance.asnumpy(), expected, rtol=1e-5)
+
+
+def test_eps_and_momentum_can_be_changed_between_calls() -> None:
+    layer, x = training(RBN(3, centering=None)), images(mean=3.0)
+    layer(x)
+    layer.momentum, layer.eps = 0.0, 100.0
+    assert layer(x).asnumpy().std() < 0.1
+    np.testing.assert_allclose(layer.moving_mean.asnumpy(), x.asnumpy().mean((0, 2, 3)), rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(4, 3), (4, 3, 5), (4, 3, 5, 5), (2, 3, 2, 4, 3)])
+@pytest.mark.parametrize("statistic", ["channel_std", "spatial_std"])
+def test_channels_last_data_gives_the_same_numbers(shape, statistic) -> None:
+    options = {"centering": statistic, "scaling": statistic}
+    first, last = training(RBN(3, **options)), training(RBN(3, data_format="NHWC", **options))
+    from_numpy(first, {name: value + 1 for name, value in to_numpy(first).items()})
+    from_numpy(last, to_numpy(first))
+    x = images(*shape)
+    assert_close(last(ops.movedim(x, 1, -1)), ops.movedim(first(x), 1, -1))
+    assert_same_state(last, to_numpy(first))
+
+
+@pytest.mark.parametrize("dtype", [ms.float16, ms.bfloat16])
+def test_half_precision_input_keeps_float32_statistics(mode, dtype) -> None:
+    layer = training(RBN(3, momentum=0.0, dtype=dtype))
+    x = images(8, 3, 16, 16, mean=10.0, dtype=dtype)
+    assert layer(x).dtype == dtype
+    assert layer.gamma.dtype == dtype
+    assert layer.moving_mean.dtype == ms.float32
+    exact = x.astype(ms.float32).asnumpy().astype(np.float64).mean((0, 2, 3))
+    np.testing.assert_allclose(layer.moving_mean.asnumpy(), exact, rtol=1e-6)
+
+
+def test_float64_is_exact_although_python_numbers_beside_tensors_are_float32(mode) -> None:
+    layer = training(RBN(3, eps=0.1, momentum=0.7, dtype=ms.float64, centering=None, scaling=None))
+    x = images(dtype=ms.float64)
+    y, x = layer(x).asnumpy(), x.asnumpy()
+    mean, var = (moment((0, 2, 3)) for moment in (x.mean, x.var))
+    expected = (x - mean[:, None, None]) / np.sqrt(var + 0.1)[:, None, None]
+    np.testing.assert_allclose(y, expected, rtol=0, atol=1e-14)
+    np.testing.assert_allclose(layer.moving_mean.asnumpy(), 0.3 * mean, rtol=0, atol=1e-15)
+    np.testing.assert_allclose(layer.moving_variance.asnumpy(), 0.7 + 0.3 * var * 100 / 99, rtol=1e-14)
+
+
+@pytest.mark.parametrize("level", ["O1", "O2", "O3", "auto"])
+def test_mixed_precision_leaves_the_statistics_in_float32(mode, level) -> None:
+    layer = RBN(3, momentum=0.0)
+    network = training(ms.amp.auto_mixed_precision(Network(layer), level))
+    x = images(8, 3, 8, 8, mean=100.0).astype(ms.float16).astype(ms.float32)  # graph mode casts the input
+    network(x)
+    np.testing.assert_allclose(layer.moving_mean.asnumpy(), x.asnumpy().mean((0, 2, 3)), rtol=1e-6)
+    assert layer.num_batches_tracked == 1
+
+
+def test_one_step_is_the_same_in_both_modes_and_under_jit() -> None:
+    x, results = images(), []
+    for variant in ("pynative", "jit", "graph"):
+        layer = training(RBN(3))
+        weights = layer.trainable_params()
+
+        def loss(x):
+            return (layer(x) ** 3).sum()  # noqa: B023 - called in this turn
+
+        step = ms.value_and_grad(loss, 0, weights)
+        ms.set_context(mode=ms.GRAPH_MODE if variant == "graph" else ms.PYNATIVE_MODE)
+        try:
+            _, (dx, gradients) = (ms.jit(step) if variant == "jit" else step)(x)
+            results.append([dx, *gradients, layer.moving_mean, layer.moving_variance])
+        finally:
+            ms.set_context(mode=ms.PYNATIVE_MODE)
+        assert layer.num_batches_tracked == 1
+    for other in results[1:]:
+        for actual, expected in zip(other, results[0], strict=True):
+            assert_close(actual, expected)
+
+
+def test_a_compiled_layer_follows_set_train() -> None:
+    layer = training(RBN(3))
+    compiled = ms.jit(layer)
+    compiled(images()), compiled(images())
+    layer.set_train(False)
+    compiled(images())
+    assert layer.num_batches_tracked == 2
+
+
+def test_gradients_of_gradients_of_a_compiled_function() -> None:
+    # In PyNative MindSpore's own second gradient of square(sum(x)) is wrong; compiled it is right.
+    layer = training(RBN(2, dtype=ms.float64))
+    from_numpy(layer, {name: value + 1 for name, value in to_numpy(layer).items()})
+    x, weight, direction = (rng.normal(size=(3, 2, 2, 2)) for _ in range(3))
+    weight, along = Tensor(weight), Tensor(direction)
+
+    def loss(x):
+        return (layer(x) ** 2 * weight).sum()
+
+    gradient = ms.grad(ms.jit(loss))
+
+    def slope(x):
+        return (gradient(x) * along).sum()
+
+    step = 1e-6 * direction
+    expected = (gradient(Tensor(x + step)) - gradient(Tensor(x - step))) / 2e-6
+    np.testing.assert_allclose(ms.grad(slope)(Tensor(x)).asnumpy(), expected.asnumpy(), atol=1e-7)
+
+
+def test_the_input_is_not_changed(mode) -> None:
+    x = images()
+    before = x.asnumpy().copy()
+    training(RBN(3))(x)
+    np.testing.assert_array_equal(x.asnumpy(), before)
+
+
+def test_an_optimizer_gets_the_parameters_and_none_of_the_statistics() -> None:
+    names = [parameter.name for parameter in RBN(3).trainable_params()]
+    assert names == ["gamma", "beta", "center_weight", "scale_weight", "scale_bias"]
+
+
+def test_affine_false_freezes_gamma_and_beta_as_in_batch_norm() -> None:
+    frozen = [p.name for p in RBN(3, affine=False).get_parameters() if not p.requires_grad]
+    assert {"gamma", "beta"} < set(frozen)
+    assert_close(RBN(3, affine=False, gamma_init=2.0).gamma, Tensor([2.0] * 3))
+
+
+@pytest.mark.parametrize(
+    ("x", "error"),
+    [
+        (ops.ones((2, 3, 4, 4), ms.int32), RBNTypeError),
+        (ops.ones((2, 4, 4, 4)), RBNValueError),
+        (ops.ones((1, 3, 1, 1)), RBNValueError),
+        (Tensor(np.zeros((0, 3, 4, 4), np.float32)), RBNValueError),
+    ],
+    ids=["integers", "channels", "one value", "empty"],
+)
+def test_a_refused_input_is_the_same_error_in_both_modes(mode, x, error) -> None:
+    layer = training(RBN(3))
+    before = to_numpy(layer)
+    with pytest.raises(error, match="RBN: expected"):
+        layer(x)
+    assert_same_state(layer, before)
+
+
+def test_an_empty_batch_is_evaluated(mode) -> None:
+    x = Tensor(np.zeros((0, 3, 4, 4), np.float32))
+    assert RBN(3)(x).asnumpy().shape == (0, 3, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"use_batch_statistics": 1}, RBNTypeError),
+        ({"data_format": "NCL"}, RBNValueError),
+        ({"data_format": 4}, RBNTypeError),
+    ],
+)
+def test_options_of_mindspore_are_checked_like_the_others(options, error) -> None:
+    with pytest.raises(error, match=f"RBN: expected {next(iter(options))} to be one of"):
+        RBN(3, **options)
+
+
+def test_checkpoint_and_deepcopy_survive(tmp_path) -> None:
+    layer, other = training(RBN(3)), RBN(3)
+    layer(images())
+    ms.save_checkpoint(layer, str(tmp_path / "layer.ckpt"))
+    ms.load_param_into_net(other, ms.load_checkpoint(str(tmp_path / "layer.ckpt")), strict_load=True)
+    assert_same_state(other, to_numpy(layer))
+    twin = copy.deepcopy(layer)
+    twin(images())
+    assert twin.num_batches_tracked == 2
+    assert layer.num_batches_tracked == 1
+
+
+def test_printing_shows_every_option() -> None:
+    assert "centering='channel_std'" in repr(nn.SequentialCell(RBN(3, centering="channel_std")))
+
+
+def test_frozen_parameters_get_no_gradient() -> None:
+    layer = RBN(3)
+    layer.center_weight.requires_grad = False
+    assert "center_weight" not in [p.name for p in layer.trainable_params()]
+
+
+def test_a_training_step_moves_every_parameter_and_lowers_the_loss() -> None:
+    layer, x = training(RBN(3)), images(mean=1.0)
+    target = Tensor(rng.normal(size=x.shape).astype(np.float32))
+    optimizer = nn.SGD(layer.trainable_params(), learning_rate=0.1)
+    before = to_numpy(layer)
+    step = ms.value_and_grad(lambda x: ((layer(x) - target) ** 2).mean(), None, optimizer.parameters)
+    losses = []
+    for _ in range(3):
+        loss, gradients = step(x)
+        optimizer(gradients)
+        losses.append(float(loss.asnumpy()))
+    assert losses[2] < losses[1] < losses[0]
+    for name, value in to_numpy(layer).items():
+        assert not np.array_equal(value, before[name]), name
+
+
+def test_the_layer_can_be_used_twice_in_one_step(mode) -> None:
+    layer = RBN(3)
+    training(Twice(layer))(images())
+    assert layer.num_batches_tracked == 2
+
+
+def test_the_layer_without_calibrations_is_batch_norm() -> None:
+    layer, norm = RBN(3, centering=None, scaling=None), nn.BatchNorm2d(3)
+    kept = {"gamma", "beta", "running_mean", "running_var", "num_batches_tracked"}
+    assert to_numpy(layer).keys() == kept
+    x = images()
+    assert_close(training(layer)(x), training(norm)(x))
+    assert_close(layer.set_train(False)(x), norm.set_train(False)(x))
+
+
+def test_a_state_that_does_not_fit_lists_every_fault_and_changes_nothing() -> None:
+    layer = RBN(3)
+    before = to_numpy(layer)
+    state = {name: value + 1 for name, value in before.items() if name != "beta"}
+    state |= {"gamma": np.ones(4), "surprise": np.ones(3)}
+    with pytest.raises(RBNValueError, match="missing beta; unexpected surprise; gamma of shape"):
+        from_numpy(layer, state)
+    assert_same_state(layer, before)
+
+
+def test_to_numpy_gives_copies() -> None:
+    layer = RBN(3)
+    to_numpy(layer)["gamma"][:] = 7
+    assert_close(layer.gamma, Tensor([1.0] * 3), 0)
+
+
+def test_from_numpy_keeps_the_dtype_and_a_copy() -> None:
+    layer = RBN(3, dtype=ms.float16)
+    state = {name: value + 1 for name, value in to_numpy(layer).items()}
+    from_numpy(layer, state)
+    state["gamma"][:] = 7
+    assert layer.gamma.dtype == ms.float16
+    assert layer.num_batches_tracked.dtype == ms.int32
+    assert_close(layer.gamma.astype(ms.float32), Tensor([2.0] * 3), 0)
