@@ -11,8 +11,8 @@ import numpy as np
 
 from rbn.conformance.subjects.numpy import Numpy
 from rbn_core.reference import (
-    RBN,
     Array,
+    Layer,
     Steps,
     batch_mean_and_variance,
     over_channel,
@@ -21,7 +21,7 @@ from rbn_core.reference import (
 )
 
 
-class OtherRunningVariance(RBN):
+class OtherRunningVariance(Layer):
     """The running variance has the other estimator: n for n - 1, or n - 1 for n."""
 
     def accumulate(self, mean: Array, var: Array, values: int) -> None:
@@ -31,7 +31,7 @@ class OtherRunningVariance(RBN):
         )
 
 
-class UnbiasedNormalization(RBN):
+class UnbiasedNormalization(Layer):
     """X is normalized with the unbiased variance."""
 
     def standardize(self, x_cm: Array, mean: Array, var: Array) -> tuple[Array, Array]:
@@ -39,7 +39,7 @@ class UnbiasedNormalization(RBN):
         return super().standardize(x_cm, mean, var * values / (values - 1) if values > 1 else var)
 
 
-class FlippedMomentum(RBN):
+class FlippedMomentum(Layer):
     """The momentum weighs the new value instead of the old."""
 
     def accumulate(self, mean: Array, var: Array, values: int) -> None:
@@ -52,7 +52,7 @@ class FlippedMomentum(RBN):
                 self.statistics[name] = (1.0 - m) * old[name] + m * batch
 
 
-class OnePassVariance(RBN):
+class OnePassVariance(Layer):
     """The variance is E[X^2] - E[X]^2, which cancels where the mean is large."""
 
     def statistics_of(self, x_cm: Array, training: bool) -> tuple[Array, Array]:
@@ -65,7 +65,7 @@ class OnePassVariance(RBN):
         return mean, var
 
 
-class EpsOutsideTheRoot(RBN):
+class EpsOutsideTheRoot(Layer):
     """X is divided by sqrt(Var) + eps."""
 
     def standardize(self, x_cm: Array, mean: Array, var: Array) -> tuple[Array, Array]:
@@ -73,7 +73,7 @@ class EpsOutsideTheRoot(RBN):
         return (x_cm - per_channel(mean, x_cm)) * inverse_std, inverse_std
 
 
-class CenteringWithoutGradient(RBN):
+class CenteringWithoutGradient(Layer):
     """No gradient flows through K_m."""
 
     def calibrate_centering_backward(self, dx_cm: Array, s: Steps, gradients: dict[str, Array]) -> Array:
@@ -81,22 +81,24 @@ class CenteringWithoutGradient(RBN):
         return dx_cm
 
 
-class ScalingWithoutGradient(RBN):
+class ScalingWithoutGradient(Layer):
     """No gradient flows through K_s."""
 
-    def calibrate_scaling_backward(self, dx_cs: Array, s: Steps, gradients: dict[str, Array]) -> Array:
+    def calibrate_scaling_backward(
+        self, dx_cs: Array, s: Steps, gradients: dict[str, Array]
+    ) -> tuple[Array, Array | float]:
         super().calibrate_scaling_backward(dx_cs, s, gradients)
-        return dx_cs if s.restriction is None else dx_cs * s.restriction
+        return dx_cs if s.restriction is None else dx_cs * s.restriction, 0.0
 
 
-class StatisticsWithoutGradient(RBN):
+class StatisticsWithoutGradient(Layer):
     """No gradient flows through the batch's E and Var."""
 
     def standardize_backward(self, dx_s: Array, s: Steps) -> Array:
         return dx_s * s.inverse_std
 
 
-class VarianceWithoutGradient(RBN):
+class VarianceWithoutGradient(Layer):
     """The gradient flows through the batch's E but not through its Var."""
 
     def standardize_backward(self, dx_s: Array, s: Steps) -> Array:
@@ -106,7 +108,7 @@ class VarianceWithoutGradient(RBN):
         return dx_cm - dx_cm.mean(axis=(0, *spatial_axes(dx_cm)), keepdims=True)
 
 
-class RunningStatisticsWithBatchGradient(RBN):
+class RunningStatisticsWithBatchGradient(Layer):
     """In evaluation the gradient flows through E and Var as if they were the batch's."""
 
     def standardize_backward(self, dx_s: Array, s: Steps) -> Array:
@@ -116,14 +118,14 @@ class RunningStatisticsWithBatchGradient(RBN):
         return dx_cm - dx_cm.mean(axis=axes, keepdims=True) - through_variance
 
 
-class ScalingStatisticOfX(RBN):
+class ScalingStatisticOfX(Layer):
     """K_s is taken from X instead of X_s."""
 
     def scaling_statistic(self, x: Array, x_s: Array) -> Array | None:
         return super().scaling_statistic(x, x)
 
 
-class NoRestriction(RBN):
+class NoRestriction(Layer):
     """R is left out: X_s is multiplied by w_v K_s + w_b itself."""
 
     def calibrate_scaling(self, x_s: Array, k_s: Array | None) -> tuple[Array | None, Array]:
@@ -134,7 +136,7 @@ class NoRestriction(RBN):
         return scale, x_s * scale
 
 
-class NoScaleBias(RBN):
+class NoScaleBias(Layer):
     """w_b is left out of R(w_v K_s + w_b)."""
 
     def calibrate_scaling(self, x_s: Array, k_s: Array | None) -> tuple[Array | None, Array]:
@@ -146,14 +148,14 @@ class NoScaleBias(RBN):
         return result
 
 
-class BatchStatisticsInEvaluation(RBN):
+class BatchStatisticsInEvaluation(Layer):
     """Evaluation normalizes with the batch's statistics."""
 
     def statistics_of(self, x_cm: Array, training: bool) -> tuple[Array, Array]:
         return super().statistics_of(x_cm, training) if training else batch_mean_and_variance(x_cm)
 
 
-class EvaluationAccumulates(RBN):
+class EvaluationAccumulates(Layer):
     """Evaluation updates the running statistics too."""
 
     def statistics_of(self, x_cm: Array, training: bool) -> tuple[Array, Array]:
@@ -163,14 +165,14 @@ class EvaluationAccumulates(RBN):
         return result
 
 
-class TrainingDoesNotAccumulate(RBN):
+class TrainingDoesNotAccumulate(Layer):
     """Training leaves the running statistics as they are."""
 
     def accumulate(self, mean: Array, var: Array, values: int) -> None:
         pass
 
 
-class CounterStandsStill(RBN):
+class CounterStandsStill(Layer):
     """num_batches_tracked is never counted up."""
 
     def accumulate(self, mean: Array, var: Array, values: int) -> None:
@@ -179,7 +181,7 @@ class CounterStandsStill(RBN):
         self.statistics["num_batches_tracked"] = before
 
 
-class RunningMeanOfX(RBN):
+class RunningMeanOfX(Layer):
     """The running mean follows X, as before the centering calibration, and not X_cm."""
 
     def calibrate_centering(self, x: Array) -> tuple[Array | None, Array]:
@@ -190,14 +192,14 @@ class RunningMeanOfX(RBN):
         super().accumulate(self.x_mean, var, values)
 
 
-class RunningDeviation(RBN):
+class RunningDeviation(Layer):
     """The running variance accumulates standard deviations."""
 
     def accumulate(self, mean: Array, var: Array, values: int) -> None:
         super().accumulate(mean, np.sqrt(var), values)
 
 
-class InputModified(RBN):
+class InputModified(Layer):
     """X_cm is written over the caller's X."""
 
     def forward(self, x: Any, training: bool) -> Array:
@@ -207,7 +209,7 @@ class InputModified(RBN):
         return y
 
 
-class CenteringSubtracts(RBN):
+class CenteringSubtracts(Layer):
     """w_m K_m is subtracted from X."""
 
     def calibrate_centering(self, x: Array) -> tuple[Array | None, Array]:
@@ -215,7 +217,7 @@ class CenteringSubtracts(RBN):
         return k_m, 2.0 * x - x_cm
 
 
-class CenteringAfterwards(RBN):
+class CenteringAfterwards(Layer):
     """w_m K_m is added behind the centering, so that E and Var are those of X."""
 
     def calibrate_centering(self, x: Array) -> tuple[Array | None, Array]:
@@ -226,7 +228,7 @@ class CenteringAfterwards(RBN):
         return super().statistics_of(self.x, training)
 
 
-class PlaneVariance(RBN):
+class PlaneVariance(Layer):
     """Var is the mean of the planes' variances and leaves out the spread between their means."""
 
     def statistics_of(self, x_cm: Array, training: bool) -> tuple[Array, Array]:
@@ -236,19 +238,21 @@ class PlaneVariance(RBN):
         return mean, var
 
 
-class BetaInsideTheRestriction(RBN):
+class BetaInsideTheRestriction(Layer):
     """The affine step comes before the scaling calibration, so that R multiplies beta too."""
 
     def calibrate_scaling(self, x_s: Array, k_s: Array | None) -> tuple[Array | None, Array]:
-        restriction, x_cs = super().calibrate_scaling(x_s, k_s)
-        if restriction is None or "beta" not in self.parameters:
-            return restriction, x_cs
-        beta = per_channel(self.parameters["beta"], x_s)
-        gamma = per_channel(self.parameters["gamma"], x_s)
-        return restriction, x_cs + (restriction - 1.0) * beta / gamma
+        self.restriction, x_cs = super().calibrate_scaling(x_s, k_s)
+        return self.restriction, x_cs
+
+    def transform(self, x_cs: Array) -> Array:
+        y = super().transform(x_cs)
+        if self.restriction is None or not self.config.beta:
+            return y
+        return y + (self.restriction - 1.0) * per_channel(self.parameters["beta"], y)
 
 
-class GammaGradientOfXs(RBN):
+class GammaGradientOfXs(Layer):
     """The gradient of gamma is summed over X_s instead of X_cs."""
 
     def transform_backward(self, dy: Array, s: Steps, gradients: dict[str, Array]) -> Array:
@@ -258,7 +262,7 @@ class GammaGradientOfXs(RBN):
         return result
 
 
-class CenterWeightGradientOfTheMean(RBN):
+class CenterWeightGradientOfTheMean(Layer):
     """The gradient of w_m is averaged over the positions instead of summed."""
 
     def calibrate_centering_backward(self, dx_cm: Array, s: Steps, gradients: dict[str, Array]) -> Array:
@@ -268,21 +272,21 @@ class CenterWeightGradientOfTheMean(RBN):
         return result
 
 
-MUTANTS: tuple[type[RBN], ...] = tuple(
+MUTANTS: tuple[type[Layer], ...] = tuple(
     value
     for value in list(vars().values())
-    if isinstance(value, type) and issubclass(value, RBN) and value is not RBN
+    if isinstance(value, type) and issubclass(value, Layer) and value is not Layer
 )
 
 
-def subject_of(layer: type[RBN]) -> Numpy:
+def subject_of(layer: type[Layer]) -> Numpy:
     """A NumPy layer, such as a mutant, as a subject of the suite."""
 
-    class Layer(Numpy):
+    class Planted(Numpy):
         """A layer with the reference's interface."""
 
         name = layer.__name__
         absent: ClassVar[dict[str, str]] = {}
         layer_class = layer
 
-    return Layer()
+    return Planted()

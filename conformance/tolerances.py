@@ -28,9 +28,9 @@ from __future__ import annotations
 import numpy as np
 
 from rbn_core.reference import (
-    RBN,
     RESTRICT_SLOPE,
     Array,
+    Layer,
     over_channel,
     per_channel,
     spatial_axes,
@@ -40,7 +40,7 @@ from rbn_core.reference import (
 FACTOR = 16.0
 
 
-def tolerances(layer: RBN, dy: Array, before: dict[str, Array], dtype: str) -> dict[str, float]:
+def tolerances(layer: Layer, dy: Array, before: dict[str, Array], dtype: str) -> dict[str, float]:
     """The tolerance of every quantity of the reference's last step.
 
     Args:
@@ -69,7 +69,7 @@ def tolerances(layer: RBN, dy: Array, before: dict[str, Array], dtype: str) -> d
     return result
 
 
-def condition(layer: RBN) -> float:
+def condition(layer: Layer) -> float:
     """kappa: the size of the terms of X_m = X + w_m K_m - E, in units of the deviation; at least 1."""
     s = layer.steps
     assert s is not None
@@ -78,7 +78,7 @@ def condition(layer: RBN) -> float:
     return max(1.0, float(np.max(size * s.inverse_std)))
 
 
-def scale_of_y(layer: RBN) -> float:
+def scale_of_y(layer: Layer) -> float:
     """The largest |X_s R gamma| + |beta|."""
     s = layer.steps
     assert s is not None
@@ -86,7 +86,7 @@ def scale_of_y(layer: RBN) -> float:
     return float(np.max(np.abs(s.y - per_channel(beta, s.y)) + np.abs(per_channel(beta, s.y))))
 
 
-def scales_of_gradients(layer: RBN, dy: Array) -> dict[str, float]:
+def scales_of_gradients(layer: Layer, dy: Array) -> dict[str, float]:
     """The magnitudes that the backward pass adds up: its own equations with every term taken absolutely.
 
     X_s, and with it K_s, is wrong by kappa eps in units of the deviation however small it is itself, so 1 is

@@ -2,6 +2,6 @@
 
 from rbn_core.config import Config
 from rbn_core.errors import RBNError, RBNTypeError, RBNValueError
-from rbn_core.reference import RBN
+from rbn_core.reference import BNET, IEBN, RBN
 
-__all__ = ["RBN", "Config", "RBNError", "RBNTypeError", "RBNValueError"]
+__all__ = ["BNET", "IEBN", "RBN", "Config", "RBNError", "RBNTypeError", "RBNValueError"]

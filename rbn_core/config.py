@@ -14,8 +14,8 @@ import numpy as np
 
 from rbn_core.errors import RBNError, RBNTypeError, RBNValueError
 
-Statistic = Literal["channel_mean", "channel_std", "spatial_mean", "spatial_std"]
-"""An instance statistic of the paper's Table 3: mu_c, sigma_c, mu_s, sigma_s."""
+Statistic = Literal["channel_mean", "channel_std", "spatial_mean", "spatial_std", "input_mean"]
+"""An instance statistic: mu_c, sigma_c, mu_s, sigma_s of RBN's Table 3, and IEBN's mu_c of X itself."""
 
 CHANNEL_STATISTICS: tuple[Statistic, ...] = ("channel_mean", "channel_std")
 SPATIAL_STATISTICS: tuple[Statistic, ...] = ("spatial_mean", "spatial_std")
@@ -23,16 +23,20 @@ STATISTICS = (*CHANNEL_STATISTICS, *SPATIAL_STATISTICS, None)
 RESTRICTIONS = ("sigmoid", "hard_sigmoid")
 RUNNING_VARIANCES = ("unbiased", "biased")
 FLOATING = ("float16", "bfloat16", "float32", "float64")
+SPATIAL_RANKS = (1, 2, 3)
 
 CALIBRATION_STARTS = {"center_weight": 0.0, "scale_weight": 0.0, "scale_bias": 1.0}
 """Where w_m, w_v and w_b start, so that the calibrations play no role at first (Section 4.1 of the paper)."""
+
+IEBN_STARTS = {"scale_weight": 0.0, "scale_bias": -1.0}
+"""Where IEBN's weight and bias start."""
 
 LayerType = TypeVar("LayerType", bound=type[Any])
 
 
 @dataclass(frozen=True)
 class Config:
-    """The options of an RBN layer, checked when it is made.
+    """The options of a layer, checked when it is made.
 
     Args:
         num_features: C, the number of channels; a positive integer.
@@ -40,12 +44,16 @@ class Config:
         momentum: m of eq. 3, the weight of the *old* running value, in [0, 1]; `None` averages all
             batches seen so far with equal weight.
         centering: K_m of eq. 5; `None` leaves the centering calibration out.
-        scaling: K_s of eq. 9; `None` leaves the scaling calibration out.
+        scaling: K_s of eq. 9; `None` leaves the scaling calibration out. "input_mean" is IEBN's.
         restrict: R of eq. 9.
         running_var: which batch variance eq. 3 accumulates: divided by n - 1 or by n.
         gamma: whether the scale of eq. 1's affine step is there and learned.
         beta: whether its shift is.
         track_running_stats: whether running statistics are kept; without them evaluation uses the batch's.
+        kernel_size: the odd extent of BNET's depthwise convolution, which takes the place of gamma and
+            beta; `None` in the other layers.
+        spatial_dims: how many axes that convolution has.
+        layer: "RBN", "IEBN" or "BNET", what errors call the layer.
 
     Raises:
         RBNError: An option is unknown, of the wrong type or out of range.
@@ -61,20 +69,49 @@ class Config:
     gamma: bool = True
     beta: bool = True
     track_running_stats: bool = True
+    kernel_size: int | None = None
+    spatial_dims: int = 2
+    layer: str = "RBN"
 
     def __post_init__(self) -> None:
-        _check_count("num_features", self.num_features)
-        _check_eps(self.eps)
-        check_momentum(self.momentum)
-        check_choice("centering", self.centering, STATISTICS)
-        check_choice("scaling", self.scaling, STATISTICS)
-        check_choice("restrict", self.restrict, RESTRICTIONS)
-        check_choice("running_var", self.running_var, RUNNING_VARIANCES)
+        check_count("num_features", self.num_features, self.layer)
+        _check_eps(self.eps, self.layer)
+        check_momentum(self.momentum, self.layer)
+        if self.layer == "RBN":
+            check_choice("centering", self.centering, STATISTICS)
+            check_choice("scaling", self.scaling, STATISTICS)
+        check_choice("restrict", self.restrict, RESTRICTIONS, self.layer)
+        check_choice("running_var", self.running_var, RUNNING_VARIANCES, self.layer)
+        if self.layer == "BNET":
+            _check_kernel_size(self.kernel_size)
+            check_choice("spatial_dims", self.spatial_dims, SPATIAL_RANKS, self.layer)
+
+    @classmethod
+    def iebn(cls, num_features: int, **options: Any) -> Config:
+        """The options of an IEBN layer: BatchNorm, scaled by an attention to X itself."""
+        return cls(num_features, centering=None, scaling="input_mean", layer="IEBN", **options)
+
+    @classmethod
+    def bnet(cls, num_features: int, kernel_size: int = 3, spatial_dims: int = 2, **options: Any) -> Config:
+        """The options of a BNET layer: BatchNorm with a depthwise convolution for its affine step."""
+        return cls(
+            num_features,
+            centering=None,
+            scaling=None,
+            gamma=False,
+            beta=False,
+            kernel_size=kernel_size,
+            spatial_dims=spatial_dims,
+            layer="BNET",
+            **options,
+        )
 
     @property
     def parameters(self) -> dict[str, float]:
-        """The canonical names of the learned parameters, each of shape (C,), and where they start."""
+        """The canonical names of the learned parameters of shape (C,), and where they start."""
         starts = {"gamma": 1.0, "beta": 0.0} | CALIBRATION_STARTS
+        if self.layer == "IEBN":
+            starts |= IEBN_STARTS
         present = {
             "gamma": self.gamma,
             "beta": self.beta,
@@ -91,8 +128,12 @@ class Config:
 
     def state_shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of everything the layer stores, under its canonical name."""
-        names = (*self.parameters, *self.statistics)
-        return {name: () if name == "num_batches_tracked" else (self.num_features,) for name in names}
+        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(self.parameters, (self.num_features,))
+        if self.kernel_size is not None:
+            shapes["conv_weight"] = (self.num_features, 1, *(self.kernel_size,) * self.spatial_dims)
+            shapes["conv_bias"] = (self.num_features,)
+        shapes |= dict.fromkeys(self.statistics, (self.num_features,))
+        return shapes | ({"num_batches_tracked": ()} if self.track_running_stats else {})
 
     @property
     def uses_spatial_statistics(self) -> bool:
@@ -100,36 +141,43 @@ class Config:
         return self.centering in SPATIAL_STATISTICS or self.scaling in SPATIAL_STATISTICS
 
 
-def old_value_weight(momentum: float | None) -> float | None:
+def old_value_weight(momentum: float | None, layer: str = "RBN") -> float | None:
     """The paper's m of a momentum that weighs the new value, as PyTorch's and Jittor's do.
 
     Raises:
         RBNError: The momentum, as the user gave it, is not a number in [0, 1] or `None`.
     """
-    check_momentum(momentum)
+    check_momentum(momentum, layer)
     return None if momentum is None else 1.0 - momentum
 
 
-def check_momentum(momentum: float | None) -> None:
+def check_momentum(momentum: float | None, layer: str = "RBN") -> None:
     """Refuse what is not a momentum; the interval is the same in either convention."""
     if momentum is None:
         return
     if not isinstance(momentum, int | float | np.number) or isinstance(momentum, bool):
         raise RBNTypeError(
-            f"RBN: expected momentum to be a number in [0, 1] or None, got {momentum!r}. "
+            f"{layer}: expected momentum to be a number in [0, 1] or None, got {momentum!r}. "
             "Pass a float, or None for the average of all batches."
         )
     if not 0 <= momentum <= 1:
         raise RBNValueError(
-            f"RBN: expected momentum in [0, 1], got {momentum!r}. "
+            f"{layer}: expected momentum in [0, 1], got {momentum!r}. "
             "Pass a weight between 0 and 1, or None for the average of all batches."
         )
 
 
 def check_input(
-    shape: tuple[int, ...], dtype: str, num_features: int, *, training: bool, axis: int = 1
+    shape: tuple[int, ...],
+    dtype: str,
+    num_features: int,
+    *,
+    training: bool,
+    axis: int = 1,
+    spatial_dims: int | None = None,
+    layer: str = "RBN",
 ) -> None:
-    """Refuse an input that no RBN layer can normalize, before any statistic changes.
+    """Refuse an input that no layer can normalize, before any statistic changes.
 
     Args:
         shape: The input's shape, (N, C, *spatial) up to the place of the channel axis.
@@ -137,6 +185,8 @@ def check_input(
         num_features: C, what the layer was built for.
         training: Whether batch statistics are about to be taken.
         axis: The channel axis; negative counts from the end.
+        spatial_dims: How many spatial axes there must be; any number by default.
+        layer: What the error calls the layer.
 
     Raises:
         RBNTypeError: The dtype is not one of float16, bfloat16, float32, float64.
@@ -144,20 +194,25 @@ def check_input(
     """
     if dtype not in FLOATING:
         raise RBNTypeError(
-            f"RBN: expected a floating-point input, got dtype {dtype}. "
+            f"{layer}: expected a floating-point input, got dtype {dtype}. "
             "Convert the input first, for example to float32."
         )
     shape = tuple(shape)
     if len(shape) < 2:
         raise RBNValueError(
-            f"RBN: expected an input with a batch and a channel axis, got shape {shape}. "
+            f"{layer}: expected an input with a batch and a channel axis, got shape {shape}. "
             "Add the missing axes: one image is a batch of 1."
+        )
+    if spatial_dims is not None and len(shape) != spatial_dims + 2:
+        raise RBNValueError(
+            f"{layer}: expected an input with {spatial_dims} spatial axes, got shape {shape}. "
+            f"Build the layer with spatial_dims={len(shape) - 2}, or reshape the input."
         )
     axis %= len(shape)
     channels = shape[axis]
     if channels != num_features:
         raise RBNValueError(
-            f"RBN: expected {num_features} channels on axis {axis}, got an input of shape {shape}. "
+            f"{layer}: expected {num_features} channels on axis {axis}, got an input of shape {shape}. "
             f"Build the layer with num_features={channels}, or move the channels to axis {axis}."
         )
     if not training:
@@ -165,12 +220,12 @@ def check_input(
     per_channel = math.prod(shape) // channels
     if per_channel == 0:
         raise RBNValueError(
-            f"RBN: expected values to train on, got an empty input of shape {shape}. "
+            f"{layer}: expected values to train on, got an empty input of shape {shape}. "
             "Skip empty batches, or switch the layer to evaluation."
         )
     if per_channel == 1:
         raise RBNValueError(
-            f"RBN: expected more than one value per channel in training, got an input of shape {shape}. "
+            f"{layer}: expected more than one value per channel in training, got an input of shape {shape}. "
             "Use a larger batch, or switch the layer to evaluation."
         )
 
@@ -195,30 +250,41 @@ def refuse_unknown_options(layer: LayerType) -> LayerType:
     return layer
 
 
-def _check_count(name: str, value: object) -> None:
+def check_count(name: str, value: object, layer: str = "RBN") -> None:
+    """Refuse what is not a positive integer."""
     if not isinstance(value, int | np.integer) or isinstance(value, bool):
-        raise RBNTypeError(f"RBN: expected {name} to be a positive integer, got {value!r}. Pass an int.")
+        raise RBNTypeError(f"{layer}: expected {name} to be a positive integer, got {value!r}. Pass an int.")
     if value <= 0:
         raise RBNValueError(
-            f"RBN: expected {name} to be a positive integer, got {value!r}. Pass the number of channels."
+            f"{layer}: expected {name} to be a positive integer, got {value!r}. Pass such a number."
         )
 
 
-def _check_eps(eps: object) -> None:
+def _check_eps(eps: object, layer: str) -> None:
     if not isinstance(eps, int | float | np.number) or isinstance(eps, bool):
         raise RBNTypeError(
-            f"RBN: expected eps to be a positive number, got {eps!r}. Pass a float such as 1e-5."
+            f"{layer}: expected eps to be a positive number, got {eps!r}. Pass a float such as 1e-5."
         )
     if not 0 < eps < math.inf:
         raise RBNValueError(
-            f"RBN: expected eps to be positive and finite, got {eps!r}. Pass a small number such as 1e-5."
+            f"{layer}: expected eps to be positive and finite, got {eps!r}. Pass a small number such as 1e-5."
         )
 
 
-def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
+def _check_kernel_size(kernel_size: object) -> None:
+    check_count("kernel_size", kernel_size, "BNET")
+    assert isinstance(kernel_size, int | np.integer)
+    if kernel_size % 2 == 0:
+        raise RBNValueError(
+            f"BNET: expected an odd kernel_size, got {kernel_size}. "
+            f"Take {kernel_size - 1} or {kernel_size + 1}: an even kernel has no centre."
+        )
+
+
+def check_choice(name: str, value: object, choices: tuple[object, ...], layer: str = "RBN") -> None:
     """Refuse a value that is none of an option's choices."""
     if value in choices:
         return
     wrong: type[RBNError] = RBNValueError if isinstance(value, str) else RBNTypeError
     listed = ", ".join(repr(choice) for choice in choices)
-    raise wrong(f"RBN: expected {name} to be one of {listed}, got {value!r}. Choose one of these.")
+    raise wrong(f"{layer}: expected {name} to be one of {listed}, got {value!r}. Choose one of these.")

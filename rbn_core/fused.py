@@ -1,4 +1,4 @@
-"""The two-pass form: RBN as one multiply-add per plane, which is what the fast layers compute.
+"""The two-pass form: a layer as one multiply-add per plane, which is what the fast layers compute.
 
 With channel statistics every (n, c) plane is only shifted and scaled, so a layer reads the image twice, as
 BatchNorm does, and everything in between happens on (N, C) numbers:
@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rbn_core import reference
-from rbn_core.config import check_input
+from rbn_core.config import Config
 from rbn_core.errors import RBNValueError
 from rbn_core.reference import RESTRICT, RESTRICT_SLOPE
 
@@ -45,42 +45,53 @@ class Calibration:
     b: Array
 
 
-class TwoPassRBN(reference.RBN):
-    """`reference.RBN` with channel statistics, computed in the input's dtype in two passes over it.
+class TwoPass(reference.Layer):
+    """`reference.Layer` with channel statistics, computed in the input's dtype in two passes over it.
 
-    Same options, names and results. `reference.RBN` says what is computed, this says how cheaply.
+    Same options, names and results. `reference` says what is computed, this says how cheaply.
 
     Raises:
         RBNValueError: A spatial statistic was asked for; those have no two-pass form.
     """
 
-    def __init__(self, num_features: int, **options: Any) -> None:
-        super().__init__(num_features, **options)
-        if self.config.uses_spatial_statistics:
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        if config.uses_spatial_statistics:
             raise RBNValueError(
-                "TwoPassRBN: expected statistics over channels, got "
-                f"centering={self.config.centering!r}, scaling={self.config.scaling!r}. "
+                "TwoPass: expected statistics over channels, got "
+                f"centering={config.centering!r}, scaling={config.scaling!r}. "
                 "Use rbn_core.RBN for spatial statistics."
             )
 
     def forward(self, x: Any, training: bool) -> Array:
-        """As `reference.RBN.forward`; Y has the dtype of x."""
+        """As `reference.Layer.forward`; Y has the dtype of x."""
         x = np.asarray(x)
         batch_statistics = training or not self.config.track_running_stats
-        check_input(x.shape, x.dtype.name, self.config.num_features, training=batch_statistics)
+        self.check_input(x, batch_statistics)
         mu, v = moments(x)
         c = calibrate(self, mu, v, batch_statistics)
         if training and self.config.track_running_stats:
             self.accumulate(c.mean, c.var, values=x.size // x.shape[1])
-        self.x, self.calibration = x, c
-        return affine(x, c.a, c.b)
+        self.x, self.calibration, self.x_s = x, c, None
+        y = affine(x, c.a, c.b)
+        if self.config.kernel_size is None:
+            return y
+        self.x_s = y
+        weight, bias = (self.parameters[name].astype(x.dtype) for name in ("conv_weight", "conv_bias"))
+        return reference.depthwise_convolution(y, weight, bias)
 
     def backward(self, dy: Any) -> tuple[Array, dict[str, Array]]:
-        """As `reference.RBN.backward`, in one reading and one writing pass."""
+        """As `reference.Layer.backward`, in one reading and one writing pass."""
         x, c = self.x, self.calibration
         dy = np.asarray(dy, dtype=x.dtype)
+        convolution: dict[str, Array] = {}
+        if self.x_s is not None:
+            convolution["conv_bias"] = reference.over_channel(dy)
+            weight = self.parameters["conv_weight"].astype(x.dtype)
+            dy, convolution["conv_weight"] = reference.depthwise_convolution_backward(dy, self.x_s, weight)
         s0, s1 = backward_sums(dy, x, c.mu)
         dmu, dv, gradients = calibrate_backward(self, c, da=s1 + c.mu * s0, db=s0)
+        gradients |= convolution
         return backward_affine(dy, x, c, dmu, dv), gradients
 
 
@@ -91,7 +102,7 @@ def moments(x: Array) -> tuple[Array, Array]:
     return mu, np.square(planes - mu[..., None]).mean(axis=2)
 
 
-def calibrate(layer: reference.RBN, mu: Array, v: Array, batch_statistics: bool) -> Calibration:
+def calibrate(layer: reference.Layer, mu: Array, v: Array, batch_statistics: bool) -> Calibration:
     """Equations 2 to 9 on (N, C) moments: the a and b of Y = a X + b.
 
     With batch statistics Y does not change when all of X is shifted. So plane means are taken from their own
@@ -127,6 +138,8 @@ def calibrate(layer: reference.RBN, mu: Array, v: Array, batch_statistics: bool)
         k = deviation * inverse_std
     elif config.scaling == "channel_std":
         k = np.sqrt(v * np.square(inverse_std) + eps)
+    elif config.scaling == "input_mean":
+        k = mu
     restriction = None
     a = np.broadcast_to(inverse_std, mu.shape)
     if k is not None:
@@ -155,7 +168,7 @@ def backward_sums(dy: Array, x: Array, mu: Array) -> tuple[Array, Array]:
 
 
 def calibrate_backward(
-    layer: reference.RBN, c: Calibration, da: Array, db: Array
+    layer: reference.Layer, c: Calibration, da: Array, db: Array
 ) -> tuple[Array, Array, dict[str, Array]]:
     """The gradients of mu, v and the parameters, from those of a and b."""
     config, dtype = layer.config, c.mu.dtype
@@ -178,6 +191,7 @@ def calibrate_backward(
     dinverse_std = (da * gamma * restriction).sum(axis=0)
 
     dshifted = np.zeros_like(c.mu)
+    dmu = np.zeros_like(c.mu)
     dv = np.zeros_like(c.v)
     if c.k is not None and c.restriction is not None:
         dz = da * gamma * c.inverse_std * RESTRICT_SLOPE[config.restrict](c.restriction)
@@ -188,6 +202,8 @@ def calibrate_backward(
             dshifted = dshifted + dk * c.inverse_std
             dmean = dmean - (dk * c.inverse_std).sum(axis=0)
             dinverse_std = dinverse_std + (dk * c.deviation).sum(axis=0)
+        elif config.scaling == "input_mean":
+            dmu = dmu + dk
         else:
             dv = dv + dk * np.square(c.inverse_std) / (2 * c.k)
             dinverse_std = dinverse_std + (dk * c.v * c.inverse_std / c.k).sum(axis=0)
@@ -199,7 +215,7 @@ def calibrate_backward(
         dshifted = dshifted + 2 * dvar * c.deviation + dmean / len(c.mu)
 
     dshift = dshift + dshifted
-    dmu = dshifted
+    dmu = dmu + dshifted
     if config.centering == "channel_mean":
         gradients["center_weight"] = (dshift * c.mu_0).sum(axis=0)
         dmu = dmu + dshift * parameters["center_weight"]

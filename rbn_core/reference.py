@@ -1,12 +1,13 @@
-"""The reference: Representative Batch Normalization as the paper writes it, in float64.
+"""The reference: Representative Batch Normalization and its relatives as the papers write them, in float64.
 
-Gao et al., "Representative Batch Normalization with Feature Calibration", CVPR 2021. Every step carries
-the number of its equation. Nothing here is fast; everything here is meant to be read beside the paper.
+Gao et al., "Representative Batch Normalization with Feature Calibration", CVPR 2021. Every step carries the
+number of its equation there; IEBN and BNET share the steps that they have in common with it. Nothing here is
+fast; everything here is meant to be read beside the papers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,72 +37,36 @@ class Steps:
     y: Array
 
 
-@refuse_unknown_options
-class RBN:
-    """Representative Batch Normalization, eq. 12, literally, with a hand-derived gradient.
-
-        X_cm = X + w_m K_m                        centering calibration, eq. 5
-        X_m  = X_cm - E(X_cm)                     centering
-        X_s  = X_m / sqrt(Var(X_cm) + eps)        scaling
-        X_cs = X_s R(w_v K_s + w_b)               scaling calibration, eq. 9
-        Y    = X_cs gamma + beta                  affine
+class Layer:
+    """What RBN, IEBN and BNET have in common: every step of eq. 12, as far as the options have it.
 
     Inputs have the shape (N, C, *spatial) and are taken to float64; parameters and statistics are float64
-    of shape (C,), in `parameters` and `statistics` under their canonical names. A subclass with a longer
-    `dtype` has the same equations to more digits.
+    under their canonical names. A subclass with a longer `dtype` has the same equations to more digits.
 
     Args:
-        num_features: C, the number of channels.
-        eps: epsilon of eq. 1.
-        momentum: m of eq. 3, the weight of the old value; `None` averages all batches equally.
-        centering: The statistic K_m of eq. 5, or `None`.
-        scaling: The statistic K_s of eq. 9, or `None`.
-        restrict: R of eq. 9, "sigmoid" or "hard_sigmoid".
-        running_var: "unbiased" or "biased", the batch variance that eq. 3 accumulates.
-        gamma: Whether there is a gamma.
-        beta: Whether there is a beta.
-        track_running_stats: Whether there are running statistics; without them evaluation uses the batch's.
+        config: The options.
 
-    Raises:
-        RBNError: An option or an input is refused; see `rbn_core.config`.
+    Attributes:
+        parameters: What is learned, under canonical names.
+        statistics: What training accumulates, under canonical names.
+        steps: What the last forward pass computed.
     """
 
     dtype: type[np.floating[Any]] = np.float64
 
-    def __init__(
-        self,
-        num_features: int,
-        *,
-        eps: float = 1e-5,
-        momentum: float | None = 0.9,
-        centering: Statistic | None = "channel_mean",
-        scaling: Statistic | None = "channel_mean",
-        restrict: str = "sigmoid",
-        running_var: str = "unbiased",
-        gamma: bool = True,
-        beta: bool = True,
-        track_running_stats: bool = True,
-    ) -> None:
-        self.config = Config(
-            num_features,
-            eps,
-            momentum,
-            centering,
-            scaling,
-            restrict,
-            running_var,
-            gamma,
-            beta,
-            track_running_stats,
-        )
+    def __init__(self, config: Config) -> None:
+        self.config = config
         self.parameters: dict[str, Array] = {
-            name: np.full(num_features, start, self.dtype) for name, start in self.config.parameters.items()
+            name: np.full(config.num_features, start, self.dtype) for name, start in config.parameters.items()
         }
+        if config.kernel_size is not None:
+            self.parameters["conv_weight"] = centre_tap(config).astype(self.dtype)
+            self.parameters["conv_bias"] = np.zeros(config.num_features, self.dtype)
         self.statistics: dict[str, Any] = {}
-        if track_running_stats:
+        if config.track_running_stats:
             self.statistics = {
-                "running_mean": np.zeros(num_features, self.dtype),
-                "running_var": np.ones(num_features, self.dtype),
+                "running_mean": np.zeros(config.num_features, self.dtype),
+                "running_var": np.ones(config.num_features, self.dtype),
                 "num_batches_tracked": 0,
             }
         self.steps: Steps | None = None
@@ -136,7 +101,7 @@ class RBN:
         """
         x = np.asarray(x)
         batch_statistics = training or not self.config.track_running_stats
-        check_input(x.shape, x.dtype.name, self.config.num_features, training=batch_statistics)
+        self.check_input(x, batch_statistics)
         x = x.astype(self.dtype)
         k_m, x_cm = self.calibrate_centering(x)
         mean, var = self.statistics_of(x_cm, training)
@@ -146,6 +111,17 @@ class RBN:
         y = self.transform(x_cs)
         self.steps = Steps(batch_statistics, x, k_m, x_cm, mean, inverse_std, x_s, k_s, restriction, x_cs, y)
         return y
+
+    def check_input(self, x: Array, batch_statistics: bool) -> None:
+        """Refuse an input that the layer cannot normalize."""
+        check_input(
+            x.shape,
+            x.dtype.name,
+            self.config.num_features,
+            training=batch_statistics,
+            spatial_dims=None if self.config.kernel_size is None else self.config.spatial_dims,
+            layer=self.config.layer,
+        )
 
     def calibrate_centering(self, x: Array) -> tuple[Array | None, Array]:
         """Eq. 5: X_cm = X + w_m K_m."""
@@ -184,8 +160,11 @@ class RBN:
         return (x_cm - per_channel(mean, x_cm)) * inverse_std, inverse_std
 
     def scaling_statistic(self, x: Array, x_s: Array) -> Array | None:
-        """K_s of eq. 9, a statistic of X_s."""
-        return None if self.config.scaling is None else statistic(self.config.scaling, x_s, self.config.eps)
+        """K_s of eq. 9, a statistic of X_s; IEBN's is one of X."""
+        if self.config.scaling is None:
+            return None
+        source = x if self.config.scaling == "input_mean" else x_s
+        return statistic(self.config.scaling, source, self.config.eps)
 
     def calibrate_scaling(self, x_s: Array, k_s: Array | None) -> tuple[Array | None, Array]:
         """Eq. 9: R(w_v K_s + w_b), and X_cs = X_s times it."""
@@ -197,7 +176,9 @@ class RBN:
         return restriction, x_s * restriction
 
     def transform(self, x_cs: Array) -> Array:
-        """The affine step of eq. 1: Y = X_cs gamma + beta."""
+        """The affine step of eq. 1: Y = X_cs gamma + beta; BNET's convolution in its place."""
+        if self.config.kernel_size is not None:
+            return depthwise_convolution(x_cs, self.parameters["conv_weight"], self.parameters["conv_bias"])
         y = x_cs
         if self.config.gamma:
             y = y * per_channel(self.parameters["gamma"], y)
@@ -219,12 +200,18 @@ class RBN:
         s = self.steps
         gradients: dict[str, Array] = {}
         dx_cs = self.transform_backward(np.asarray(dy, dtype=self.dtype), s, gradients)
-        dx_s = self.calibrate_scaling_backward(dx_cs, s, gradients)
+        dx_s, dx_attention = self.calibrate_scaling_backward(dx_cs, s, gradients)
         dx_cm = self.standardize_backward(dx_s, s)
-        return self.calibrate_centering_backward(dx_cm, s, gradients), gradients
+        return self.calibrate_centering_backward(dx_cm, s, gradients) + dx_attention, gradients
 
     def transform_backward(self, dy: Array, s: Steps, gradients: dict[str, Array]) -> Array:
-        """dX_cs = dY gamma."""
+        """dX_cs = dY gamma; in BNET the correlation of dY with the kernel."""
+        if self.config.kernel_size is not None:
+            gradients["conv_bias"] = over_channel(dy)
+            dx_cs, gradients["conv_weight"] = depthwise_convolution_backward(
+                dy, s.x_cs, self.parameters["conv_weight"]
+            )
+            return dx_cs
         if self.config.beta:
             gradients["beta"] = over_channel(dy)
         if not self.config.gamma:
@@ -232,17 +219,23 @@ class RBN:
         gradients["gamma"] = over_channel(dy * s.x_cs)
         return dy * per_channel(self.parameters["gamma"], dy)
 
-    def calibrate_scaling_backward(self, dx_cs: Array, s: Steps, gradients: dict[str, Array]) -> Array:
-        """dX_s = dX_cs R + (dK_s/dX_s)^T dK_s, of eq. 9."""
-        if self.config.scaling is None:
-            return dx_cs
+    def calibrate_scaling_backward(
+        self, dx_cs: Array, s: Steps, gradients: dict[str, Array]
+    ) -> tuple[Array, Array | float]:
+        """dX_s = dX_cs R + (dK_s/dX_s)^T dK_s, of eq. 9, and what goes to X itself: IEBN's dK_s."""
+        scaling = self.config.scaling
+        if scaling is None:
+            return dx_cs, 0.0
         assert s.k_s is not None
         assert s.restriction is not None
         dz = dx_cs * s.x_s * RESTRICT_SLOPE[self.config.restrict](s.restriction)
         gradients["scale_weight"] = over_channel(dz * s.k_s)
         gradients["scale_bias"] = over_channel(dz)
         dk_s = dz * per_channel(self.parameters["scale_weight"], dz)
-        return dx_cs * s.restriction + statistic_backward(self.config.scaling, s.x_s, s.k_s, dk_s)
+        dx_s = dx_cs * s.restriction
+        if scaling == "input_mean":
+            return dx_s, statistic_backward(scaling, s.x, s.k_s, dk_s)
+        return dx_s + statistic_backward(scaling, s.x_s, s.k_s, dk_s), 0.0
 
     def standardize_backward(self, dx_s: Array, s: Steps) -> Array:
         """dX_cm of X_s = (X_cm - E) / sqrt(Var + eps), E and Var the batch's in training."""
@@ -262,6 +255,155 @@ class RBN:
         gradients["center_weight"] = over_channel(dx_cm * s.k_m)
         dk_m = dx_cm * per_channel(self.parameters["center_weight"], dx_cm)
         return dx_cm + statistic_backward(self.config.centering, s.x, s.k_m, dk_m)
+
+
+@refuse_unknown_options
+class RBN(Layer):
+    """Representative Batch Normalization, eq. 12, literally, with a hand-derived gradient.
+
+        X_cm = X + w_m K_m                        centering calibration, eq. 5
+        X_m  = X_cm - E(X_cm)                     centering
+        X_s  = X_m / sqrt(Var(X_cm) + eps)        scaling
+        X_cs = X_s R(w_v K_s + w_b)               scaling calibration, eq. 9
+        Y    = X_cs gamma + beta                  affine
+
+    Args:
+        num_features: C, the number of channels.
+        eps: epsilon of eq. 1.
+        momentum: m of eq. 3, the weight of the old value; `None` averages all batches equally.
+        centering: The statistic K_m of eq. 5, or `None`.
+        scaling: The statistic K_s of eq. 9, or `None`.
+        restrict: R of eq. 9, "sigmoid" or "hard_sigmoid".
+        running_var: "unbiased" or "biased", the batch variance that eq. 3 accumulates.
+        gamma: Whether there is a gamma.
+        beta: Whether there is a beta.
+        track_running_stats: Whether there are running statistics; without them evaluation uses the batch's.
+
+    Raises:
+        RBNError: An option or an input is refused; see `rbn_core.config`.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        eps: float = 1e-5,
+        momentum: float | None = 0.9,
+        centering: Statistic | None = "channel_mean",
+        scaling: Statistic | None = "channel_mean",
+        restrict: str = "sigmoid",
+        running_var: str = "unbiased",
+        gamma: bool = True,
+        beta: bool = True,
+        track_running_stats: bool = True,
+    ) -> None:
+        super().__init__(
+            Config(
+                num_features,
+                eps,
+                momentum,
+                centering,
+                scaling,
+                restrict,
+                running_var,
+                gamma,
+                beta,
+                track_running_stats,
+            )
+        )
+
+
+@refuse_unknown_options
+class IEBN(Layer):
+    """Instance Enhancement Batch Normalization (Liang et al., AAAI 2020): BatchNorm times an attention.
+
+        X_s = (X - E(X)) / sqrt(Var(X) + eps)
+        Y   = X_s sigmoid(w_v mean_c(X) + w_b) gamma + beta        mean_c over the positions of one channel
+
+    w_v starts at 0 and w_b at -1.
+
+    Args:
+        num_features: C, the number of channels.
+        eps: epsilon.
+        momentum: The weight of the old running value; `None` averages all batches equally.
+        running_var: "unbiased" or "biased", the batch variance that is accumulated.
+        gamma: Whether there is a gamma.
+        beta: Whether there is a beta.
+        track_running_stats: Whether there are running statistics; without them evaluation uses the batch's.
+
+    Raises:
+        RBNError: An option or an input is refused; see `rbn_core.config`.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        eps: float = 1e-5,
+        momentum: float | None = 0.9,
+        running_var: str = "unbiased",
+        gamma: bool = True,
+        beta: bool = True,
+        track_running_stats: bool = True,
+    ) -> None:
+        super().__init__(
+            Config.iebn(
+                num_features,
+                eps=eps,
+                momentum=momentum,
+                running_var=running_var,
+                gamma=gamma,
+                beta=beta,
+                track_running_stats=track_running_stats,
+            )
+        )
+
+
+@refuse_unknown_options
+class BNET(Layer):
+    """BatchNorm with an enhanced linear transformation (Xu et al., 2020): its affine step is a convolution.
+
+        X_s = (X - E(X)) / sqrt(Var(X) + eps)
+        Y   = depthwise convolution of X_s, zero padded, plus a bias
+
+    A new reference layer has 1 at the centre of every kernel and is plain BatchNorm; the frameworks' layers
+    start as their own depthwise convolutions do.
+
+    Args:
+        num_features: C, the number of channels.
+        kernel_size: The extent of the kernel along every axis; odd.
+        spatial_dims: The number of spatial axes: 1, 2 or 3.
+        eps: epsilon.
+        momentum: The weight of the old running value; `None` averages all batches equally.
+        running_var: "unbiased" or "biased", the batch variance that is accumulated.
+        track_running_stats: Whether there are running statistics; without them evaluation uses the batch's.
+
+    Raises:
+        RBNError: An option or an input is refused; see `rbn_core.config`.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        kernel_size: int = 3,
+        *,
+        spatial_dims: int = 2,
+        eps: float = 1e-5,
+        momentum: float | None = 0.9,
+        running_var: str = "unbiased",
+        track_running_stats: bool = True,
+    ) -> None:
+        super().__init__(
+            Config.bnet(
+                num_features,
+                kernel_size,
+                spatial_dims,
+                eps=eps,
+                momentum=momentum,
+                running_var=running_var,
+                track_running_stats=track_running_stats,
+            )
+        )
 
 
 def batch_mean_and_variance(x: Array) -> tuple[Array, Array]:
@@ -298,6 +440,48 @@ def statistic_backward(name: Statistic, x: Array, k: Array, dk: Array) -> Array:
 def statistic_axes(name: Statistic, x: Array) -> tuple[int, ...]:
     """The axes that a statistic averages over."""
     return (1,) if name in SPATIAL_STATISTICS else spatial_axes(x)
+
+
+def centre_tap(config: Config) -> Array:
+    """The depthwise kernels that leave their input as it is: 1 at the centre, 0 elsewhere."""
+    weight = np.zeros(config.state_shapes()["conv_weight"])
+    weight[(..., *(size // 2 for size in weight.shape[2:]))] = 1.0
+    return weight
+
+
+def depthwise_convolution(x: Array, weight: Array, bias: Array) -> Array:
+    """Each channel correlated with its own kernel, zero padded to the same size, plus a bias.
+
+    Args:
+        x: (N, C, *spatial).
+        weight: (C, 1, *kernel), of odd extents.
+        bias: (C,).
+    """
+    y = np.broadcast_to(per_channel(bias, x), x.shape)
+    padded = np.pad(x, [(0, 0), (0, 0), *((size // 2, size // 2) for size in weight.shape[2:])])
+    for tap, window in taps(weight, x):
+        y = y + padded[window] * per_channel(weight[tap], x)
+    return y
+
+
+def depthwise_convolution_backward(dy: Array, x: Array, weight: Array) -> tuple[Array, Array]:
+    """The gradients of x and of the kernels."""
+    margins = [(0, 0), (0, 0), *((size // 2, size // 2) for size in weight.shape[2:])]
+    padded = np.pad(x, margins)
+    dpadded = np.zeros_like(padded)
+    dweight = np.empty_like(weight)
+    for tap, window in taps(weight, x):
+        dweight[tap] = over_channel(dy * padded[window])
+        dpadded[window] += dy * per_channel(weight[tap], x)
+    inside = tuple(slice(before, before + size) for (before, _), size in zip(margins, x.shape, strict=True))
+    return dpadded[inside], dweight
+
+
+def taps(weight: Array, x: Array) -> Iterator[tuple[Any, Any]]:
+    """The index of every place of the kernels, and of the window of the padded input that it multiplies."""
+    for tap in np.ndindex(*weight.shape[2:]):
+        moved = (slice(start, start + size) for start, size in zip(tap, x.shape[2:], strict=True))
+        yield (slice(None), 0, *tap), (slice(None), slice(None), *moved)
 
 
 def sigmoid(z: Array) -> Array:

@@ -6,13 +6,13 @@ from typing import ClassVar
 
 from rbn.conformance.subject import Array, Outcome, Subject
 from rbn_core.config import Config
-from rbn_core.fused import TwoPassRBN
-from rbn_core.reference import RBN
+from rbn_core.fused import TwoPass
+from rbn_core.reference import Layer
 from rbn_core.weights import State
 
 
 class Numpy(Subject):
-    """A NumPy layer with the interface of `rbn_core.RBN`; here its two-pass form.
+    """A NumPy layer with the interface of `rbn_core.reference.Layer`; here its two-pass form.
 
     Attributes:
         layer_class: The layer under test; mutants put their own here.
@@ -22,22 +22,11 @@ class Numpy(Subject):
     absent: ClassVar[dict[str, str]] = {
         "rbn/*=spatial_*": "statistics over the channels have no two-pass form"
     }
-    layer_class: type[RBN] = TwoPassRBN
+    layer_class: type[Layer] = TwoPass
 
     def build(self, config: Config, state: State, dtype: str) -> None:
         """Make the layer."""
-        self.layer = self.layer_class(
-            config.num_features,
-            eps=config.eps,
-            momentum=config.momentum,
-            centering=config.centering,
-            scaling=config.scaling,
-            restrict=config.restrict,
-            running_var=config.running_var,
-            gamma=config.gamma,
-            beta=config.beta,
-            track_running_stats=config.track_running_stats,
-        )
+        self.layer = self.layer_class(config)
         self.layer.load(state)
 
     def run(self, x: Array, training: bool, cotangent: Array) -> Outcome:

@@ -15,7 +15,7 @@ from rbn.conformance.check import ABSENT, FAILED, PASSED, Deviation, Result, che
 from rbn.conformance.mutants import MUTANTS, subject_of
 from rbn.conformance.report import Progress, render, write_json
 from rbn.conformance.subjects.numpy import Numpy
-from rbn_core import RBN
+from rbn_core.reference import Layer
 
 SOME = tuple(case for case in all_cases() if case.data == "digits")
 
@@ -25,7 +25,7 @@ def failed(subject, cases=None):
 
 
 def test_the_reference_passes_every_case():
-    assert failed(subject_of(RBN)) == []
+    assert failed(subject_of(Layer)) == []
 
 
 def test_the_two_pass_form_passes_every_case():
@@ -43,7 +43,7 @@ def test_every_mutant_is_rejected(mutant, record_property):
 
 def test_there_are_at_least_ten_mutants_and_each_says_its_mistake():
     assert len(MUTANTS) >= 10
-    assert all(mutant.__doc__ and mutant.__doc__ != RBN.__doc__ for mutant in MUTANTS)
+    assert all(mutant.__doc__ and mutant.__doc__ != Layer.__doc__ for mutant in MUTANTS)
 
 
 def test_case_ids_are_unique_and_name_what_they_are():
@@ -79,7 +79,7 @@ class Raises(Numpy):
         raise RuntimeError("out of order")
 
 
-class WrongShape(RBN):
+class WrongShape(Layer):
     """dx is one image short."""
 
     def backward(self, dy):
@@ -87,14 +87,14 @@ class WrongShape(RBN):
         return dx[1:], gradients
 
 
-class SwallowsNaN(RBN):
+class SwallowsNaN(Layer):
     """y is NaN."""
 
     def forward(self, x, training):
         return np.full_like(super().forward(x, training), np.nan)
 
 
-class ForgetsAGradient(RBN):
+class ForgetsAGradient(Layer):
     """The gradient of beta is not there."""
 
     def backward(self, dy):

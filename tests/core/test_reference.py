@@ -4,16 +4,18 @@ import itertools
 
 import numpy as np
 import pytest
+import scipy.ndimage
 
-from rbn_core import RBN
+from rbn_core import BNET, IEBN, RBN, Config
 from rbn_core.config import CHANNEL_STATISTICS, STATISTICS
-from rbn_core.fused import TwoPassRBN
+from rbn_core.fused import TwoPass
+from rbn_core.reference import Layer
 
 CALIBRATIONS = list(itertools.product(STATISTICS, STATISTICS))
 CHANNEL_CALIBRATIONS = list(itertools.product((*CHANNEL_STATISTICS, None), repeat=2))
 
 
-class ExtendedRBN(RBN):
+class Extended(Layer):
     """The same equations with more digits, so that a finite difference has digits to lose."""
 
     dtype = np.longdouble
@@ -34,13 +36,21 @@ def plain_numbers(shape, seed=1):
     return rng.normal(1.0, 2.0, shape), rng.normal(size=shape)
 
 
+RBN_CONFIGS = [
+    Config(2, centering=centering, scaling=scaling, restrict=restrict)
+    for (centering, scaling), restrict in itertools.product(CALIBRATIONS, ("sigmoid", "hard_sigmoid"))
+]
+OTHER_CONFIGS = [
+    Config.iebn(2),
+    *(Config.bnet(2, size, spatial_dims=rank) for size, rank in itertools.product((1, 3, 5), (1, 2, 3))),
+]
+
+
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("restrict", ["sigmoid", "hard_sigmoid"])
-@pytest.mark.parametrize(("centering", "scaling"), CALIBRATIONS)
-def test_every_gradient_is_the_finite_difference(centering, scaling, restrict, training):
-    options = {"centering": centering, "scaling": scaling, "restrict": restrict}
-    layer, longer = filled(RBN(2, **options)), filled(ExtendedRBN(2, **options))
-    x, dy = plain_numbers((2, 2, 1, 3))
+@pytest.mark.parametrize("config", [*RBN_CONFIGS, *OTHER_CONFIGS], ids=str)
+def test_every_gradient_is_the_finite_difference(config, training):
+    layer, longer = filled(Layer(config)), filled(Extended(config))
+    x, dy = plain_numbers((2, 2, 1, 3, 2)[: config.spatial_dims + 2])
     layer.forward(x, training)
     dx, gradients = layer.backward(dy)
 
@@ -67,30 +77,45 @@ def test_every_gradient_is_the_finite_difference(centering, scaling, restrict, t
         np.testing.assert_allclose(expected, numeric, rtol=1e-8, atol=1e-8, err_msg=name)
 
 
-@pytest.mark.parametrize(
-    "shape", [(3, 4, 2, 3), (2, 3, 5), (5, 3), (1, 2, 7, 7), (2, 1, 2, 2, 2), (4, 3, 1, 1)]
-)
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize(("centering", "scaling"), CHANNEL_CALIBRATIONS)
-def test_the_two_pass_form_is_the_same_layer(centering, scaling, training, shape):
-    options = {"centering": centering, "scaling": scaling}
-    literal, two_pass = (filled(kind(shape[1], **options)) for kind in (RBN, TwoPassRBN))
+SHAPES = [(3, 4, 2, 3), (2, 3, 5), (5, 3), (1, 2, 7, 7), (2, 1, 2, 2, 2), (4, 3, 1, 1)]
+
+
+def same(literal, two_pass, shape, training):
+    """Hold one layer to another, to rounding, for two steps."""
+    filled(literal), filled(two_pass)
     for seed in (1, 2):
         x, dy = plain_numbers(shape, seed)
         expected = {"y": literal.forward(x, training)}
         actual = {"y": two_pass.forward(x, training)}
         for layer, results in ((literal, expected), (two_pass, actual)):
             results["dx"], gradients = layer.backward(dy)
-            results |= gradients | layer.statistics
+            results |= {f"d {name}": value for name, value in gradients.items()} | layer.statistics
         assert actual.keys() == expected.keys()
         for name in expected:
             scale = max(1.0, np.max(np.abs(expected[name])))
             np.testing.assert_allclose(actual[name], expected[name], rtol=0, atol=1e-12 * scale, err_msg=name)
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("centering", "scaling"), CHANNEL_CALIBRATIONS)
+def test_the_two_pass_form_is_the_same_rbn(centering, scaling, training, shape):
+    config = Config(shape[1], centering=centering, scaling=scaling)
+    same(Layer(config), TwoPass(config), shape, training)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("training", [True, False])
+def test_the_two_pass_form_is_the_same_iebn_and_bnet(training, shape):
+    same(Layer(Config.iebn(shape[1])), TwoPass(Config.iebn(shape[1])), shape, training)
+    if len(shape) > 2:
+        config = Config.bnet(shape[1], spatial_dims=len(shape) - 2)
+        same(Layer(config), TwoPass(config), shape, training)
+
+
 def test_the_two_pass_form_refuses_statistics_over_the_channels():
     with pytest.raises(ValueError, match="expected statistics over channels, got centering='spatial_mean'"):
-        TwoPassRBN(3, centering="spatial_mean")
+        TwoPass(Config(3, centering="spatial_mean"))
 
 
 def test_a_layer_worked_out_by_hand():
@@ -185,3 +210,35 @@ def test_a_state_that_does_not_fit_lists_every_fault_and_changes_nothing():
         layer.load(state)
     for name, value in layer.state().items():
         np.testing.assert_array_equal(value, before[name])
+
+
+def test_a_new_iebn_is_batch_norm_times_sigmoid_of_minus_one():
+    x, _ = plain_numbers((4, 3, 2, 2))
+    plain = RBN(3, centering=None, scaling=None).forward(x, training=True)
+    np.testing.assert_allclose(IEBN(3).forward(x, training=True), plain / (1.0 + np.exp(1.0)), rtol=1e-14)
+
+
+def test_the_attention_of_iebn_follows_the_raw_input():
+    layer = filled(IEBN(3))
+    x, _ = plain_numbers((4, 3, 2, 2))
+    z = layer.parameters["scale_weight"] * x.mean(axis=(2, 3)) + layer.parameters["scale_bias"]
+    layer.forward(x, training=True)
+    np.testing.assert_allclose(layer.steps.restriction[:, :, 0, 0], 1.0 / (1.0 + np.exp(-z)), rtol=1e-14)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+@pytest.mark.parametrize("kernel_size", [1, 3, 5, 7])
+def test_a_new_bnet_is_batch_norm(kernel_size, rank):
+    x, _ = plain_numbers((4, 3, 5, 4, 3)[: rank + 2])
+    plain = RBN(3, centering=None, scaling=None).forward(x, training=True)
+    layer = BNET(3, kernel_size, spatial_dims=rank)
+    np.testing.assert_array_equal(layer.forward(x, training=True), plain)
+
+
+def test_the_convolution_of_bnet_is_scipys():
+    layer = filled(BNET(2, 3))
+    y = layer.forward(plain_numbers((2, 2, 5, 4))[0], training=True)
+    for n, c in np.ndindex(2, 2):
+        kernel = layer.parameters["conv_weight"][c, 0]
+        expected = scipy.ndimage.correlate(layer.steps.x_s[n, c], kernel, mode="constant")
+        np.testing.assert_allclose(y[n, c], expected + layer.parameters["conv_bias"][c], rtol=1e-12)
