@@ -208,6 +208,11 @@ def check_input(
             f"{layer}: expected an input with {spatial_dims} spatial axes, got shape {shape}. "
             f"Build the layer with spatial_dims={len(shape) - 2}, or reshape the input."
         )
+    if not -len(shape) <= axis < len(shape):
+        raise RBNValueError(
+            f"{layer}: expected a channel axis of the input, got axis {axis} for shape {shape}. "
+            "Build the layer with another axis."
+        )
     axis %= len(shape)
     channels = shape[axis]
     if channels != num_features:

@@ -51,7 +51,7 @@ def check_state(state: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]])
 
 def save(path: str | PathLike[str], state: Mapping[str, Any]) -> None:
     """Write a state as a safetensors file."""
-    save_file({name: np.ascontiguousarray(value) for name, value in state.items()}, path)
+    save_file({name: np.asarray(value, order="C") for name, value in state.items()}, path)
 
 
 def load(path: str | PathLike[str]) -> State:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -17,6 +17,13 @@ def hard_sigmoid(z: Tensor) -> Tensor:
 
 RESTRICT = {"sigmoid": torch.sigmoid, "hard_sigmoid": hard_sigmoid}
 
+Average = Callable[[Tensor], Tensor]
+
+
+def batch_average(values: Tensor) -> Tensor:
+    """(N, C) plane values to their mean over the batch, (C,)."""
+    return values.mean(dim=0)
+
 
 def rbn(
     x: Tensor,
@@ -27,6 +34,7 @@ def rbn(
     centering: Statistic | None,
     scaling: Statistic | None,
     restrict: str,
+    average: Average = batch_average,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Representative Batch Normalization, eq. 12 of the paper.
 
@@ -39,6 +47,7 @@ def rbn(
         centering: K_m of eq. 5, or `None`.
         scaling: K_s of eq. 9, or `None`.
         restrict: R of eq. 9.
+        average: Takes (N, C) plane values to their mean over the batch, (C,); here or over all processes.
 
     Returns:
         Y in the dtype of x, and the E and biased Var it was normalized with, in at least float32.
@@ -50,10 +59,10 @@ def rbn(
         centering = None
     if scaling in SPATIAL_STATISTICS:
         before = {"center_weight": parameters["center_weight"]} if centering else {}
-        x_s, mean, var = two_pass(x, before, running, eps, centering, None, restrict)
+        x_s, mean, var = two_pass(x, before, running, eps, centering, None, restrict, average)
         y = scale_spatially(x_s, parameters, eps, scaling, restrict)
     else:
-        y, mean, var = two_pass(x, parameters, running, eps, centering, scaling, restrict)
+        y, mean, var = two_pass(x, parameters, running, eps, centering, scaling, restrict, average)
     return y.to(dtype), mean, var
 
 
@@ -65,10 +74,11 @@ def two_pass(
     centering: Statistic | None,
     scaling: Statistic | None,
     restrict: str,
+    average: Average,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Y, E and Var for channel statistics; only the first and the last step touch the image."""
     mu, v = moments(x)
-    a, b, mean, var = calibrate(mu, v, parameters, running, eps, centering, scaling, restrict)
+    a, b, mean, var = calibrate(mu, v, parameters, running, eps, centering, scaling, restrict, average)
     return affine(x, a, b), mean, var
 
 
@@ -87,6 +97,7 @@ def calibrate(
     centering: Statistic | None,
     scaling: Statistic | None,
     restrict: str,
+    average: Average,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Equations 2 to 9 on (N, C) moments, for channel statistics.
 
@@ -96,7 +107,7 @@ def calibrate(
     Returns:
         a and b of Y = a X + b, (N, C) each, and the E and biased Var they were made with, (C,) each.
     """
-    origin = mu.detach().mean(dim=0) if running is None else torch.zeros_like(mu[0])
+    origin = average(mu.detach()) if running is None else torch.zeros_like(mu[0])
     mu_0 = mu - origin
     shift, origin_cm = torch.zeros_like(mu), origin
     if centering == "channel_mean":
@@ -107,9 +118,9 @@ def calibrate(
     shifted = mu_0 + shift  # the plane means of X_cm; its plane variances are those of X
 
     if running is None:
-        mean_0 = shifted.mean(dim=0)
+        mean_0 = average(shifted)
         mean = mean_0 + origin_cm
-        var = v.mean(dim=0) + (shifted - mean_0).square().mean(dim=0)
+        var = average(v + (shifted - mean_0).square())
     else:
         mean, var = (statistic.to(mu.dtype) for statistic in running)
         mean_0 = mean
@@ -120,6 +131,8 @@ def calibrate(
         k_s = (shifted - mean_0) * inverse_std
         if scaling == "channel_std":
             k_s = torch.sqrt(v * inverse_std.square() + eps)
+        elif scaling == "input_mean":
+            k_s = mu
         a = a * RESTRICT[restrict](parameters["scale_weight"] * k_s + parameters["scale_bias"])
     if "gamma" in parameters:
         a = a * parameters["gamma"]

@@ -16,7 +16,13 @@ def test_a_state_survives_the_file(tmp_path):
     assert read.keys() == layer.state().keys()
     for name, value in layer.state().items():
         np.testing.assert_array_equal(read[name], value)
-        assert read[name].dtype == value.dtype
+        assert (read[name].shape, read[name].dtype) == (value.shape, value.dtype)
+
+
+def test_an_array_that_lies_crosswise_in_memory_survives_too(tmp_path):
+    value = np.arange(6.0).reshape(2, 3).T
+    save(tmp_path / "value.safetensors", {"value": value})
+    np.testing.assert_array_equal(load(tmp_path / "value.safetensors")["value"], value)
 
 
 def test_a_file_that_is_no_safetensors_file_is_one_clear_error(tmp_path):

@@ -1,0 +1,84 @@
+"""A Flax layer's state to and from canonical NumPy arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from rbn.backends.flax import functional, nnx
+from rbn.backends.flax.layers import RBN
+from rbn_core.errors import RBNTypeError, RBNValueError
+from rbn_core.names import NAMES, PARAMETERS, STATISTICS
+from rbn_core.weights import State, check_state
+
+
+def to_numpy(layer: Mapping[str, Any] | nnx.RBN) -> State:
+    """Copies of everything the layer stores, under canonical names; half precision becomes float32.
+
+    Args:
+        layer: The variables of one linen layer, with or without a plain BatchNorm's gaps, or an NNX layer.
+
+    Raises:
+        RBNValueError: Variables that are not a layer's are there, such as those of a whole network.
+    """
+    stored = _stored(layer)
+    return {canonical: _array(stored[name]) for canonical, name in NAMES["flax"].items() if name in stored}
+
+
+def from_numpy(layer: RBN | nnx.RBN, state: Mapping[str, Any]) -> Any:
+    """Load a state: a linen layer's is returned as its variables, an NNX layer is filled in place.
+
+    Args:
+        layer: The layer; the dtypes stay its own.
+        state: Arrays under canonical names, exactly those that `to_numpy` has of such a layer.
+
+    Returns:
+        The linen layer's variables, a dictionary of `params` and `batch_stats`; `None` for an NNX layer.
+
+    Raises:
+        RBNValueError: Names are missing or unexpected, or shapes are wrong; all are listed, nothing changes.
+    """
+    if isinstance(layer, nnx.RBN):
+        stored = _stored(layer)
+        shapes = {canonical: stored[NAMES["flax"][canonical]].shape for canonical in to_numpy(layer)}
+        for canonical, value in check_state(state, shapes).items():
+            variable = stored[NAMES["flax"][canonical]]
+            variable[...] = jnp.asarray(value, variable.dtype)
+        return None
+    channels = (len(value) for value in (state.get("running_mean"), *state.values()) if np.ndim(value) == 1)
+    arrays = check_state(state, layer.config(next(channels, 1)).state_shapes())
+    dtypes = dict.fromkeys(PARAMETERS, layer.param_dtype)
+    dtypes |= dict.fromkeys(STATISTICS, functional.statistics_dtype(layer.param_dtype))
+    dtypes["num_batches_tracked"] = jnp.int32
+    variables = {NAMES["flax"][name]: jnp.asarray(value, dtypes[name]) for name, value in arrays.items()}
+    return traverse_util.unflatten_dict(variables, sep="/")
+
+
+def _stored(layer: Mapping[str, Any] | nnx.RBN) -> dict[str, Any]:
+    """The layer's variables under their names of `rbn_core.names`."""
+    names = NAMES["flax"].values()
+    if isinstance(layer, nnx.RBN):
+        found = {name: getattr(layer, name.split("/")[1], None) for name in names}
+        return {name: variable for name, variable in found.items() if variable is not None}
+    if not isinstance(layer, Mapping):
+        raise RBNTypeError(
+            f"RBN: expected an NNX layer or the variables of a linen layer, got {type(layer).__name__}. "
+            "Pass what the linen layer's init returned: a linen layer stores nothing itself."
+        )
+    variables = traverse_util.flatten_dict(nn.unbox(layer), sep="/")
+    if unexpected := sorted(set(variables) - set(names)):
+        raise RBNValueError(
+            f"RBN: expected the variables of one layer, got {', '.join(unexpected)} among them. "
+            "Pass the layer's own part of each collection."
+        )
+    return variables
+
+
+def _array(value: Any) -> Any:
+    array = np.array(value[...])
+    return array.astype(np.float32) if array.dtype.itemsize == 2 else array

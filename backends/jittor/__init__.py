@@ -1,0 +1,10 @@
+"""RBN in Jittor: `rbn.backends.jittor.RBN` in place of `jittor.nn.BatchNorm`."""
+
+from rbn.backends.jittor import environment
+
+environment.prepare()
+
+from rbn.backends.jittor.layers import RBN  # noqa: E402
+from rbn.backends.jittor.weights import from_numpy, to_numpy  # noqa: E402
+
+__all__ = ["RBN", "from_numpy", "to_numpy"]

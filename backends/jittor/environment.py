@@ -1,0 +1,57 @@
+"""What Jittor reads from the environment when it is first imported."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from rbn.backends.frameworks import missing_message, problems
+
+
+def prepare() -> None:
+    """Refuse an installation that cannot work, and spare the import what would make it fail.
+
+    Variables that the user has set stay as they are, and so does everything if Jittor is already imported.
+
+    Raises:
+        ImportError: Jittor is absent, would return garbage here, or cannot compile; the text says what to
+            install.
+    """
+    if importlib.util.find_spec("jittor") is None:
+        raise ModuleNotFoundError(missing_message("jittor"), name="jittor")
+    if found := problems("jittor"):
+        raise ImportError(" ".join(found))
+    if "jittor" in sys.modules:
+        return
+    if _is_nvcc_without_runtime():
+        os.environ.setdefault("nvcc_path", "")
+    if not _has_onednn():
+        os.environ.setdefault("use_mkl", "0")  # or the import would download oneDNN
+
+
+def _is_nvcc_without_runtime() -> bool:
+    """Whether Jittor would find an nvcc and then fail on its missing libcudart."""
+    from jittor_utils import install_cuda
+
+    if install_cuda.has_installation():
+        return False
+    places = (shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc", "/usr/bin/nvcc", "/opt/cuda/bin/nvcc")
+    nvcc = next((Path(place) for place in places if place and Path(place).is_file()), None)
+    if nvcc is None:
+        return False
+    libraries = nvcc.resolve().parents[1] / "lib64"
+    if nvcc == Path("/usr/bin/nvcc"):
+        libraries = Path("/usr/lib/x86_64-linux-gnu")
+    return not (libraries / "libcudart.so").exists()
+
+
+def _has_onednn() -> bool:
+    """Whether Jittor has oneDNN at hand."""
+    import jittor_utils
+
+    if "mkl_lib_path" in os.environ:
+        return True
+    return any(Path(jittor_utils.home(), ".cache", "jittor", "mkl").glob("dnnl*/lib"))

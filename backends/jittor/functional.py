@@ -1,0 +1,203 @@
+"""RBN in Jittor operations: the two-pass form of `rbn_core.fused`, and spatial statistics around it.
+
+Images keep their dtype, at least float32, and everything of size (N, C) or less is float64: Jittor adds the
+numbers of a sum one after another, and in float32 the mean of a large plane would lose half its digits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import jittor as jt
+from jittor import Var
+
+from rbn_core.config import SPATIAL_STATISTICS, Statistic
+
+
+def hard_sigmoid(z: Var) -> Var:
+    """z / 6 + 1 / 2 within 0 and 1; all its constants are exact in float32, which Jittor makes of them."""
+    return (z / 6 + 0.5).minimum(1).maximum(0)
+
+
+RESTRICT = {"sigmoid": jt.sigmoid, "hard_sigmoid": hard_sigmoid}
+
+
+def rbn(
+    x: Var,
+    parameters: Mapping[str, Var],
+    running: tuple[Var, Var] | None,
+    *,
+    eps: float,
+    centering: Statistic | None,
+    scaling: Statistic | None,
+    restrict: str,
+) -> tuple[Var, Var, Var]:
+    """Representative Batch Normalization, eq. 12 of the paper.
+
+    Args:
+        x: (N, C, *spatial); not changed.
+        parameters: gamma, beta, center_weight, scale_weight and scale_bias, (C,) each, where the layer has
+            them.
+        running: E and Var of eq. 1, (C,) each; `None` takes the batch's.
+        eps: epsilon of eq. 1.
+        centering: K_m of eq. 5, or `None`.
+        scaling: K_s of eq. 9, or `None`.
+        restrict: R of eq. 9.
+
+    Returns:
+        Y in the dtype of x, and the E and biased Var it was normalized with, in float64.
+    """
+    shape, dtype = x.shape, x.dtype
+    x = as_planes(at_least_float32(x))
+    parameters = {name: value.float64() for name, value in parameters.items()}
+    if centering in SPATIAL_STATISTICS:
+        x = x + per_channel(parameters["center_weight"], x) * spatial_statistic(centering, x, eps)
+        centering = None
+    if scaling in SPATIAL_STATISTICS:
+        before = {"center_weight": parameters["center_weight"]} if centering else {}
+        x_s, mean, var = two_pass(x, before, running, eps, centering, None, restrict)
+        y = scale_spatially(x_s, parameters, eps, scaling, restrict)
+    else:
+        y, mean, var = two_pass(x, parameters, running, eps, centering, scaling, restrict)
+    return y.reshape(shape).cast(dtype), mean, var
+
+
+def two_pass(
+    x: Var,
+    parameters: Mapping[str, Var],
+    running: tuple[Var, Var] | None,
+    eps: float,
+    centering: Statistic | None,
+    scaling: Statistic | None,
+    restrict: str,
+) -> tuple[Var, Var, Var]:
+    """Y, E and Var for channel statistics; only the first and the last step touch the image."""
+    mu, v = moments(x)
+    a, b, mean, var = calibrate(mu, v, parameters, running, eps, centering, scaling, restrict)
+    return affine(x, a, b), mean, var
+
+
+def moments(x: Var) -> tuple[Var, Var]:
+    """The mean and biased variance of every plane, (N, C) each."""
+    mean = mean_over(x, 2)
+    return mean, mean_over(jt.sqr(x - spread(mean, x, 2)), 2)
+
+
+def calibrate(
+    mu: Var,
+    v: Var,
+    parameters: Mapping[str, Var],
+    running: tuple[Var, Var] | None,
+    eps: float,
+    centering: Statistic | None,
+    scaling: Statistic | None,
+    restrict: str,
+) -> tuple[Var, Var, Var, Var]:
+    """Equations 2 to 9 on (N, C) moments, for channel statistics.
+
+    Returns:
+        a and b of Y = a X + b, (N, C) each, and the E and biased Var they were made with, (C,) each.
+    """
+    epsilon = constant(eps)
+    shift = jt.zeros_like(mu)
+    if centering == "channel_mean":
+        shift = parameters["center_weight"] * mu
+    elif centering == "channel_std":
+        shift = parameters["center_weight"] * jt.sqrt(v + epsilon)
+    shifted = mu + shift  # the plane means of X_cm; its plane variances are those of X
+
+    if running is None:
+        mean = mean_over(shifted, 0)
+        var = mean_over(v, 0) + mean_over(jt.sqr(shifted - mean), 0)
+    else:
+        mean, var = (statistic.float64() for statistic in running)
+    inverse_std = constant(1) / jt.sqrt(var + epsilon)
+
+    a = inverse_std.broadcast(mu, [0])
+    if scaling is not None:
+        k_s = (shifted - mean) * inverse_std
+        if scaling == "channel_std":
+            k_s = jt.sqrt(v * jt.sqr(inverse_std) + epsilon)
+        a = a * RESTRICT[restrict](parameters["scale_weight"] * k_s + parameters["scale_bias"])
+    if "gamma" in parameters:
+        a = a * parameters["gamma"]
+    b = a * (shift - mean)
+    if "beta" in parameters:
+        b = b + parameters["beta"]
+    return a, b, mean, var
+
+
+def affine(x: Var, a: Var, b: Var) -> Var:
+    """Y = a X + b, with one a and one b for each plane."""
+    return x * spread(a, x, 2) + spread(b, x, 2)
+
+
+def accumulate(running: tuple[Var, Var], mean: Var, var: Var, new_weight: float | Var) -> None:
+    """Eq. 3, in place: running <- running + (1 - m) (batch - running), without a gradient.
+
+    Args:
+        running: E and Var, (C,) each.
+        mean: mu_B, (C,).
+        var: sigma_B^2, (C,), already divided as the layer wants it.
+        new_weight: 1 - m, the weight of the batch.
+    """
+    weight = constant(new_weight)
+    with jt.no_grad():
+        for old, batch in zip(running, (mean, var), strict=True):
+            exact = old.float64()
+            # Not back to half precision, which Module.float16() makes of statistics too.
+            old.update((exact + weight * (batch - exact)).cast(at_least_float32(old).dtype))
+
+
+def spatial_statistic(name: Statistic, x: Var, eps: float) -> Var:
+    """mu_s or sigma_s of Table 3, over the channels of every position: broadcast to the shape of x."""
+    mean = mean_over(x, 1)
+    if name == "spatial_mean":
+        return spread(mean, x, 1)
+    var = mean_over(jt.sqr(x - spread(mean, x, 1)), 1)
+    return spread(jt.sqrt(var + constant(eps)), x, 1)
+
+
+def scale_spatially(
+    x_s: Var, parameters: Mapping[str, Var], eps: float, scaling: Statistic, restrict: str
+) -> Var:
+    """Eq. 9 and the affine step, for a statistic that differs from position to position."""
+    k_s = spatial_statistic(scaling, x_s, eps)
+    z = per_channel(parameters["scale_weight"], x_s) * k_s + per_channel(parameters["scale_bias"], x_s)
+    y = x_s * RESTRICT[restrict](z)
+    if "gamma" in parameters:
+        y = y * per_channel(parameters["gamma"], y)
+    if "beta" in parameters:
+        y = y + per_channel(parameters["beta"], y)
+    return y
+
+
+def mean_over(x: Var, dim: int) -> Var:
+    """The float64 mean along an axis; Jittor's own has a gradient with the 1 / n of float32."""
+    return x.float64().sum(dim) / constant(x.shape[dim])
+
+
+def per_channel(values: Var, x: Var) -> Var:
+    """(C,) values broadcast to x, (N, C, M)."""
+    return spread(values, x, 0, 2)
+
+
+def spread(values: Var, x: Var, *dims: int) -> Var:
+    """float64 values broadcast to x along `dims`, in the dtype of x; their gradient is a float64 sum."""
+    return values.broadcast(x, dims).cast(x.dtype)
+
+
+def as_planes(x: Var) -> Var:
+    """x, (N, C, *spatial), seen as (N, C, M): one compiled kernel serves every rank."""
+    return x.reshape((*x.shape[:2], math.prod(x.shape[2:])))
+
+
+def at_least_float32(x: Var) -> Var:
+    """x, in float32 if it is in half precision."""
+    return x.float32() if x.dtype in ("float16", "bfloat16") else x
+
+
+def constant(value: float | Var) -> Var:
+    """A number in float64, which Jittor would round to float32; so it would 1 / x for an x of one element."""
+    return jt.array(value, dtype="float64")

@@ -1,0 +1,118 @@
+"""Import names: from a wheel, an editable install and a bare checkout, and none imports a framework."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from rbn.backends.frameworks import FRAMEWORKS
+
+ROOT = Path(__file__).resolve().parents[2]
+SITE_PACKAGES = sysconfig.get_path("purelib")
+NAMES = ["rbn", "rbn_core", "rbn.backends", "rbn.backends.frameworks", "rbn.conformance"]
+FOLDERS = {
+    "rbn": "rbn",
+    "rbn_core": "rbn_core",
+    "rbn.backends": "backends",
+    "rbn.conformance": "conformance",
+}
+
+# Prints where each module came from. site is left out (-S), and with it the editable install's finder; what
+# the modules themselves need (NumPy) still comes from site-packages, at the end of the path.
+WHERE = """
+import importlib, json, sys
+path, site_packages, *names = sys.argv[1:]
+sys.path[:0] = [path]
+sys.path.append(site_packages)
+print(json.dumps({name: importlib.import_module(name).__file__ for name in names}))
+"""
+
+
+def python(*arguments, **options):
+    process = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, **options)
+    assert process.returncode == 0, process.stdout + process.stderr
+    return process.stdout
+
+
+def files_imported_from(path, tmp_path):
+    output = python("-I", "-S", "-c", WHERE, path, SITE_PACKAGES, *FOLDERS, cwd=tmp_path)
+    return {name: Path(file) for name, file in json.loads(output).items()}
+
+
+def version_imported_from(path, tmp_path):
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import rbn; print(rbn.__version__)"
+    return python("-I", "-S", "-c", code, path, cwd=tmp_path).strip()
+
+
+def copy_of_the_tree(target):
+    for folder in FOLDERS.values():
+        shutil.copytree(ROOT / folder, target / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for file in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / file, target)
+    return target
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    """A copy of the tree without what an installation or a build leaves there."""
+    return copy_of_the_tree(tmp_path_factory.mktemp("checkout"))
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """The folder that a wheel of the tree is installed in."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = copy_of_the_tree(folder / "source")
+    options = ("--quiet", "--no-deps", "--no-index", "--disable-pip-version-check")
+    python("-m", "pip", "wheel", *options, "--no-build-isolation", "--wheel-dir", folder, source)
+    (wheel,) = folder.glob("rbn-*.whl")
+    target = folder / "target"
+    python("-m", "pip", "install", *options, "--target", target, wheel)
+    return target
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_imports_no_framework(name):
+    code = f"import sys, {name}; print(*sys.modules)"
+    modules = set(python("-c", code).split())
+    assert name in modules
+    assert not modules & {*FRAMEWORKS, "jax", "jaxlib"}
+
+
+def test_from_a_wheel(installed, tmp_path):
+    files = files_imported_from(installed, tmp_path)
+    assert files == {name: installed.joinpath(*name.split("."), "__init__.py") for name in FOLDERS}
+    assert version_imported_from(installed, tmp_path) == metadata.version("rbn")
+
+
+def test_a_wheel_holds_every_file(checkout, installed):
+    for name, folder in FOLDERS.items():
+        package = installed.joinpath(*name.split("."))
+        files = {
+            file.relative_to(checkout / folder) for file in (checkout / folder).rglob("*") if file.is_file()
+        }
+        assert {file for file in files if not (package / file).is_file()} == set()
+
+
+def test_from_a_bare_checkout(checkout, tmp_path):
+    files = files_imported_from(checkout, tmp_path)
+    assert files == {name: checkout / folder / "__init__.py" for name, folder in FOLDERS.items()}
+    # No site-packages here: the version comes from pyproject.toml.
+    assert version_imported_from(checkout, tmp_path) == metadata.version("rbn")
+
+
+def test_from_the_editable_install(tmp_path):
+    code = (
+        "import json, sys\n"
+        "from importlib import import_module\n"
+        "print(json.dumps({name: import_module(name).__file__ for name in sys.argv[1:]}))"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    files = json.loads(python("-P", "-c", code, *FOLDERS, cwd=tmp_path, env=environment))
+    assert files == {name: str(ROOT / folder / "__init__.py") for name, folder in FOLDERS.items()}

@@ -1,0 +1,76 @@
+"""Which tests ``--framework`` selects: pytest runs on a small tree of its own with this conftest."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CONFTEST = Path(__file__).parents[1] / "conftest.py"
+FILES = {
+    "pyproject.toml": '[tool.pytest.ini_options]\naddopts = "--import-mode=importlib --strict-markers"\n'
+    'testpaths = ["tests"]\n',
+    "tests/test_both.py": "import pytest\n"
+    "def test_plain(): pass\n"
+    "def test_each(framework): pass\n"
+    "@pytest.mark.framework('torch', 'flax')\n"
+    "def test_two(): pass\n",
+    "tests/torch/test_folder.py": "def test_in_torch_folder(): pass\n",
+    "tests/jittor/test_folder.py": "raise ImportError('collected')\n",
+}
+
+
+@pytest.fixture
+def run(tmp_path):
+    for name, text in FILES.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    shutil.copy(CONFTEST, tmp_path / "tests")
+
+    def run(*arguments):
+        command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", *arguments]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("arguments", "header", "passed", "deselected"),
+    [
+        ([], "tests that need: no framework", {"test_plain", "test_each[reference]"}, 5),
+        (
+            ["--framework", "torch"],
+            "tests that need: torch\n",
+            {"test_each[torch]", "test_two", "test_in_torch_folder"},
+            5,
+        ),
+        (["--framework", "flax"], "tests that need: flax\n", {"test_each[flax]", "test_two"}, 5),
+        (["--framework", "mindspore"], "tests that need: mindspore\n", {"test_each[mindspore]"}, 6),
+    ],
+)
+def test_selected(run, arguments, header, passed, deselected):
+    result = run(*arguments)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert header in result.stdout
+    lines = [line for line in result.stdout.splitlines() if " PASSED " in line]
+    assert {line.split(" ")[0].split("::")[1] for line in lines} == passed
+    assert f"{len(passed)} passed, {deselected} deselected" in result.stdout
+
+
+def test_the_folder_of_the_framework_is_collected(run):
+    assert "ImportError: collected" in run("--framework", "jittor").stdout
+
+
+def test_an_unknown_framework_is_a_usage_error(run):
+    result = run("--framework", "tensorflow")
+    assert result.returncode == pytest.ExitCode.USAGE_ERROR
+    assert "invalid choice: 'tensorflow'" in result.stderr
+
+
+def test_an_unknown_name_in_the_mark_is_a_usage_error(run, tmp_path):
+    marked = "import pytest\n@pytest.mark.framework('pytorch')\ndef test(): pass\n"
+    (tmp_path / "tests" / "test_marked.py").write_text(marked)
+    result = run()
+    assert result.returncode == pytest.ExitCode.USAGE_ERROR
+    assert "unknown in the framework mark: pytorch" in result.stderr

@@ -1,0 +1,75 @@
+"""The `rbn` command: what it prints and the exit status it gives."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+import rbn
+from rbn import cli
+from rbn.backends import frameworks
+from rbn.conformance import runner
+
+
+def call(*arguments):
+    return CliRunner().invoke(cli.app, arguments)
+
+
+@pytest.fixture
+def no_framework(monkeypatch):
+    """As on a machine with none of the four installed."""
+    monkeypatch.setattr(cli, "is_installed", lambda name: False)
+    monkeypatch.setattr(cli, "versions", lambda name: {})
+
+
+def test_version():
+    result = call("--version")
+    assert (result.exit_code, result.output) == (0, f"rbn {rbn.__version__}\n")
+
+
+def test_info_names_versions_devices_and_what_is_wrong(monkeypatch):
+    monkeypatch.setattr(cli, "devices", lambda name: ("cpu, cuda:0", ""))
+    monkeypatch.setattr(cli, "problems", lambda name: ["jittor 1 and NumPy 2"] if name == "jittor" else [])
+    result = call("info")
+    assert result.exit_code == 0
+    for text in (rbn.__version__, "torch", "flax", "mindspore", "jittor 1 and NumPy 2", "cpu, cuda:0"):
+        assert text in result.output
+
+
+def test_info_says_how_to_install_what_is_missing(no_framework):
+    result = call("info")
+    assert result.output.count("not installed") >= 4
+    assert "pip install 'rbn[mindspore]'" in result.output
+
+
+def test_devices_says_why_a_backend_cannot_be_imported():
+    found, failure = frameworks.devices("no_such_backend")
+    assert found == ""
+    assert failure.startswith("rbn.backends.no_such_backend cannot be imported: ModuleNotFoundError")
+
+
+def test_conform_without_frameworks_names_them_and_checks_numpy(no_framework, tmp_path):
+    result = call("conform", "--json", str(tmp_path / "results.json"))
+    assert result.exit_code == 0, result.output
+    for name in frameworks.FRAMEWORKS:
+        assert f"{name} is not installed: pip install 'rbn[{name}]'" in result.output
+    assert list(json.loads((tmp_path / "results.json").read_text())["frameworks"]) == ["numpy"]
+
+
+def test_conform_of_a_missing_framework_is_exit_status_2(no_framework):
+    result = call("conform", "torch")
+    assert result.exit_code == 2
+    assert "torch is not installed" in result.output
+
+
+def test_conform_of_an_unknown_framework_is_exit_status_2():
+    result = call("conform", "tensorflow")
+    assert result.exit_code == 2
+    assert "tensorflow" in result.output
+
+
+def test_conform_of_a_wrong_layer_is_exit_status_1(no_framework, monkeypatch):
+    monkeypatch.setitem(runner.SUBJECTS, "numpy", ("no_such_module:Subject",))
+    result = call("conform")
+    assert result.exit_code == 1
+    assert "numpy DIFFERS" in result.output
