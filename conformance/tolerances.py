@@ -53,6 +53,9 @@ def tolerances(layer: Layer, dy: Array, before: dict[str, Array], dtype: str) ->
         {"y": ..., "dx": ..., "d gamma": ..., ..., "running_mean": ..., ...}.
     """
     assert layer.steps is not None
+    if layer.steps.x.size == 0:
+        names = ("y", "dx", *(f"d {name}" for name in layer.parameters), *layer.statistics)
+        return dict.fromkeys(names, 0.0)
     unit = FACTOR * float(np.finfo(np.promote_types(dtype, np.float32)).eps)
     stored = float(np.finfo(dtype).eps) if np.dtype(dtype).itemsize < 4 else 0.0
     kappa = condition(layer)

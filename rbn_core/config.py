@@ -288,7 +288,7 @@ def _check_kernel_size(kernel_size: object) -> None:
 
 def check_choice(name: str, value: object, choices: tuple[object, ...], layer: str = "RBN") -> None:
     """Refuse a value that is none of an option's choices."""
-    if value in choices:
+    if any(type(value) is type(choice) and value == choice for choice in choices):
         return
     wrong: type[RBNError] = RBNValueError if isinstance(value, str) else RBNTypeError
     listed = ", ".join(repr(choice) for choice in choices)

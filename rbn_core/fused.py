@@ -98,8 +98,9 @@ class TwoPass(reference.Layer):
 def moments(x: Array) -> tuple[Array, Array]:
     """The mean and biased variance of every plane, (N, C) each; the variance from x - mean, never x^2."""
     planes = as_planes(x)
-    mu = planes.mean(axis=2)
-    return mu, np.square(planes - mu[..., None]).mean(axis=2)
+    positions = planes.shape[2]
+    mu = planes.sum(axis=2) / positions  # mean() warns of an empty batch
+    return mu, np.square(planes - mu[..., None]).sum(axis=2) / positions
 
 
 def calibrate(layer: reference.Layer, mu: Array, v: Array, batch_statistics: bool) -> Calibration:
@@ -113,7 +114,7 @@ def calibrate(layer: reference.Layer, mu: Array, v: Array, batch_statistics: boo
     parameters = {name: value.astype(dtype) for name, value in layer.parameters.items()}
     eps = dtype.type(config.eps)
 
-    origin = mu.mean(axis=0) if batch_statistics else np.zeros_like(mu[0])
+    origin = mu.mean(axis=0) if batch_statistics else np.zeros(mu.shape[1], dtype)
     mu_0 = mu - origin
     shift, origin_cm = np.zeros_like(mu), origin  # of X_cm - X, and where X_cm has the origin of X
     if config.centering == "channel_mean":

@@ -7,6 +7,7 @@ fast; everything here is meant to be read beside the papers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -431,7 +432,7 @@ def statistic_backward(name: Statistic, x: Array, k: Array, dk: Array) -> Array:
     """The gradient of x through its statistic k; dk has the shape of x and is summed onto k's here."""
     axes = statistic_axes(name, x)
     dk = dk.sum(axis=axes, keepdims=True)
-    count = x.size // k.size
+    count = math.prod(x.shape[axis] for axis in axes)
     if name.endswith("mean"):
         return np.broadcast_to(dk / count, x.shape)
     return dk * (x - x.mean(axis=axes, keepdims=True)) / (count * k)

@@ -123,7 +123,7 @@ def calibrate(
     Returns:
         a and b of Y = a X + b, (N, C) each, and the E and biased Var they were made with, (C,) each.
     """
-    origin = jax.lax.stop_gradient(mu).mean(axis=0) if running is None else jnp.zeros_like(mu[0])
+    origin = jax.lax.stop_gradient(mu).mean(axis=0) if running is None else jnp.zeros(mu.shape[1], mu.dtype)
     mu_0 = mu - origin
     shift, origin_cm = jnp.zeros_like(mu), origin
     if centering == "channel_mean":

@@ -104,7 +104,7 @@ def calibrate(
         a and b of Y = a X + b, (N, C) each, and the E and biased Var they were made with, (C,) each.
     """
     epsilon = scalar(eps, mu)
-    origin = ops.mean(ops.stop_gradient(mu), 0) if running is None else ops.zeros_like(mu[0])
+    origin = ops.mean(ops.stop_gradient(mu), 0) if running is None else ops.zeros(mu.shape[1], mu.dtype)
     mu_0 = mu - origin
     shift, origin_cm = ops.zeros_like(mu), origin
     if centering == "channel_mean":

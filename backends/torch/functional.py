@@ -84,6 +84,8 @@ def two_pass(
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """The mean and biased variance of every plane, (N, C) each."""
+    if x.numel() == 0:  # var_mean warns
+        return x.new_zeros(x.shape[:2]), x.new_zeros(x.shape[:2])
     var, mean = torch.var_mean(as_planes(x), dim=2, correction=0)
     return mean, var
 
@@ -107,7 +109,7 @@ def calibrate(
     Returns:
         a and b of Y = a X + b, (N, C) each, and the E and biased Var they were made with, (C,) each.
     """
-    origin = average(mu.detach()) if running is None else torch.zeros_like(mu[0])
+    origin = average(mu.detach()) if running is None else mu.new_zeros(mu.shape[1])
     mu_0 = mu - origin
     shift, origin_cm = torch.zeros_like(mu), origin
     if centering == "channel_mean":

@@ -77,6 +77,11 @@ class FlaxNNX(Subject):
         return to_numpy(self.layer)
 
 
+def differentiable(x: jax.Array) -> tuple[int, ...]:
+    """The arguments of a loss to differentiate for: x too, unless it is for the layer to refuse."""
+    return (0, 1) if jnp.issubdtype(x.dtype, jnp.floating) else (0,)
+
+
 def linen_step(layer: RBN, variables: Any, x: jax.Array, cotangent: jax.Array, training: bool) -> Any:
     """(loss, (y, batch_stats)) and the gradients of sum(y * cotangent) for the parameters and for x."""
 
@@ -89,7 +94,7 @@ def linen_step(layer: RBN, variables: Any, x: jax.Array, cotangent: jax.Array, t
         )
         return (y * cotangent).sum(), (y, stats)
 
-    return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(variables.get("params", {}), x)
+    return jax.value_and_grad(loss, differentiable(x), has_aux=True)(variables.get("params", {}), x)
 
 
 def nnx_step(layer: NNXRBN, x: jax.Array, cotangent: jax.Array, training: bool) -> Any:
@@ -99,7 +104,7 @@ def nnx_step(layer: NNXRBN, x: jax.Array, cotangent: jax.Array, training: bool) 
         y = layer(x, use_running_average=not training)
         return (y * cotangent).sum(), y
 
-    return nnx.value_and_grad(loss, argnums=(0, 1), has_aux=True)(layer, x)
+    return nnx.value_and_grad(loss, argnums=differentiable(x), has_aux=True)(layer, x)
 
 
 # float32 is compiled, once for a layer's options and a shape; float64 runs op by op. So both ways are
