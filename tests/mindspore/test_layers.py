@@ -215,7 +215,7 @@ def test_gradients_of_gradients_of_a_compiled_function() -> None:
     weight, along = Tensor(weight), Tensor(direction)
 
     def loss(x):
-        return (layer(x) ** 2 * weight).sum()
+        return (ops.square(layer(x)) * weight).sum()
 
     gradient = ms.grad(ms.jit(loss))
 
