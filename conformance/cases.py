@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import math
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
+import ml_dtypes  # noqa: F401 (teaches NumPy bfloat16)
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
@@ -20,6 +22,7 @@ from rbn_core.weights import State
 Array = NDArray[Any]
 
 DTYPES = ("float32", "float64")
+HALF_DTYPES = ("float16", "bfloat16")
 MODES = {"train": 3, "eval": 1}
 """Each mode and its steps; the running statistics are compared after every step."""
 
@@ -36,126 +39,15 @@ OPTION_SHAPE = (3, 4, 2, 3)
 """The shape on which every combination of options runs."""
 
 
-@dataclass(frozen=True)
-class Case:
-    """One thing to check: a layer, a mode, some data and a dtype.
-
-    Attributes:
-        id: What names the case everywhere, such as "rbn/train/offset1000/2x5x7x7/float32".
-        group: The row of the report that the case belongs to.
-        config: The layer's options.
-        training: Training steps or evaluation steps.
-        steps: How many.
-        data: Where the numbers come from: "offset0", "offset10", "offset1000", "photographs" or "digits".
-        shape: The input's shape, (N, C, *spatial).
-        dtype: The input's dtype.
-    """
-
-    id: str
-    group: str
-    config: Config
-    training: bool
-    steps: int
-    data: str
-    shape: tuple[int, ...]
-    dtype: str
-
-    @property
-    def seed(self) -> int:
-        """A seed that the id alone decides, so that a case is the same wherever it runs."""
-        return zlib.crc32(self.id.encode())
-
-    def state(self) -> State:
-        """What the layer stores at the start, exact in the dtype of its parameters.
-
-        No value is one at which a mistake could hide: no zero, no one, no equal channels. The running mean is
-        near the mean of X_cm, (1 + w_m) E(X) by eq. 6, as in a trained layer.
-        """
-        rng = np.random.default_rng(self.seed)
-        channels = self.config.num_features
-        centre = float(self.data.removeprefix("offset")) if self.data.startswith("offset") else 0.0
-        values = {
-            "gamma": rng.uniform(0.5, 2.0, channels) * rng.choice([-1.0, 1.0], channels),
-            "beta": rng.normal(size=channels),
-            "center_weight": rng.normal(scale=0.5, size=channels),
-            "scale_weight": rng.normal(size=channels),
-            "scale_bias": rng.normal(loc=1.0, scale=0.5, size=channels),
-            "running_var": rng.uniform(0.5, 2.0, channels),
-            "num_batches_tracked": np.array(7),
-        }
-        values["running_mean"] = (1.0 + values["center_weight"]) * centre + rng.normal(size=channels)
-        stored = np.promote_types(self.dtype, np.float32)
-        return {
-            name: values[name].astype(stored) if shape else values[name]
-            for name, shape in self.config.state_shapes().items()
-        }
-
-    def inputs(self) -> Iterator[tuple[Array, Array]]:
-        """The input and the cotangent of every step, in the case's dtype."""
-        rng = np.random.default_rng([self.seed, 1])
-        for step in range(self.steps):
-            if self.data == "photographs":
-                x = photographs(step)
-            elif self.data == "digits":
-                x = digits(step)
-            else:
-                x = rng.normal(loc=float(self.data.removeprefix("offset")), size=self.shape)
-            yield x.astype(self.dtype), rng.normal(size=self.shape).astype(self.dtype)
-
-
-@cache
-def all_cases() -> tuple[Case, ...]:
-    """Every case of the suite, in the order of the report's rows."""
-    return (*_data_cases(), *_option_cases())
-
-
-def _data_cases() -> Iterator[Case]:
-    real = (("photographs", photographs(0).shape), ("digits", digits(0).shape))
-    shapes = (*SHAPES, *EVALUATION_SHAPES)
-    made_up = tuple((f"offset{offset}", shape) for offset in OFFSETS for shape in shapes)
-    for mode, (data, shape), dtype in itertools.product(MODES, (*made_up, *real), DTYPES):
-        if mode == "train" and shape in EVALUATION_SHAPES:
-            continue
-        yield Case(
-            id=f"rbn/{mode}/{data}/{'x'.join(map(str, shape))}/{dtype}",
-            group=f"rbn/{mode}/{data}/{dtype}",
-            config=Config(shape[1]),
-            training=mode == "train",
-            steps=MODES[mode],
-            data=data,
-            shape=shape,
-            dtype=dtype,
-        )
-
-
-def _option_cases() -> Iterator[Case]:
-    calibrations = [
-        {"centering": centering, "scaling": scaling}
-        for centering, scaling in itertools.product(STATISTICS, STATISTICS)
-    ]
-    others: list[dict[str, Any]] = [
-        {"restrict": "hard_sigmoid"},
-        {"running_var": "biased"},
-        {"momentum": None},
-        {"momentum": 0.0},
-        {"momentum": 1.0},
-        {"eps": 0.1},
-        {"gamma": False, "beta": False},
-        {"track_running_stats": False},
-    ]
-    for mode, options, dtype in itertools.product(MODES, (*calibrations, *others), DTYPES):
-        spelled = ",".join(f"{name}={value}" for name, value in options.items())
-        group = "calibrations" if options in calibrations else "options"
-        yield Case(
-            id=f"rbn/{mode}/{spelled}/{dtype}",
-            group=f"rbn/{mode}/{group}/{dtype}",
-            config=Config(OPTION_SHAPE[1], **options),
-            training=mode == "train",
-            steps=MODES[mode],
-            data="offset0",
-            shape=OPTION_SHAPE,
-            dtype=dtype,
-        )
+BATCH_NORM_OPTIONS: tuple[dict[str, Any], ...] = (
+    {"running_var": "biased"},
+    {"momentum": None},
+    {"momentum": 0.0},
+    {"momentum": 1.0},
+    {"eps": 0.1},
+    {"track_running_stats": False},
+)
+"""Options that all three layers have."""
 
 
 @cache
@@ -181,3 +73,219 @@ def fixed_convolution(images: Array, channels: int) -> Array:
     kernel = np.random.default_rng(0).normal(size=(channels, images.shape[1], 3, 3))
     windows = sliding_window_view(images, (3, 3), axis=(2, 3))  # type: ignore[call-overload] # NumPy 1.26 knows one axis
     return np.einsum("nihwyx,ciyx->nchw", windows, kernel)
+
+
+REAL = (("photographs", photographs(0).shape), ("digits", digits(0).shape))
+"""Real activations, and their shapes."""
+
+DATA = (
+    *((f"offset{offset}", shape) for offset in OFFSETS for shape in (*SHAPES, *EVALUATION_SHAPES)),
+    *REAL,
+)
+"""Everything that RBN with its default options runs on."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing to check: a layer, a mode, some data and a dtype.
+
+    Attributes:
+        id: What names the case everywhere, such as "rbn/train/offset1000/2x5x7x7/float32".
+        group: The row of the report that the case belongs to.
+        config: The layer's options.
+        training: Training steps or evaluation steps.
+        steps: How many.
+        data: Where the numbers come from: "offset0", "offset10", "offset1000", "photographs" or "digits".
+        shape: The input's shape, (N, C, *spatial).
+        dtype: The input's dtype.
+        layout: Where the framework's input has the channels: "channels_first" or "channels_last".
+    """
+
+    id: str
+    group: str
+    config: Config
+    training: bool
+    steps: int
+    data: str
+    shape: tuple[int, ...]
+    dtype: str
+    layout: str = "channels_first"
+
+    @property
+    def features(self) -> dict[str, str]:
+        """What the case covers: every option with its value."""
+        c = self.config
+        options: dict[str, object] = {
+            "layer": c.layer,
+            "mode": "train" if self.training else "eval",
+            "dtype": self.dtype,
+            "layout": self.layout,
+            "spatial axes": len(self.shape) - 2,
+            "data": self.data,
+            "centering": c.centering,
+            "scaling": c.scaling,
+            "restrict": c.restrict,
+            "running_var": c.running_var,
+            "momentum": c.momentum,
+            "eps": c.eps,
+            "gamma and beta": c.gamma,
+            "track_running_stats": c.track_running_stats,
+            "kernel_size": c.kernel_size,
+        }
+        return {name: str(value) for name, value in options.items()}
+
+    @property
+    def seed(self) -> int:
+        """A seed that the id alone decides, so that a case is the same wherever it runs."""
+        return zlib.crc32(self.id.encode())
+
+    def state(self) -> State:
+        """What the layer stores at the start, exact in the dtype of its parameters.
+
+        No value is one at which a mistake could hide: no zero, no one, no equal channels. The running mean is
+        near the mean of X_cm, (1 + w_m) E(X) by eq. 6, as in a trained layer.
+        """
+        rng = np.random.default_rng(self.seed)
+        channels = self.config.num_features
+        centre = float(self.data.removeprefix("offset")) if self.data.startswith("offset") else 0.0
+        values = {
+            "gamma": rng.uniform(0.5, 2.0, channels) * rng.choice([-1.0, 1.0], channels),
+            "beta": rng.normal(size=channels),
+            "center_weight": rng.normal(scale=0.5, size=channels),
+            "scale_weight": rng.normal(size=channels),
+            "scale_bias": rng.normal(loc=1.0, scale=0.5, size=channels),
+            "running_var": rng.uniform(0.5, 2.0, channels),
+            "num_batches_tracked": np.array(7),
+        }
+        if self.config.kernel_size is not None:
+            shape = self.config.state_shapes()["conv_weight"]
+            values["conv_weight"] = rng.normal(scale=math.prod(shape[2:]) ** -0.5, size=shape)
+            values["conv_bias"] = rng.normal(size=channels)
+        shifted = self.config.centering is not None
+        values["running_mean"] = (1.0 + shifted * values["center_weight"]) * centre + rng.normal(
+            size=channels
+        )
+        stored = np.promote_types(self.dtype, np.float32)
+        return {
+            name: values[name].astype(stored) if shape else values[name]
+            for name, shape in self.config.state_shapes().items()
+        }
+
+    def inputs(self) -> Iterator[tuple[Array, Array]]:
+        """The input and the cotangent of every step, in the case's dtype."""
+        rng = np.random.default_rng([self.seed, 1])
+        for step in range(self.steps):
+            if self.data == "photographs":
+                x = photographs(step)
+            elif self.data == "digits":
+                x = digits(step)
+            else:
+                x = rng.normal(loc=float(self.data.removeprefix("offset")), size=self.shape)
+            yield x.astype(self.dtype), rng.normal(size=self.shape).astype(self.dtype)
+
+
+@cache
+def all_cases() -> tuple[Case, ...]:
+    """Every case of the suite, in the order of the report's rows."""
+    return (*_data_cases(), *_option_cases(), *_dtype_and_layout_cases(), *_iebn_cases(), *_bnet_cases())
+
+
+@cache
+def quick_cases() -> tuple[Case, ...]:
+    """One case for each row of the report: a look in under a minute."""
+    first: dict[str, Case] = {}
+    for case in all_cases():
+        first.setdefault(case.group, case)
+    return tuple(first.values())
+
+
+def _data_cases() -> Iterator[Case]:
+    for mode, (data, shape), dtype in itertools.product(MODES, DATA, DTYPES):
+        if mode == "eval" or shape not in EVALUATION_SHAPES:
+            yield _case(Config(shape[1]), mode, data, shape, dtype)
+
+
+def _option_cases() -> Iterator[Case]:
+    calibrations = [
+        {"centering": centering, "scaling": scaling}
+        for centering, scaling in itertools.product(STATISTICS, STATISTICS)
+    ]
+    others: tuple[dict[str, Any], ...] = (
+        {"restrict": "hard_sigmoid"},
+        {"gamma": False, "beta": False},
+        *BATCH_NORM_OPTIONS,
+    )
+    for mode, options, dtype in itertools.product(MODES, (*calibrations, *others), DTYPES):
+        group = "calibrations" if options in calibrations else "options"
+        yield _option_case(Config(OPTION_SHAPE[1], **options), mode, options, group, dtype)
+
+
+def _dtype_and_layout_cases() -> Iterator[Case]:
+    for mode, dtype in itertools.product(MODES, HALF_DTYPES):
+        for data, shape in (("offset0", (2, 5, 7, 7)), ("offset10", (2, 3, 5)), REAL[1]):
+            yield _case(Config(shape[1]), mode, data, shape, dtype)
+    for mode, shape, dtype in itertools.product(MODES, ((2, 5, 7, 7), (2, 3, 5), (2, 3, 2, 3, 2)), DTYPES):
+        yield _case(Config(shape[1]), mode, "offset0", shape, dtype, layout="channels_last")
+
+
+def _iebn_cases() -> Iterator[Case]:
+    data = (("offset0", (2, 5, 7, 7)), ("offset0", (8, 3)), ("offset10", (3, 1, 2, 3)), *REAL)
+    for mode, (source, shape), dtype in itertools.product(MODES, data, DTYPES):
+        yield _case(Config.iebn(shape[1]), mode, source, shape, dtype)
+    for mode, options, dtype in itertools.product(MODES, BATCH_NORM_OPTIONS, DTYPES):
+        yield _option_case(Config.iebn(OPTION_SHAPE[1], **options), mode, options, "options", dtype)
+    for mode, dtype in itertools.product(MODES, HALF_DTYPES):
+        yield _case(Config.iebn(5), mode, "offset0", (2, 5, 7, 7), dtype)
+
+
+def _bnet_cases() -> Iterator[Case]:
+    spatial = ((7,), (5, 4), (4, 3, 5))
+    for mode, size, kernel_size, dtype in itertools.product(MODES, spatial, (3, 5, 7), DTYPES):
+        config = Config.bnet(3, kernel_size, len(size))
+        yield _case(config, mode, "offset0", (2, 3, *size), dtype, option=f"kernel_size={kernel_size}")
+    for mode, (source, shape), dtype in itertools.product(MODES, REAL, DTYPES):
+        yield _case(Config.bnet(shape[1]), mode, source, shape, dtype)
+    for mode, options, dtype in itertools.product(MODES, BATCH_NORM_OPTIONS, DTYPES):
+        yield _option_case(Config.bnet(OPTION_SHAPE[1], **options), mode, options, "options", dtype)
+    for mode, dtype in itertools.product(MODES, HALF_DTYPES):
+        yield _case(Config.bnet(5), mode, "offset0", (2, 5, 7, 7), dtype)
+
+
+def _case(
+    config: Config,
+    mode: str,
+    data: str,
+    shape: tuple[int, ...],
+    dtype: str,
+    *,
+    layout: str = "channels_first",
+    option: str = "",
+) -> Case:
+    """A case on some data; its row is that of the data, or of the layout where that is not the usual one."""
+    layer = config.layer.lower()
+    parts = [layer, mode, data, "x".join(map(str, shape)), option, dtype]
+    row = data
+    if layout != "channels_first":
+        parts, row = [*parts, layout], layout
+    return Case(
+        id="/".join(filter(None, parts)),
+        group=f"{layer}/{mode}/{row}/{dtype}",
+        config=config,
+        training=mode == "train",
+        steps=MODES[mode],
+        data=data,
+        shape=shape,
+        dtype=dtype,
+        layout=layout,
+    )
+
+
+def _option_case(config: Config, mode: str, options: dict[str, Any], group: str, dtype: str) -> Case:
+    """A case of some options, on the shape that all of them share."""
+    spelled = ",".join(f"{name}={value}" for name, value in options.items())
+    layer = config.layer.lower()
+    return replace(
+        _case(config, mode, "offset0", OPTION_SHAPE, dtype),
+        id=f"{layer}/{mode}/{spelled}/{dtype}",
+        group=f"{layer}/{mode}/{group}/{dtype}",
+    )

@@ -106,7 +106,7 @@ def deviations(subject: Subject, case: Case) -> Iterator[Deviation]:
     state = case.state()
     reference = Extended(case.config)
     reference.load(state)
-    subject.build(case.config, {name: value.copy() for name, value in state.items()}, case.dtype)
+    subject.build(case.config, {name: value.copy() for name, value in state.items()}, case.dtype, case.layout)
     yield from compare_state(subject.state(), state, dict.fromkeys(state, 0.0))
     for x, cotangent in case.inputs():
         before = dict(reference.statistics)

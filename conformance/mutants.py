@@ -15,6 +15,7 @@ from rbn_core.reference import (
     Layer,
     Steps,
     batch_mean_and_variance,
+    depthwise_convolution,
     over_channel,
     per_channel,
     spatial_axes,
@@ -270,6 +271,60 @@ class CenterWeightGradientOfTheMean(Layer):
         if "center_weight" in gradients:
             gradients["center_weight"] /= np.prod(dx_cm.shape[2:])
         return result
+
+
+class AttentionOfXs(Layer):
+    """IEBN's attention looks at X_s instead of X."""
+
+    def scaling_statistic(self, x: Array, x_s: Array) -> Array | None:
+        return super().scaling_statistic(x_s if self.config.scaling == "input_mean" else x, x_s)
+
+
+class AttentionWithoutGradient(Layer):
+    """No gradient flows through IEBN's attention to X."""
+
+    def calibrate_scaling_backward(
+        self, dx_cs: Array, s: Steps, gradients: dict[str, Array]
+    ) -> tuple[Array, Array | float]:
+        dx_s, _ = super().calibrate_scaling_backward(dx_cs, s, gradients)
+        return dx_s, 0.0
+
+
+class FlippedKernel(Layer):
+    """BNET convolves, with its kernels flipped, where deep learning correlates."""
+
+    def transform(self, x_cs: Array) -> Array:
+        if self.config.kernel_size is None:
+            return super().transform(x_cs)
+        weight = self.parameters["conv_weight"]
+        axes = tuple(range(2, weight.ndim))
+        return depthwise_convolution(x_cs, np.flip(weight, axes), self.parameters["conv_bias"])
+
+
+class PaddedBeforeNormalization(Layer):
+    """BNET pads X with zeros instead of X_s, so that the border of X_s is -E / sqrt(Var + eps)."""
+
+    def standardize(self, x_cm: Array, mean: Array, var: Array) -> tuple[Array, Array]:
+        x_s, inverse_std = super().standardize(x_cm, mean, var)
+        self.border = -per_channel(mean, x_s) * inverse_std
+        return x_s, inverse_std
+
+    def transform(self, x_cs: Array) -> Array:
+        if self.config.kernel_size is None:
+            return super().transform(x_cs)
+        inside: Array = x_cs - self.border
+        weight, none = self.parameters["conv_weight"], np.zeros(self.config.num_features)
+        constant = per_channel(weight.sum(axis=tuple(range(1, weight.ndim))), x_cs) * self.border
+        bias = per_channel(self.parameters["conv_bias"], x_cs)
+        return depthwise_convolution(inside, weight, none) + constant + bias
+
+
+class NoConvolutionBias(Layer):
+    """BNET's convolution has no bias."""
+
+    def transform(self, x_cs: Array) -> Array:
+        y = super().transform(x_cs)
+        return y - per_channel(self.parameters["conv_bias"], y) if self.config.kernel_size is not None else y
 
 
 MUTANTS: tuple[type[Layer], ...] = tuple(

@@ -90,8 +90,31 @@ def render(runs: Sequence[Run]) -> RenderableType:
     parts: list[RenderableType | None] = [table]
     parts += [_failures(name, results) for name, results in columns.items()]
     parts += [Text(f"{run.framework}: {run.failure}", style="red") for run in runs if run.failure]
-    parts += [_absences(columns), _summary(runs)]
+    parts += [_absences(columns), coverage(runs), _summary(runs)]
     return Group(*(part for part in parts if part is not None))
+
+
+def coverage(runs: Sequence[Run]) -> Table:
+    """Which values of every option ran, for each subject: all of them, or all but those named."""
+    features = {case.id: case.features for run in runs for case in run.cases}
+    values: dict[str, dict[str, None]] = {}
+    for case in features.values():
+        for option, value in case.items():
+            values.setdefault(option, {})[value] = None
+    columns = {name: results for run in runs for name, results in run.results.items()}
+    table = Table(title="coverage: which values of an option ran")
+    table.add_column("option", no_wrap=True)
+    table.add_column("values", overflow="fold")
+    for name in columns:
+        table.add_column(name, overflow="fold")
+    for option, expected in values.items():
+        cells = []
+        for results in columns.values():
+            ran = {features[r.case][option] for r in results if r.status != ABSENT and r.case in features}
+            lacking = [value for value in expected if value not in ran]
+            cells.append(f"not {', '.join(lacking)}" if lacking else "all")
+        table.add_row(option, ", ".join(expected), *cells)
+    return table
 
 
 def _cell(results: Sequence[Result]) -> Text:

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from rbn.backends.frameworks import FRAMEWORKS, versions
-from rbn.conformance.cases import all_cases
+from rbn.conformance.cases import Case, all_cases
 from rbn.conformance.check import FAILED, Result, check
 from rbn.conformance.subject import Subject
 
@@ -36,6 +36,7 @@ class Run:
 
     Attributes:
         framework: "numpy", "torch", ...
+        cases: What each of its subjects runs.
         stage: What it does now: "waiting", "importing", "checking" or "done".
         started: `time.monotonic()` when its process started.
         seconds: How long it took, once done.
@@ -45,6 +46,7 @@ class Run:
     """
 
     framework: str
+    cases: Sequence[Case]
     stage: str = "waiting"
     started: float = 0.0
     seconds: float = 0.0
@@ -55,7 +57,7 @@ class Run:
     @property
     def total(self) -> int:
         """How many cases its subjects have."""
-        return len(SUBJECTS[self.framework]) * len(all_cases())
+        return len(SUBJECTS[self.framework]) * len(self.cases)
 
     @property
     def finished(self) -> int:
@@ -69,7 +71,11 @@ class Run:
         return not self.failure and self.stage == "done" and all(r.status != FAILED for r in results)
 
 
-def run(frameworks: Sequence[str], progress: Callable[[Sequence[Run]], None]) -> list[Run]:
+def run(
+    frameworks: Sequence[str],
+    progress: Callable[[Sequence[Run]], None],
+    cases: Sequence[Case] | None = None,
+) -> list[Run]:
     """Check every framework's subjects, as many processes at a time as there are processors.
 
     Jittor and PyTorch in one process have crashed; in processes of their own a crash is one framework's row.
@@ -77,12 +83,14 @@ def run(frameworks: Sequence[str], progress: Callable[[Sequence[Run]], None]) ->
     Args:
         frameworks: Keys of `SUBJECTS`.
         progress: Called whenever something came in, and a few times a second, with the runs so far.
+        cases: What to run; all cases by default.
 
     Returns:
         One run for each framework, in the order asked for.
     """
     context = multiprocessing.get_context("spawn")
-    runs = [Run(name) for name in frameworks]
+    cases = all_cases() if cases is None else cases
+    runs = [Run(name, cases) for name in frameworks]
     waiting = list(runs)
     active: dict[Connection, tuple[Run, multiprocessing.process.BaseProcess, Path]] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -92,7 +100,7 @@ def run(frameworks: Sequence[str], progress: Callable[[Sequence[Run]], None]) ->
                 receiver, sender = context.Pipe(duplex=False)
                 log = Path(folder) / current.framework
                 process = context.Process(
-                    target=_work, args=(current.framework, SUBJECTS[current.framework], sender, log)
+                    target=_work, args=(current.framework, SUBJECTS[current.framework], cases, sender, log)
                 )
                 process.start()
                 sender.close()
@@ -128,7 +136,9 @@ def _receive(current: Run, message: tuple[str, object]) -> None:
         current.results.setdefault(kind, []).append(content)
 
 
-def _work(framework: str, references: Sequence[str], sender: Connection, log: Path) -> None:
+def _work(
+    framework: str, references: Sequence[str], cases: Sequence[Case], sender: Connection, log: Path
+) -> None:
     """The body of a framework's process. What the framework prints goes to the log, not into the report."""
     file = os.open(log, os.O_WRONLY | os.O_CREAT)
     os.dup2(file, 1)
@@ -138,7 +148,7 @@ def _work(framework: str, references: Sequence[str], sender: Connection, log: Pa
         found = versions(framework) if framework in FRAMEWORKS else {}
         sender.send(("ready", found | {"numpy": np.__version__}))
         for each in subjects:
-            for result in check(each):
+            for result in check(each, cases):
                 sender.send((each.name, result))
         sender.send(("done", None))
     except Exception:

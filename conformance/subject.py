@@ -46,13 +46,15 @@ class Subject(ABC):
     absent: ClassVar[dict[str, str]] = {}
 
     @abstractmethod
-    def build(self, config: Config, state: State, dtype: str) -> None:
+    def build(self, config: Config, state: State, dtype: str, layout: str = "channels_first") -> None:
         """Make the layer under test.
 
         Args:
             config: Its options.
             state: What it stores at the start, float64 under canonical names.
             dtype: The dtype of the inputs to come; parameters are at least float32.
+            layout: Where the framework's input has the channels, "channels_first" or "channels_last"; in the
+                suite they are always first.
         """
 
     @abstractmethod

@@ -25,12 +25,15 @@ one rounding to their own unit on top, since the work in between is done in floa
 
 from __future__ import annotations
 
+import ml_dtypes
 import numpy as np
 
 from rbn_core.reference import (
     RESTRICT_SLOPE,
     Array,
     Layer,
+    depthwise_convolution,
+    depthwise_convolution_backward,
     over_channel,
     per_channel,
     spatial_axes,
@@ -57,7 +60,9 @@ def tolerances(layer: Layer, dy: Array, before: dict[str, Array], dtype: str) ->
         names = ("y", "dx", *(f"d {name}" for name in layer.parameters), *layer.statistics)
         return dict.fromkeys(names, 0.0)
     unit = FACTOR * float(np.finfo(np.promote_types(dtype, np.float32)).eps)
-    stored = float(np.finfo(dtype).eps) if np.dtype(dtype).itemsize < 4 else 0.0
+    stored = 0.0
+    if np.dtype(dtype).itemsize < 4:
+        stored = float(ml_dtypes.finfo(dtype).eps)  # type: ignore[no-untyped-call]
     kappa = condition(layer)
     scales = {"y": scale_of_y(layer)} | scales_of_gradients(layer, dy)
     result = {name: unit * kappa * scale for name, scale in scales.items()}
@@ -82,9 +87,12 @@ def condition(layer: Layer) -> float:
 
 
 def scale_of_y(layer: Layer) -> float:
-    """The largest |X_s R gamma| + |beta|."""
+    """The largest |X_s R gamma| + |beta|; in BNET the sum of |X_s| times the taps, and |bias|."""
     s = layer.steps
     assert s is not None
+    if layer.config.kernel_size is not None:
+        weight, bias = (np.abs(layer.parameters[name]) for name in ("conv_weight", "conv_bias"))
+        return float(np.max(depthwise_convolution(np.abs(s.x_cs) + 1.0, weight, bias)))
     beta = layer.parameters.get("beta", np.zeros(1))
     return float(np.max(np.abs(s.y - per_channel(beta, s.y)) + np.abs(per_channel(beta, s.y))))
 
@@ -107,6 +115,9 @@ def scales_of_gradients(layer: Layer, dy: Array) -> dict[str, float]:
     scales["gamma"] = over_channel(g * size_s * restriction)
     if "gamma" in magnitudes:
         g = g * per_channel(magnitudes["gamma"], g)
+    if layer.config.kernel_size is not None:
+        scales["conv_bias"] = over_channel(g)
+        g, scales["conv_weight"] = depthwise_convolution_backward(g, size_s, magnitudes["conv_weight"])
     g_s = g * restriction
     if s.k_s is not None and layer.config.scaling is not None:
         dz = g * size_s * RESTRICT_SLOPE[layer.config.restrict](restriction)

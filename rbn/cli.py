@@ -73,6 +73,7 @@ def conform(
     frameworks: Annotated[
         list[str] | None, typer.Argument(help="torch, flax, mindspore, jittor; all that are installed.")
     ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="One case for each row, in under a minute.")] = False,
     json: Annotated[Path | None, typer.Option(help="Write every result to this file.")] = None,
 ) -> None:
     """Hold the layers of the installed frameworks to the NumPy reference.
@@ -81,6 +82,7 @@ def conform(
     unknown or not installed.
     """
     # Not needed by the other commands, and slow to import.
+    from rbn.conformance.cases import all_cases, quick_cases
     from rbn.conformance.report import Progress, render, write_json
     from rbn.conformance.runner import run
 
@@ -95,7 +97,7 @@ def conform(
         raise typer.Exit(2)
     chosen = [name for name in asked or FRAMEWORKS if name not in missing]
     with Progress(console) as progress:
-        runs = run(["numpy", *dict.fromkeys(chosen)], progress)
+        runs = run(["numpy", *dict.fromkeys(chosen)], progress, quick_cases() if quick else all_cases())
     console.print(render(runs))
     if json is not None:
         write_json(json, runs)

@@ -174,6 +174,7 @@ def check_input(
     *,
     training: bool,
     axis: int = 1,
+    values: int | None = None,
     spatial_dims: int | None = None,
     layer: str = "RBN",
 ) -> None:
@@ -185,6 +186,7 @@ def check_input(
         num_features: C, what the layer was built for.
         training: Whether batch statistics are about to be taken.
         axis: The channel axis; negative counts from the end.
+        values: How many values each channel has where this input is only a share of the batch.
         spatial_dims: How many spatial axes there must be; any number by default.
         layer: What the error calls the layer.
 
@@ -222,13 +224,14 @@ def check_input(
         )
     if not training:
         return
-    per_channel = math.prod(shape) // channels
-    if per_channel == 0:
+    if values is None:
+        values = math.prod(shape) // channels
+    if values == 0:
         raise RBNValueError(
             f"{layer}: expected values to train on, got an empty input of shape {shape}. "
             "Skip empty batches, or switch the layer to evaluation."
         )
-    if per_channel == 1:
+    if values == 1:
         raise RBNValueError(
             f"{layer}: expected more than one value per channel in training, got an input of shape {shape}. "
             "Use a larger batch, or switch the layer to evaluation."

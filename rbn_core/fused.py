@@ -46,7 +46,7 @@ class Calibration:
 
 
 class TwoPass(reference.Layer):
-    """`reference.Layer` with channel statistics, computed in the input's dtype in two passes over it.
+    """`reference.Layer` with channel statistics, computed in the input's dtype, at least float32.
 
     Same options, names and results. `reference` says what is computed, this says how cheaply.
 
@@ -68,17 +68,18 @@ class TwoPass(reference.Layer):
         x = np.asarray(x)
         batch_statistics = training or not self.config.track_running_stats
         self.check_input(x, batch_statistics)
+        dtype, x = x.dtype, x.astype(np.promote_types(x.dtype, np.float32))
         mu, v = moments(x)
         c = calibrate(self, mu, v, batch_statistics)
         if training and self.config.track_running_stats:
             self.accumulate(c.mean, c.var, values=x.size // x.shape[1])
         self.x, self.calibration, self.x_s = x, c, None
         y = affine(x, c.a, c.b)
-        if self.config.kernel_size is None:
-            return y
-        self.x_s = y
-        weight, bias = (self.parameters[name].astype(x.dtype) for name in ("conv_weight", "conv_bias"))
-        return reference.depthwise_convolution(y, weight, bias)
+        if self.config.kernel_size is not None:
+            self.x_s = y
+            weight, bias = (self.parameters[name].astype(x.dtype) for name in ("conv_weight", "conv_bias"))
+            y = reference.depthwise_convolution(y, weight, bias)
+        return y.astype(dtype)
 
     def backward(self, dy: Any) -> tuple[Array, dict[str, Array]]:
         """As `reference.Layer.backward`, in one reading and one writing pass."""

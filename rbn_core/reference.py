@@ -486,8 +486,9 @@ def taps(weight: Array, x: Array) -> Iterator[tuple[Any, Any]]:
 
 
 def sigmoid(z: Array) -> Array:
-    """1 / (1 + exp(-z)), written so that no z overflows."""
-    return 0.5 * (1.0 + np.tanh(0.5 * z))
+    """1 / (1 + exp(-z)), written so that no z overflows and a small result keeps its digits."""
+    small = np.exp(-np.abs(z))
+    return np.where(z < 0.0, small, 1.0) / (1.0 + small)
 
 
 def hard_sigmoid(z: Array) -> Array:

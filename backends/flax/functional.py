@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax.linen.dtypes import canonicalize_dtype
 from flax.typing import Dtype
 from jax import Array
 
 from rbn_core.config import SPATIAL_STATISTICS, Statistic
 
 RESTRICT = {"sigmoid": jax.nn.sigmoid, "hard_sigmoid": jax.nn.hard_sigmoid}
+
+Average = Callable[[Array], Array]
+
+
+def batch_average(values: Array) -> Array:
+    """(N, C) plane values to their mean over the batch, (C,)."""
+    return values.mean(axis=0)
 
 
 def rbn(
@@ -27,6 +33,7 @@ def rbn(
     scaling: Statistic | None,
     restrict: str,
     dtype: Dtype | None,
+    average: Average = batch_average,
 ) -> tuple[Array, Array, Array]:
     """Representative Batch Normalization, eq. 12 of the paper.
 
@@ -40,14 +47,15 @@ def rbn(
         centering: K_m of eq. 5, or `None`.
         scaling: K_s of eq. 9, or `None`.
         restrict: R of eq. 9.
-        dtype: The dtype of Y; `None` as in `output_dtype`.
+        dtype: The output dtype that the layer was given; all is computed in at least that.
+        average: Takes (N, C) plane values to their mean over the batch, (C,); here or over all devices.
 
     Returns:
-        Y, and the E and biased Var it was normalized with, in at least float32.
+        Y, and the E and biased Var it was normalized with, all in at least float32 and in what x and the
+        parameters promote to.
     """
     axis %= x.ndim
-    dtype = output_dtype(x, parameters, dtype)
-    x = jnp.asarray(x, jnp.promote_types(jnp.promote_types(x.dtype, dtype), jnp.float32))
+    x = jnp.asarray(x, jnp.result_type(x, *parameters.values(), jnp.float32, dtype or jnp.float32))
     if axis == 0:
         # Without a batch axis in front, the one behind the channels is it.
         x = x.swapaxes(0, 1)
@@ -58,20 +66,20 @@ def rbn(
         centering = None
     if scaling in SPATIAL_STATISTICS:
         before = {"center_weight": parameters["center_weight"]} if centering else {}
-        x_s, mean, var = two_pass(x, before, running, front, eps, centering, None, restrict)
+        x_s, mean, var = two_pass(x, before, running, front, eps, centering, None, restrict, average)
         y = scale_spatially(x_s, parameters, front, eps, scaling, restrict)
     else:
-        y, mean, var = two_pass(x, parameters, running, front, eps, centering, scaling, restrict)
+        y, mean, var = two_pass(x, parameters, running, front, eps, centering, scaling, restrict, average)
     if axis == 0:
         y = y.swapaxes(0, 1)
-    return y.astype(dtype), mean, var
+    return y, mean, var
 
 
-def output_dtype(x: Any, parameters: Mapping[str, Array], dtype: Dtype | None) -> Dtype:
-    """The dtype of Y: `dtype`, else x's own in half precision, else what x and the parameters promote to."""
-    if dtype is None and x.dtype.itemsize == 2:
-        return x.dtype
-    return canonicalize_dtype(x, *parameters.values(), dtype=dtype)
+def as_output(y: Array, x: Any, dtype: Dtype | None) -> Array:
+    """Y in the dtype that the layer was given, else in x's own in half precision, else as computed."""
+    if dtype is None:
+        dtype = x.dtype if x.dtype.itemsize == 2 else y.dtype
+    return y.astype(dtype)
 
 
 def statistics_dtype(param_dtype: Dtype) -> Dtype:
@@ -91,10 +99,11 @@ def two_pass(
     centering: Statistic | None,
     scaling: Statistic | None,
     restrict: str,
+    average: Average,
 ) -> tuple[Array, Array, Array]:
     """Y, E and Var for channel statistics; only the first and the last step touch the image."""
     mu, v = moments(x, axis)
-    a, b, mean, var = calibrate(mu, v, parameters, running, eps, centering, scaling, restrict)
+    a, b, mean, var = calibrate(mu, v, parameters, running, eps, centering, scaling, restrict, average)
     return affine(x, a, b, axis), mean, var
 
 
@@ -114,6 +123,7 @@ def calibrate(
     centering: Statistic | None,
     scaling: Statistic | None,
     restrict: str,
+    average: Average,
 ) -> tuple[Array, Array, Array, Array]:
     """Equations 2 to 9 on (N, C) moments, for channel statistics.
 
@@ -123,7 +133,7 @@ def calibrate(
     Returns:
         a and b of Y = a X + b, (N, C) each, and the E and biased Var they were made with, (C,) each.
     """
-    origin = jax.lax.stop_gradient(mu).mean(axis=0) if running is None else jnp.zeros(mu.shape[1], mu.dtype)
+    origin = average(jax.lax.stop_gradient(mu)) if running is None else jnp.zeros(mu.shape[1], mu.dtype)
     mu_0 = mu - origin
     shift, origin_cm = jnp.zeros_like(mu), origin
     if centering == "channel_mean":
@@ -134,9 +144,9 @@ def calibrate(
     shifted = mu_0 + shift  # the plane means of X_cm; its plane variances are those of X
 
     if running is None:
-        mean_0 = shifted.mean(axis=0)
+        mean_0 = average(shifted)
         mean = mean_0 + origin_cm
-        var = v.mean(axis=0) + jnp.square(shifted - mean_0).mean(axis=0)
+        var = average(v + jnp.square(shifted - mean_0))
     else:
         mean, var = (jnp.asarray(statistic, mu.dtype) for statistic in running)
         mean_0 = mean
@@ -147,6 +157,8 @@ def calibrate(
         k_s = (shifted - mean_0) * inverse_std
         if scaling == "channel_std":
             k_s = jnp.sqrt(v * jnp.square(inverse_std) + eps)
+        elif scaling == "input_mean":
+            k_s = mu
         a = a * RESTRICT[restrict](parameters["scale_weight"] * k_s + parameters["scale_bias"])
     if "gamma" in parameters:
         a = a * parameters["gamma"]
@@ -187,6 +199,27 @@ def track(
     if running_var == "unbiased":
         var = var * (values / (values - 1))
     return accumulate(running, mean, var, new_weight)
+
+
+def centre_tap(gamma: Array | None, beta: Array | None, kernel: Array) -> tuple[Array, Array]:
+    """The kernel and bias of BNET's convolution that do what BatchNorm's gamma and beta did.
+
+    Args:
+        gamma: (C,), or `None` for ones.
+        beta: (C,), or `None` for zeros.
+        kernel: A kernel of the shape and dtype that is wanted, (*kernel, 1, C).
+    """
+    centre = tuple(size // 2 for size in kernel.shape[:-2])
+    bias = jnp.zeros(kernel.shape[-1], kernel.dtype)
+    return (
+        jnp.zeros_like(kernel).at[centre].set(1.0 if gamma is None else gamma),
+        bias if beta is None else bias + beta,
+    )
+
+
+def channels_last(convolution: Callable[[Array], Array], y: Array, axis: int) -> Array:
+    """A convolution of (N, *spatial, C) on y, whose channels are at `axis`."""
+    return jnp.moveaxis(convolution(jnp.moveaxis(y, axis, -1)), -1, axis)
 
 
 def accumulate(

@@ -1,7 +1,8 @@
-"""RBN as a linen module."""
+"""RBN, IEBN and BNET as linen modules."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import KW_ONLY
 from typing import Any
 
@@ -9,16 +10,147 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.linen import initializers
+from flax.linen.linear import default_kernel_init
 from flax.typing import Dtype, Initializer
 from jax import Array
 
-from rbn.backends.flax import functional
+from rbn.backends.flax import distributed, functional
 from rbn_core.config import Config, Statistic, check_input, refuse_unknown_options
 from rbn_core.names import NAMES
 
 
+class CalibratedNorm(nn.Module):
+    """What the three layers share: BatchNorm's options and statistics, and the forward pass.
+
+    The attributes are described at the layers.
+    """
+
+    use_running_average: bool | None = None
+    axis: int = -1
+    momentum: float | None = 0.9
+    epsilon: float = 1e-5
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+    _: KW_ONLY
+    running_var: str = "unbiased"
+    axis_name: distributed.AxisName = None
+    axis_index_groups: distributed.IndexGroups = None
+
+    def __post_init__(self) -> None:
+        self.config(num_features=1)
+        super().__post_init__()
+
+    @nn.nowrap
+    def config(self, num_features: int) -> Config:
+        """The layer's options in the project's terms; C is known only once there is an input."""
+        raise NotImplementedError
+
+    @nn.compact
+    def __call__(self, x: Array, use_running_average: bool | None = None) -> Array:
+        """Y, of the shape of `x`, (N, *spatial, C).
+
+        Args:
+            x: The input; not changed.
+            use_running_average: Evaluation (True) or training (False), unless the layer already knows.
+        """
+        use_running_average = nn.merge_param(
+            "use_running_average", self.use_running_average, use_running_average
+        )
+        training = not use_running_average and not self.is_initializing()
+        config = self.config(self._num_features(x))
+        share = distributed.Share(self.axis_name if training else None, self.axis_index_groups)
+        values = x.size // config.num_features * share.devices
+        check_input(
+            x.shape,
+            x.dtype.name,
+            config.num_features,
+            training=training,
+            axis=self.axis,
+            values=values,
+            spatial_dims=None if config.kernel_size is None else config.spatial_dims,
+            layer=config.layer,
+        )
+        parameters = self._parameters(config)
+        shape, dtype = (config.num_features,), functional.statistics_dtype(self.param_dtype)
+        stored_mean = self.variable("batch_stats", "mean", jnp.zeros, shape, dtype)
+        stored_var = self.variable("batch_stats", "var", jnp.ones, shape, dtype)
+        running = (stored_mean.value, stored_var.value)
+        if training or self.is_initializing():
+            tracked = self.variable("batch_stats", "num_batches_tracked", jnp.zeros, (), jnp.int32)
+        y, mean, var = functional.rbn(
+            x,
+            parameters,
+            running if use_running_average else None,
+            axis=self.axis,
+            eps=self.epsilon,
+            centering=config.centering,
+            scaling=config.scaling,
+            restrict=config.restrict,
+            dtype=self.dtype,
+            average=share.average,
+        )
+        if training:
+            tracked.value += 1
+            stored_mean.value, stored_var.value = functional.track(
+                running,
+                mean,
+                var,
+                tracked.value,
+                momentum=self.momentum,
+                running_var=self.running_var,
+                values=values,
+            )
+        return functional.as_output(self.transform(y), x, self.dtype)
+
+    @nn.nowrap
+    def transform(self, y: Array) -> Array:
+        """What follows on (N, C) coefficients; nothing but in BNET."""
+        return y
+
+    @nn.nowrap
+    def starts(self) -> Mapping[str, Initializer]:
+        """How a parameter starts, by canonical name, where that is an option."""
+        return {}
+
+    @nn.nowrap
+    def _num_features(self, x: Array) -> int:
+        """C, as stored, on the last axis; the input's where nothing is stored yet."""
+        for collection in ("params", "batch_stats"):
+            for leaf in jax.tree.leaves(self.variables.get(collection, {})):
+                if leaf.ndim:
+                    return leaf.shape[-1]
+        return x.shape[self.axis % x.ndim] if x.ndim else 1
+
+    @nn.nowrap
+    def _parameters(self, config: Config) -> dict[str, Any]:
+        starts = self.starts()
+        return {
+            canonical: self.param(
+                NAMES["flax"][canonical].removeprefix("params/"),
+                starts.get(canonical, initializers.constant(start)),
+                (config.num_features,),
+                self.param_dtype,
+            )
+            for canonical, start in config.parameters.items()
+        }
+
+
+class AffineNorm(CalibratedNorm):
+    """What RBN and IEBN share: BatchNorm's affine step."""
+
+    use_bias: bool = True
+    use_scale: bool = True
+    bias_init: Initializer = initializers.zeros
+    scale_init: Initializer = initializers.ones
+
+    @nn.nowrap
+    def starts(self) -> Mapping[str, Initializer]:
+        """How gamma and beta start."""
+        return {"gamma": self.scale_init, "beta": self.bias_init}
+
+
 @refuse_unknown_options
-class RBN(nn.Module):
+class RBN(AffineNorm):
     r"""Representative Batch Normalization (Gao et al., CVPR 2021, eq. 12) in place of `flax.linen.BatchNorm`.
 
         X_cm = X + w_m K_m
@@ -51,30 +183,18 @@ class RBN(nn.Module):
         scaling: K_s, the same choice, of X_s.
         restrict: R, "sigmoid" or "hard_sigmoid".
         running_var: the batch variance that is accumulated, "unbiased" or "biased" (BatchNorm's in Flax).
+        axis_name: the axis of `pmap`, `vmap` or `shard_map` that the batch is spread over, or several; under
+            `jit` with a sharded batch the statistics are the whole batch's without it.
+        axis_index_groups: the groups of devices along it that share their statistics; all by default.
 
     Raises:
         RBNError: An option or an input is refused; no statistic has changed then.
     """
 
-    use_running_average: bool | None = None
-    axis: int = -1
-    momentum: float | None = 0.9
-    epsilon: float = 1e-5
-    dtype: Dtype | None = None
-    param_dtype: Dtype = jnp.float32
-    use_bias: bool = True
-    use_scale: bool = True
-    bias_init: Initializer = initializers.zeros
-    scale_init: Initializer = initializers.ones
     _: KW_ONLY
     centering: Statistic | None = "channel_mean"
     scaling: Statistic | None = "channel_mean"
     restrict: str = "sigmoid"
-    running_var: str = "unbiased"
-
-    def __post_init__(self) -> None:
-        self.config(num_features=1)
-        super().__post_init__()
 
     @nn.nowrap
     def config(self, num_features: int) -> Config:
@@ -91,69 +211,146 @@ class RBN(nn.Module):
             beta=self.use_bias,
         )
 
-    @nn.compact
-    def __call__(self, x: Array, use_running_average: bool | None = None) -> Array:
-        """Y of eq. 12, of the shape of `x`, (N, *spatial, C).
 
-        Args:
-            x: The input; not changed.
-            use_running_average: Evaluation (True) or training (False), unless the layer already knows.
-        """
-        use_running_average = nn.merge_param(
-            "use_running_average", self.use_running_average, use_running_average
-        )
-        training = not use_running_average and not self.is_initializing()
-        num_features = self._num_features(x)
-        check_input(x.shape, x.dtype.name, num_features, training=training, axis=self.axis)
-        parameters = self._parameters(num_features)
-        dtype = functional.statistics_dtype(self.param_dtype)
-        stored_mean = self.variable("batch_stats", "mean", jnp.zeros, (num_features,), dtype)
-        stored_var = self.variable("batch_stats", "var", jnp.ones, (num_features,), dtype)
-        running = (stored_mean.value, stored_var.value)
-        if training or self.is_initializing():
-            tracked = self.variable("batch_stats", "num_batches_tracked", jnp.zeros, (), jnp.int32)
-        y, mean, var = functional.rbn(
-            x,
-            parameters,
-            running if use_running_average else None,
-            axis=self.axis,
+@refuse_unknown_options
+class IEBN(AffineNorm):
+    r"""Instance Enhancement Batch Normalization (Liang et al., AAAI 2020) in place of `flax.linen.BatchNorm`.
+
+        X_s = (X - E(X)) / sqrt(Var(X) + eps)
+        Y   = X_s sigmoid(w_v mean_c(X) + w_b) gamma + beta        mean_c over the positions of one channel
+
+    Inputs, statistics and modes as in `RBN`. Collections: BatchNorm's and the counter, as in `RBN`, and in
+    `params` `scale_weight` (w_v, from 0) and `scale_bias` (w_b, from -1), each of shape (C,).
+
+    Attributes:
+        use_running_average: evaluation (True) or training (False); here or in the call.
+        axis: the channel axis; the batch is the first of the others.
+        momentum: the weight of the *old* value in the running statistics; `None` averages all batches.
+        epsilon: epsilon, added to the variance under its root.
+        dtype: the dtype of the output; `None` as in `RBN`.
+        param_dtype: the dtype of the parameters.
+        use_bias: whether there is a beta.
+        use_scale: whether there is a gamma.
+        bias_init: how beta starts.
+        scale_init: how gamma starts.
+        running_var: the batch variance that is accumulated, "unbiased" or "biased" (BatchNorm's in Flax).
+        axis_name: the axis of `pmap`, `vmap` or `shard_map` that the batch is spread over, or several; under
+            `jit` with a sharded batch the statistics are the whole batch's without it.
+        axis_index_groups: the groups of devices along it that share their statistics; all by default.
+
+    Raises:
+        RBNError: An option or an input is refused; no statistic has changed then.
+    """
+
+    @nn.nowrap
+    def config(self, num_features: int) -> Config:
+        """The layer's options in the project's terms; C is known only once there is an input."""
+        return Config.iebn(
+            num_features,
             eps=self.epsilon,
-            centering=self.centering,
-            scaling=self.scaling,
-            restrict=self.restrict,
-            dtype=self.dtype,
+            momentum=self.momentum,
+            running_var=self.running_var,
+            gamma=self.use_scale,
+            beta=self.use_bias,
         )
-        if training:
-            tracked.value += 1
-            stored_mean.value, stored_var.value = functional.track(
-                running,
-                mean,
-                var,
-                tracked.value,
-                momentum=self.momentum,
-                running_var=self.running_var,
-                values=x.size // num_features,
-            )
-        return y
+
+
+@refuse_unknown_options
+class BNET(CalibratedNorm):
+    r"""BatchNorm with an enhanced linear transformation (Xu et al., 2020): its affine step is a convolution.
+
+        X_s = (X - E(X)) / sqrt(Var(X) + eps)
+        Y   = depthwise convolution of X_s, zero padded, plus a bias
+
+    Inputs, statistics and modes as in `RBN`, with the kernel's number of spatial axes. Collections:
+    BatchNorm's `batch_stats` and the counter, as in `RBN`, and `params` has `conv`, those of a depthwise
+    `flax.linen.Conv` that starts as Flax starts it.
+
+    Attributes:
+        use_running_average: evaluation (True) or training (False); here or in the call.
+        axis: the channel axis; the batch is the first of the others.
+        momentum: the weight of the *old* value in the running statistics; `None` averages all batches.
+        epsilon: epsilon, added to the variance under its root.
+        dtype: the dtype of the output; `None` as in `RBN`.
+        param_dtype: the dtype of the parameters.
+        kernel_size: the extent of the kernel along every axis; odd.
+        spatial_dims: the number of spatial axes, 1, 2 or 3.
+        kernel_init: how the kernel starts.
+        bias_init: how the bias starts.
+        running_var: the batch variance that is accumulated, "unbiased" or "biased" (BatchNorm's in Flax).
+        axis_name: the axis of `pmap`, `vmap` or `shard_map` that the batch is spread over, or several; under
+            `jit` with a sharded batch the statistics are the whole batch's without it.
+        axis_index_groups: the groups of devices along it that share their statistics; all by default.
+
+    Raises:
+        RBNError: An option or an input is refused; no statistic has changed then.
+    """
+
+    _: KW_ONLY
+    kernel_size: int = 3
+    spatial_dims: int = 2
+    kernel_init: Initializer = default_kernel_init
+    bias_init: Initializer = initializers.zeros
+
+    @classmethod
+    def from_batch_norm(
+        cls,
+        norm: nn.BatchNorm,
+        variables: Mapping[str, Any],
+        kernel_size: int = 3,
+        *,
+        spatial_dims: int = 2,
+    ) -> tuple[BNET, dict[str, Any]]:
+        """A layer and its variables that equal a BatchNorm and its.
+
+        gamma is at the centre of the kernels, which are 0 elsewhere, beta is the bias, and the running
+        variance stays biased as BatchNorm's is in Flax.
+        """
+        layer = cls(
+            norm.use_running_average,
+            norm.axis,
+            norm.momentum,
+            norm.epsilon,
+            norm.dtype,
+            norm.param_dtype,
+            kernel_size=kernel_size,
+            spatial_dims=spatial_dims,
+            running_var="biased",
+            axis_name=norm.axis_name,
+            axis_index_groups=norm.axis_index_groups,
+        )
+        stored = nn.unbox(variables)
+        params, stats = stored.get("params", {}), stored["batch_stats"]
+        shape = (*(kernel_size,) * spatial_dims, 1, len(stats["mean"]))
+        kernel, bias = functional.centre_tap(
+            params.get("scale"), params.get("bias"), jnp.zeros(shape, norm.param_dtype)
+        )
+        counter = {"num_batches_tracked": jnp.zeros((), jnp.int32)}
+        return layer, {"params": {"conv": {"kernel": kernel, "bias": bias}}, "batch_stats": stats | counter}
 
     @nn.nowrap
-    def _num_features(self, x: Array) -> int:
-        """C, as stored; the input's where nothing is stored yet."""
-        for collection in ("params", "batch_stats"):
-            for leaf in jax.tree.leaves(self.variables.get(collection, {})):
-                if leaf.ndim:
-                    return leaf.shape[0]
-        return x.shape[self.axis % x.ndim] if x.ndim else 1
+    def config(self, num_features: int) -> Config:
+        """The layer's options in the project's terms; C is known only once there is an input."""
+        return Config.bnet(
+            num_features,
+            self.kernel_size,
+            self.spatial_dims,
+            eps=self.epsilon,
+            momentum=self.momentum,
+            running_var=self.running_var,
+        )
 
     @nn.nowrap
-    def _parameters(self, num_features: int) -> dict[str, Any]:
-        inits = {"gamma": self.scale_init, "beta": self.bias_init}
-        return {
-            canonical: self.param(
-                NAMES["flax"][canonical].removeprefix("params/"),
-                inits.get(canonical, initializers.constant(start)),
-                (num_features,),
-                self.param_dtype,
-            )
-            for canonical, start in self.config(num_features).parameters.items()
-        }
+    def transform(self, y: Array) -> Array:
+        """The convolution in the place of BatchNorm's affine step."""
+        channels = y.shape[self.axis]
+        conv = nn.Conv(
+            channels,
+            (self.kernel_size,) * self.spatial_dims,
+            feature_group_count=channels,
+            param_dtype=self.param_dtype,
+            kernel_init=self.kernel_init,
+            bias_init=self.bias_init,
+            name="conv",
+        )
+        return functional.channels_last(conv, y, self.axis)

@@ -1,21 +1,165 @@
-"""RBN as an NNX module."""
+"""RBN, IEBN and BNET as NNX modules."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
 
 import jax.numpy as jnp
 from flax import nnx
 from flax.nnx import initializers, rnglib
 from flax.nnx.module import first_from
+from flax.nnx.nn.linear import default_kernel_init
 from flax.typing import Dtype, Initializer
 from jax import Array
 
-from rbn.backends.flax import functional
-from rbn_core.config import CALIBRATION_STARTS, Config, Statistic, check_input, refuse_unknown_options
+from rbn.backends.flax import distributed, functional
+from rbn_core.config import (
+    CALIBRATION_STARTS,
+    IEBN_STARTS,
+    Config,
+    Statistic,
+    check_input,
+    refuse_unknown_options,
+)
 from rbn_core.names import NAMES
 
 
+class CalibratedNorm(nnx.Module):
+    """What the three layers share: BatchNorm's options and statistics, and the forward pass.
+
+    Attributes:
+        starts: Where the parameters beyond BatchNorm's start.
+        spatial_dims: How many spatial axes an input must have; any number where `None`.
+    """
+
+    starts: ClassVar[Mapping[str, float]] = {}
+    spatial_dims: int | None = None
+
+    def __init__(
+        self,
+        config: Config,
+        use_running_average: bool,
+        axis: int,
+        dtype: Dtype | None,
+        param_dtype: Dtype,
+        axis_name: distributed.AxisName,
+        axis_index_groups: distributed.IndexGroups,
+    ) -> None:
+        shape = (config.num_features,)
+        self.mean = nnx.BatchStat(jnp.zeros(shape, functional.statistics_dtype(param_dtype)))
+        self.var = nnx.BatchStat(jnp.ones(shape, functional.statistics_dtype(param_dtype)))
+        self.num_batches_tracked = nnx.BatchStat(jnp.zeros((), jnp.int32))
+        for name, start in self.starts.items():
+            there = name in config.parameters
+            setattr(self, name, nnx.data(nnx.Param(jnp.full(shape, start, param_dtype)) if there else None))
+        self.layer = config.layer
+        self.num_features = config.num_features
+        self.use_running_average = use_running_average
+        self.axis = axis
+        self.momentum = config.momentum
+        self.epsilon = config.eps
+        self.dtype = dtype
+        self.param_dtype = param_dtype
+        self.centering = config.centering
+        self.scaling = config.scaling
+        self.restrict = config.restrict
+        self.running_var = config.running_var
+        self.axis_name = axis_name
+        self.axis_index_groups = axis_index_groups
+
+    def __call__(self, x: Array, use_running_average: bool | None = None) -> Array:
+        """Y, of the shape of `x`, (N, *spatial, C).
+
+        Args:
+            x: The input; not changed.
+            use_running_average: Evaluation (True) or training (False); `None` as the layer is set.
+        """
+        use_running_average = first_from(
+            use_running_average,
+            self.use_running_average,
+            error_msg=f"{self.layer}: expected use_running_average in the call or in the layer, "
+            "got None in both.",
+        )
+        training = not use_running_average
+        share = distributed.Share(self.axis_name if training else None, self.axis_index_groups)
+        values = x.size // self.num_features * share.devices
+        check_input(
+            x.shape,
+            x.dtype.name,
+            self.num_features,
+            training=training,
+            axis=self.axis,
+            values=values,
+            spatial_dims=self.spatial_dims,
+            layer=self.layer,
+        )
+        running = (self.mean[...], self.var[...])
+        y, mean, var = functional.rbn(
+            x,
+            self._parameters(),
+            None if training else running,
+            axis=self.axis,
+            eps=self.epsilon,
+            centering=self.centering,
+            scaling=self.scaling,
+            restrict=self.restrict,
+            dtype=self.dtype,
+            average=share.average,
+        )
+        if training:
+            self.num_batches_tracked[...] += 1
+            self.mean[...], self.var[...] = functional.track(
+                running,
+                mean,
+                var,
+                self.num_batches_tracked[...],
+                momentum=self.momentum,
+                running_var=self.running_var,
+                values=values,
+            )
+        return functional.as_output(self.transform(y), x, self.dtype)
+
+    def transform(self, y: Array) -> Array:
+        """What follows on (N, C) coefficients; nothing but in BNET."""
+        return y
+
+    def _parameters(self) -> dict[str, Array]:
+        names = ("gamma", "beta", *self.starts)
+        stored = {name: getattr(self, NAMES["flax"][name].removeprefix("params/"), None) for name in names}
+        return {name: param[...] for name, param in stored.items() if param is not None}
+
+
+class AffineNorm(CalibratedNorm):
+    """What RBN and IEBN share: BatchNorm's affine step."""
+
+    def __init__(
+        self,
+        config: Config,
+        use_running_average: bool,
+        axis: int,
+        dtype: Dtype | None,
+        param_dtype: Dtype,
+        axis_name: distributed.AxisName,
+        axis_index_groups: distributed.IndexGroups,
+        bias_init: Initializer,
+        scale_init: Initializer,
+        rngs: rnglib.Rngs,
+    ) -> None:
+        shape, beta = (config.num_features,), config.beta
+        self.scale = nnx.data(
+            nnx.Param(scale_init(rngs.params(), shape, param_dtype)) if config.gamma else None
+        )
+        self.bias = nnx.data(nnx.Param(bias_init(rngs.params(), shape, param_dtype)) if beta else None)
+        self.use_bias = config.beta
+        self.use_scale = config.gamma
+        self.bias_init = bias_init
+        self.scale_init = scale_init
+        super().__init__(config, use_running_average, axis, dtype, param_dtype, axis_name, axis_index_groups)
+
+
 @refuse_unknown_options
-class RBN(nnx.Module):
+class RBN(AffineNorm):
     r"""Representative Batch Normalization (Gao et al., CVPR 2021, eq. 12) in place of `flax.nnx.BatchNorm`.
 
         X_cm = X + w_m K_m
@@ -48,11 +192,16 @@ class RBN(nnx.Module):
         scaling: K_s, the same choice, of X_s.
         restrict: R, "sigmoid" or "hard_sigmoid".
         running_var: the batch variance that is accumulated, "unbiased" or "biased" (BatchNorm's in Flax).
+        axis_name: the axis of `pmap`, `vmap` or `shard_map` that the batch is spread over, or several; under
+            `jit` with a sharded batch the statistics are the whole batch's without it.
+        axis_index_groups: the groups of devices along it that share their statistics; all by default.
         rngs: the random keys that `bias_init` and `scale_init` draw from.
 
     Raises:
         RBNError: An option or an input is refused; no statistic has changed then.
     """
+
+    starts = CALIBRATION_STARTS
 
     def __init__(
         self,
@@ -72,6 +221,8 @@ class RBN(nnx.Module):
         scaling: Statistic | None = "channel_mean",
         restrict: str = "sigmoid",
         running_var: str = "unbiased",
+        axis_name: distributed.AxisName = None,
+        axis_index_groups: distributed.IndexGroups = None,
         rngs: rnglib.Rngs,
     ) -> None:
         config = Config(
@@ -85,74 +236,195 @@ class RBN(nnx.Module):
             gamma=use_scale,
             beta=use_bias,
         )
-        shape = (num_features,)
-        self.mean = nnx.BatchStat(jnp.zeros(shape, functional.statistics_dtype(param_dtype)))
-        self.var = nnx.BatchStat(jnp.ones(shape, functional.statistics_dtype(param_dtype)))
-        self.num_batches_tracked = nnx.BatchStat(jnp.zeros((), jnp.int32))
-        self.scale = nnx.data(nnx.Param(scale_init(rngs.params(), shape, param_dtype)) if use_scale else None)
-        self.bias = nnx.data(nnx.Param(bias_init(rngs.params(), shape, param_dtype)) if use_bias else None)
-        for name, start in CALIBRATION_STARTS.items():
-            there = name in config.parameters
-            setattr(self, name, nnx.data(nnx.Param(jnp.full(shape, start, param_dtype)) if there else None))
-        self.num_features = num_features
-        self.use_running_average = use_running_average
-        self.axis = axis
-        self.momentum = momentum
-        self.epsilon = epsilon
-        self.dtype = dtype
-        self.param_dtype = param_dtype
-        self.use_bias = use_bias
-        self.use_scale = use_scale
-        self.bias_init = bias_init
-        self.scale_init = scale_init
-        self.centering = centering
-        self.scaling = scaling
-        self.restrict = restrict
-        self.running_var = running_var
-
-    def __call__(self, x: Array, use_running_average: bool | None = None) -> Array:
-        """Y of eq. 12, of the shape of `x`, (N, *spatial, C).
-
-        Args:
-            x: The input; not changed.
-            use_running_average: Evaluation (True) or training (False); `None` as the layer is set.
-        """
-        use_running_average = first_from(
+        super().__init__(
+            config,
             use_running_average,
-            self.use_running_average,
-            error_msg="RBN: expected use_running_average in the call or in the layer, got None in both.",
+            axis,
+            dtype,
+            param_dtype,
+            axis_name,
+            axis_index_groups,
+            bias_init,
+            scale_init,
+            rngs,
         )
-        training = not use_running_average
-        check_input(x.shape, x.dtype.name, self.num_features, training=training, axis=self.axis)
-        running = (self.mean[...], self.var[...])
-        y, mean, var = functional.rbn(
-            x,
-            self._parameters(),
-            None if training else running,
-            axis=self.axis,
-            eps=self.epsilon,
-            centering=self.centering,
-            scaling=self.scaling,
-            restrict=self.restrict,
-            dtype=self.dtype,
-        )
-        if training:
-            self.num_batches_tracked[...] += 1
-            self.mean[...], self.var[...] = functional.track(
-                running,
-                mean,
-                var,
-                self.num_batches_tracked[...],
-                momentum=self.momentum,
-                running_var=self.running_var,
-                values=x.size // self.num_features,
-            )
-        return y
 
-    def _parameters(self) -> dict[str, Array]:
-        stored = {
-            canonical: getattr(self, name.removeprefix("params/"), None)
-            for canonical, name in NAMES["flax"].items()
-            if name.startswith("params/")
-        }
-        return {canonical: param[...] for canonical, param in stored.items() if param is not None}
+
+@refuse_unknown_options
+class IEBN(AffineNorm):
+    r"""Instance Enhancement Batch Normalization (Liang et al., AAAI 2020) in place of `flax.nnx.BatchNorm`.
+
+        X_s = (X - E(X)) / sqrt(Var(X) + eps)
+        Y   = X_s sigmoid(w_v mean_c(X) + w_b) gamma + beta        mean_c over the positions of one channel
+
+    Inputs, statistics and modes as in `RBN`. State: BatchNorm's and the counter, as in `RBN`, and
+    `scale_weight` (w_v, from 0) and `scale_bias` (w_b, from -1), each an `nnx.Param` of shape (C,).
+
+    Args:
+        num_features: C, the number of channels.
+        use_running_average: evaluation (True) or training (False); `train()` and `eval()` set it.
+        axis: the channel axis; the batch is the first of the others.
+        momentum: the weight of the *old* value in the running statistics; `None` averages all batches.
+        epsilon: epsilon, added to the variance under its root.
+        dtype: the dtype of the output; `None` as in `RBN`.
+        param_dtype: the dtype of the parameters.
+        use_bias: whether there is a beta.
+        use_scale: whether there is a gamma.
+        bias_init: how beta starts.
+        scale_init: how gamma starts.
+        running_var: the batch variance that is accumulated, "unbiased" or "biased" (BatchNorm's in Flax).
+        axis_name: the axis of `pmap`, `vmap` or `shard_map` that the batch is spread over, or several; under
+            `jit` with a sharded batch the statistics are the whole batch's without it.
+        axis_index_groups: the groups of devices along it that share their statistics; all by default.
+        rngs: the random keys that `bias_init` and `scale_init` draw from.
+
+    Raises:
+        RBNError: An option or an input is refused; no statistic has changed then.
+    """
+
+    starts = IEBN_STARTS
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        use_running_average: bool = False,
+        axis: int = -1,
+        momentum: float | None = 0.9,
+        epsilon: float = 1e-5,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        use_bias: bool = True,
+        use_scale: bool = True,
+        bias_init: Initializer = initializers.zeros,
+        scale_init: Initializer = initializers.ones,
+        running_var: str = "unbiased",
+        axis_name: distributed.AxisName = None,
+        axis_index_groups: distributed.IndexGroups = None,
+        rngs: rnglib.Rngs,
+    ) -> None:
+        config = Config.iebn(
+            num_features,
+            eps=epsilon,
+            momentum=momentum,
+            running_var=running_var,
+            gamma=use_scale,
+            beta=use_bias,
+        )
+        super().__init__(
+            config,
+            use_running_average,
+            axis,
+            dtype,
+            param_dtype,
+            axis_name,
+            axis_index_groups,
+            bias_init,
+            scale_init,
+            rngs,
+        )
+
+
+@refuse_unknown_options
+class BNET(CalibratedNorm):
+    r"""BatchNorm with an enhanced linear transformation (Xu et al., 2020): its affine step is a convolution.
+
+        X_s = (X - E(X)) / sqrt(Var(X) + eps)
+        Y   = depthwise convolution of X_s, zero padded, plus a bias
+
+    Inputs, statistics and modes as in `RBN`, with the kernel's number of spatial axes. State: BatchNorm's
+    statistics and the counter, as in `RBN`, and `conv`, a depthwise `nnx.Conv` that starts as Flax starts it.
+
+    Args:
+        num_features: C, the number of channels.
+        kernel_size: the extent of the kernel along every axis; odd.
+        use_running_average: evaluation (True) or training (False); `train()` and `eval()` set it.
+        axis: the channel axis; the batch is the first of the others.
+        momentum: the weight of the *old* value in the running statistics; `None` averages all batches.
+        epsilon: epsilon, added to the variance under its root.
+        dtype: the dtype of the output; `None` as in `RBN`.
+        param_dtype: the dtype of the parameters.
+        spatial_dims: the number of spatial axes, 1, 2 or 3.
+        kernel_init: how the kernel starts.
+        bias_init: how the bias starts.
+        running_var: the batch variance that is accumulated, "unbiased" or "biased" (BatchNorm's in Flax).
+        axis_name: the axis of `pmap`, `vmap` or `shard_map` that the batch is spread over, or several; under
+            `jit` with a sharded batch the statistics are the whole batch's without it.
+        axis_index_groups: the groups of devices along it that share their statistics; all by default.
+        rngs: the random keys that `kernel_init` and `bias_init` draw from.
+
+    Raises:
+        RBNError: An option or an input is refused; no statistic has changed then.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        kernel_size: int = 3,
+        *,
+        use_running_average: bool = False,
+        axis: int = -1,
+        momentum: float | None = 0.9,
+        epsilon: float = 1e-5,
+        dtype: Dtype | None = None,
+        param_dtype: Dtype = jnp.float32,
+        spatial_dims: int = 2,
+        kernel_init: Initializer = default_kernel_init,
+        bias_init: Initializer = initializers.zeros,
+        running_var: str = "unbiased",
+        axis_name: distributed.AxisName = None,
+        axis_index_groups: distributed.IndexGroups = None,
+        rngs: rnglib.Rngs,
+    ) -> None:
+        config = Config.bnet(
+            num_features,
+            kernel_size,
+            spatial_dims,
+            eps=epsilon,
+            momentum=momentum,
+            running_var=running_var,
+        )
+        super().__init__(config, use_running_average, axis, dtype, param_dtype, axis_name, axis_index_groups)
+        self.spatial_dims = spatial_dims
+        self.conv = nnx.Conv(
+            num_features,
+            num_features,
+            (kernel_size,) * spatial_dims,
+            feature_group_count=num_features,
+            param_dtype=param_dtype,
+            kernel_init=kernel_init,
+            bias_init=bias_init,
+            rngs=rngs,
+        )
+
+    @classmethod
+    def from_batch_norm(cls, norm: nnx.BatchNorm, kernel_size: int = 3, *, spatial_dims: int = 2) -> BNET:
+        """A layer that equals a BatchNorm, running statistics included.
+
+        gamma is at the centre of the kernels, which are 0 elsewhere, beta is the bias, and the running
+        variance stays biased as BatchNorm's is in Flax.
+        """
+        layer = cls(
+            norm.num_features,
+            kernel_size,
+            use_running_average=norm.use_running_average,
+            axis=norm.axis,
+            momentum=norm.momentum,
+            epsilon=norm.epsilon,
+            dtype=norm.dtype,
+            param_dtype=norm.param_dtype,
+            spatial_dims=spatial_dims,
+            running_var="biased",
+            axis_name=norm.axis_name,
+            axis_index_groups=norm.axis_index_groups,
+            rngs=nnx.Rngs(0),
+        )
+        gamma, beta = (None if param is None else param[...] for param in (norm.scale, norm.bias))
+        kernel, bias = functional.centre_tap(gamma, beta, layer.conv.kernel[...])
+        layer.conv.kernel[...], layer.conv.bias[...] = kernel, bias
+        layer.mean[...], layer.var[...] = norm.mean[...], norm.var[...]
+        return layer
+
+    def transform(self, y: Array) -> Array:
+        """The convolution in the place of BatchNorm's affine step."""
+        return functional.channels_last(self.conv, y, self.axis)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import reduce
 from typing import Any
 
 import flax.linen as nn
@@ -11,13 +12,13 @@ import numpy as np
 from flax import traverse_util
 
 from rbn.backends.flax import functional, nnx
-from rbn.backends.flax.layers import RBN
+from rbn.backends.flax.layers import CalibratedNorm
 from rbn_core.errors import RBNTypeError, RBNValueError
 from rbn_core.names import NAMES, PARAMETERS, STATISTICS
 from rbn_core.weights import State, check_state
 
 
-def to_numpy(layer: Mapping[str, Any] | nnx.RBN) -> State:
+def to_numpy(layer: Mapping[str, Any] | nnx.CalibratedNorm) -> State:
     """Copies of everything the layer stores, under canonical names; half precision becomes float32.
 
     Args:
@@ -27,10 +28,13 @@ def to_numpy(layer: Mapping[str, Any] | nnx.RBN) -> State:
         RBNValueError: Variables that are not a layer's are there, such as those of a whole network.
     """
     stored = _stored(layer)
-    return {canonical: _array(stored[name]) for canonical, name in NAMES["flax"].items() if name in stored}
+    arrays = {canonical: _array(stored[name]) for canonical, name in NAMES["flax"].items() if name in stored}
+    if "conv_weight" in arrays:
+        arrays["conv_weight"] = np.moveaxis(arrays["conv_weight"], (-1, -2), (0, 1))
+    return arrays
 
 
-def from_numpy(layer: RBN | nnx.RBN, state: Mapping[str, Any]) -> Any:
+def from_numpy(layer: CalibratedNorm | nnx.CalibratedNorm, state: Mapping[str, Any]) -> Any:
     """Load a state: a linen layer's is returned as its variables, an NNX layer is filled in place.
 
     Args:
@@ -43,15 +47,15 @@ def from_numpy(layer: RBN | nnx.RBN, state: Mapping[str, Any]) -> Any:
     Raises:
         RBNValueError: Names are missing or unexpected, or shapes are wrong; all are listed, nothing changes.
     """
-    if isinstance(layer, nnx.RBN):
+    if isinstance(layer, nnx.CalibratedNorm):
         stored = _stored(layer)
-        shapes = {canonical: stored[NAMES["flax"][canonical]].shape for canonical in to_numpy(layer)}
-        for canonical, value in check_state(state, shapes).items():
+        shapes = {canonical: value.shape for canonical, value in to_numpy(layer).items()}
+        for canonical, value in _channels_last(check_state(state, shapes)).items():
             variable = stored[NAMES["flax"][canonical]]
             variable[...] = jnp.asarray(value, variable.dtype)
         return None
     channels = (len(value) for value in (state.get("running_mean"), *state.values()) if np.ndim(value) == 1)
-    arrays = check_state(state, layer.config(next(channels, 1)).state_shapes())
+    arrays = _channels_last(check_state(state, layer.config(next(channels, 1)).state_shapes()))
     dtypes = dict.fromkeys(PARAMETERS, layer.param_dtype)
     dtypes |= dict.fromkeys(STATISTICS, functional.statistics_dtype(layer.param_dtype))
     dtypes["num_batches_tracked"] = jnp.int32
@@ -59,11 +63,11 @@ def from_numpy(layer: RBN | nnx.RBN, state: Mapping[str, Any]) -> Any:
     return traverse_util.unflatten_dict(variables, sep="/")
 
 
-def _stored(layer: Mapping[str, Any] | nnx.RBN) -> dict[str, Any]:
+def _stored(layer: Mapping[str, Any] | nnx.CalibratedNorm) -> dict[str, Any]:
     """The layer's variables under their names of `rbn_core.names`."""
     names = NAMES["flax"].values()
-    if isinstance(layer, nnx.RBN):
-        found = {name: getattr(layer, name.split("/")[1], None) for name in names}
+    if isinstance(layer, nnx.CalibratedNorm):
+        found = {name: _at(layer, name.split("/")[1:]) for name in names}
         return {name: variable for name, variable in found.items() if variable is not None}
     if not isinstance(layer, Mapping):
         raise RBNTypeError(
@@ -77,6 +81,18 @@ def _stored(layer: Mapping[str, Any] | nnx.RBN) -> dict[str, Any]:
             "Pass the layer's own part of each collection."
         )
     return variables
+
+
+def _at(layer: Any, path: list[str]) -> Any:
+    """The attribute of an attribute, and so on; `None` where there is none."""
+    return reduce(lambda owner, name: getattr(owner, name, None), path, layer)
+
+
+def _channels_last(arrays: State) -> State:
+    """The arrays with BNET's kernel as Flax has it, (*kernel, 1, C)."""
+    if "conv_weight" not in arrays:
+        return arrays
+    return arrays | {"conv_weight": np.moveaxis(arrays["conv_weight"], (0, 1), (-1, -2))}
 
 
 def _array(value: Any) -> Any:

@@ -4,7 +4,7 @@ from rbn.backends.jittor import environment
 
 environment.prepare()
 
-from rbn.backends.jittor.layers import RBN  # noqa: E402
+from rbn.backends.jittor.layers import BNET, IEBN, RBN  # noqa: E402
 from rbn.backends.jittor.weights import from_numpy, to_numpy  # noqa: E402
 
-__all__ = ["RBN", "from_numpy", "to_numpy"]
+__all__ = ["BNET", "IEBN", "RBN", "from_numpy", "to_numpy"]

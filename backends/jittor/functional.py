@@ -7,7 +7,7 @@ numbers of a sum one after another, and in float32 the mean of a large plane wou
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jittor as jt
 from jittor import Var
@@ -22,6 +22,13 @@ def hard_sigmoid(z: Var) -> Var:
 
 RESTRICT = {"sigmoid": jt.sigmoid, "hard_sigmoid": hard_sigmoid}
 
+Average = Callable[[Var], Var]
+
+
+def batch_average(values: Var) -> Var:
+    """(N, C) plane values to their mean over the batch, (C,)."""
+    return mean_over(values, 0)
+
 
 def rbn(
     x: Var,
@@ -32,6 +39,7 @@ def rbn(
     centering: Statistic | None,
     scaling: Statistic | None,
     restrict: str,
+    average: Average = batch_average,
 ) -> tuple[Var, Var, Var]:
     """Representative Batch Normalization, eq. 12 of the paper.
 
@@ -44,11 +52,12 @@ def rbn(
         centering: K_m of eq. 5, or `None`.
         scaling: K_s of eq. 9, or `None`.
         restrict: R of eq. 9.
+        average: Takes (N, C) plane values to their mean over the batch, (C,); here or over all processes.
 
     Returns:
-        Y in the dtype of x, and the E and biased Var it was normalized with, in float64.
+        Y in at least float32, and the E and biased Var it was normalized with, in float64.
     """
-    shape, dtype = x.shape, x.dtype
+    shape = x.shape
     x = as_planes(at_least_float32(x))
     parameters = {name: value.float64() for name, value in parameters.items()}
     if centering in SPATIAL_STATISTICS:
@@ -56,11 +65,11 @@ def rbn(
         centering = None
     if scaling in SPATIAL_STATISTICS:
         before = {"center_weight": parameters["center_weight"]} if centering else {}
-        x_s, mean, var = two_pass(x, before, running, eps, centering, None, restrict)
+        x_s, mean, var = two_pass(x, before, running, eps, centering, None, restrict, average)
         y = scale_spatially(x_s, parameters, eps, scaling, restrict)
     else:
-        y, mean, var = two_pass(x, parameters, running, eps, centering, scaling, restrict)
-    return y.reshape(shape).cast(dtype), mean, var
+        y, mean, var = two_pass(x, parameters, running, eps, centering, scaling, restrict, average)
+    return y.reshape(shape), mean, var
 
 
 def two_pass(
@@ -71,10 +80,11 @@ def two_pass(
     centering: Statistic | None,
     scaling: Statistic | None,
     restrict: str,
+    average: Average,
 ) -> tuple[Var, Var, Var]:
     """Y, E and Var for channel statistics; only the first and the last step touch the image."""
     mu, v = moments(x)
-    a, b, mean, var = calibrate(mu, v, parameters, running, eps, centering, scaling, restrict)
+    a, b, mean, var = calibrate(mu, v, parameters, running, eps, centering, scaling, restrict, average)
     return affine(x, a, b), mean, var
 
 
@@ -93,36 +103,47 @@ def calibrate(
     centering: Statistic | None,
     scaling: Statistic | None,
     restrict: str,
+    average: Average,
 ) -> tuple[Var, Var, Var, Var]:
     """Equations 2 to 9 on (N, C) moments, for channel statistics.
+
+    The batch's plane means are measured from their own mean, as `rbn_core.fused.calibrate` explains; Y does
+    not depend on that origin, so it needs no gradient.
 
     Returns:
         a and b of Y = a X + b, (N, C) each, and the E and biased Var they were made with, (C,) each.
     """
     epsilon = constant(eps)
-    shift = jt.zeros_like(mu)
+    origin = average(mu.detach()) if running is None else jt.zeros((mu.shape[1],), dtype="float64")
+    mu_0 = mu - origin
+    shift, origin_cm = jt.zeros_like(mu), origin
     if centering == "channel_mean":
-        shift = parameters["center_weight"] * mu
+        shift = parameters["center_weight"] * mu_0
+        origin_cm = origin + parameters["center_weight"] * origin
     elif centering == "channel_std":
         shift = parameters["center_weight"] * jt.sqrt(v + epsilon)
-    shifted = mu + shift  # the plane means of X_cm; its plane variances are those of X
+    shifted = mu_0 + shift  # the plane means of X_cm; its plane variances are those of X
 
     if running is None:
-        mean = mean_over(shifted, 0)
-        var = mean_over(v, 0) + mean_over(jt.sqr(shifted - mean), 0)
+        mean_0 = average(shifted)
+        mean = mean_0 + origin_cm
+        var = average(v + jt.sqr(shifted - mean_0))
     else:
         mean, var = (statistic.float64() for statistic in running)
+        mean_0 = mean
     inverse_std = constant(1) / jt.sqrt(var + epsilon)
 
     a = inverse_std.broadcast(mu, [0])
     if scaling is not None:
-        k_s = (shifted - mean) * inverse_std
+        k_s = (shifted - mean_0) * inverse_std
         if scaling == "channel_std":
             k_s = jt.sqrt(v * jt.sqr(inverse_std) + epsilon)
+        elif scaling == "input_mean":
+            k_s = mu
         a = a * RESTRICT[restrict](parameters["scale_weight"] * k_s + parameters["scale_bias"])
     if "gamma" in parameters:
         a = a * parameters["gamma"]
-    b = a * (shift - mean)
+    b = a * (shift - mean_0 - origin)
     if "beta" in parameters:
         b = b + parameters["beta"]
     return a, b, mean, var
@@ -131,6 +152,26 @@ def calibrate(
 def affine(x: Var, a: Var, b: Var) -> Var:
     """Y = a X + b, with one a and one b for each plane."""
     return x * spread(a, x, 2) + spread(b, x, 2)
+
+
+def depthwise_convolution(x: Var, weight: Var, bias: Var) -> Var:
+    """The convolution of every channel with its own odd kernel, zero padded to the shape of x.
+
+    Jittor's own layers sum the gradients of their parameters in float32, and the three-dimensional one mixes
+    up its axes on the processor.
+
+    Args:
+        x: (N, C, *spatial), in at least float32.
+        weight: (C, 1, *kernel), with as many axes as x.
+        bias: (C,).
+    """
+    kernel, rank = weight.shape[2:], len(x.shape)
+    taps = [f"i{axis}+i{rank + axis - 2}-{kernel[axis - 2] // 2}" for axis in range(2, rank)]
+    windows = x.reindex([*x.shape, *kernel], ["i0", "i1", *taps])
+    positions = (0, *range(2, rank))
+    products = windows * spread(weight.float64().squeeze(1), windows, *positions)
+    y = products.sum(list(range(rank, len(windows.shape))))
+    return y + spread(bias.float64(), y, *positions)
 
 
 def accumulate(running: tuple[Var, Var], mean: Var, var: Var, new_weight: float | Var) -> None:

@@ -1,13 +1,18 @@
-"""RBN as a Jittor module."""
+"""RBN, IEBN and BNET as Jittor modules."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 import jittor as jt
-from jittor import Module, Var, init
+import numpy as np
+from jittor import Module, Var, init, nn
 
 from rbn.backends.jittor import functional
 from rbn_core.config import (
     CALIBRATION_STARTS,
+    IEBN_STARTS,
     Config,
     Statistic,
     check_input,
@@ -17,8 +22,90 @@ from rbn_core.config import (
 from rbn_core.names import NAMES, PARAMETERS
 
 
+class CalibratedNorm(Module):
+    """What the three layers share: BatchNorm's parameters and statistics, and the forward pass.
+
+    Attributes:
+        starts: Where the parameters beyond BatchNorm's start.
+        spatial_dims: How many spatial axes an input must have; any number where `None`.
+    """
+
+    starts: ClassVar[Mapping[str, float]] = {}
+    spatial_dims: int | None = None
+
+    def __init__(self, config: Config, momentum: float | None, is_train: bool) -> None:
+        super().__init__()
+        shape = (config.num_features,)
+        self.layer = config.layer
+        self.num_features = config.num_features
+        self.eps = config.eps
+        self.momentum = momentum
+        self.affine = config.gamma
+        self.is_train = is_train
+        self.centering = config.centering
+        self.scaling = config.scaling
+        self.restrict = config.restrict
+        self.variance_estimator = config.running_var
+        self.weight = init.constant(shape, "float32", 1.0) if config.gamma else 1.0
+        self.bias = init.constant(shape, "float32", 0.0) if config.beta else 0.0
+        for name, start in self.starts.items():
+            parameter = init.constant(shape, "float32", start) if name in config.parameters else None
+            setattr(self, name, parameter)
+        self.running_mean = init.constant(shape, "float32", 0.0).stop_grad()
+        self.running_var = init.constant(shape, "float32", 1.0).stop_grad()
+        self.num_batches_tracked = init.constant((1,), "int32", 0).stop_grad()
+
+    def execute(self, x: Var) -> Var:
+        """Y, of the shape and dtype of `x`, (N, C, *spatial)."""
+        check_input(
+            x.shape,
+            str(x.dtype),
+            self.num_features,
+            training=self.is_train,
+            spatial_dims=self.spatial_dims,
+            layer=self.layer,
+        )
+        stored = {canonical: getattr(self, NAMES["jittor"][canonical], None) for canonical in PARAMETERS}
+        # Under automatic mixed precision every operation would be in half precision; bit 0 prefers float32.
+        with jt.flag_scope(amp_reg=int(jt.flags.amp_reg != 0)):
+            y, mean, var = functional.rbn(
+                x,
+                {canonical: value for canonical, value in stored.items() if isinstance(value, Var)},
+                None if self.is_train else (self.running_mean, self.running_var),
+                eps=self.eps,
+                centering=self.centering,
+                scaling=self.scaling,
+                restrict=self.restrict,
+            )
+            if self.is_train:
+                self._track(mean, var, values=x.numel() // self.num_features)
+            return self.transform(y).cast(x.dtype)
+
+    def transform(self, y: Var) -> Var:
+        """What follows on (N, C) coefficients; nothing but in BNET."""
+        return y
+
+    def extra_repr(self) -> str:
+        """The options, as `print(model)` shows them."""
+        return (
+            f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}, "
+            f"is_train={self.is_train}, running_var={self.variance_estimator!r}"
+        )
+
+    def _track(self, mean: Var, var: Var, values: int) -> None:
+        self.num_batches_tracked.update(self.num_batches_tracked + 1)
+        # Nothing else may ever ask for the counter: left lazy, its graph would grow by an addition a step.
+        self.num_batches_tracked.sync(False, False)
+        new_weight = self.momentum
+        if new_weight is None:
+            new_weight = functional.constant(1) / self.num_batches_tracked.float64()
+        if self.variance_estimator == "unbiased":
+            var = var * functional.constant(values / (values - 1))
+        functional.accumulate((self.running_mean, self.running_var), mean, var, new_weight)
+
+
 @refuse_unknown_options
-class RBN(Module):
+class RBN(CalibratedNorm):
     r"""Representative Batch Normalization (Gao et al., CVPR 2021, eq. 12) in place of `jittor.nn.BatchNorm`.
 
         X_cm = X + w_m K_m
@@ -50,6 +137,8 @@ class RBN(Module):
         RBNError: An option or an input is refused; no statistic has changed then.
     """
 
+    starts = CALIBRATION_STARTS
+
     def __init__(
         self,
         num_features: int,
@@ -74,61 +163,130 @@ class RBN(Module):
             gamma=affine,
             beta=affine,
         )
-        super().__init__()
-        self.num_features = num_features
-        self.eps = eps
-        self.momentum = momentum
-        self.affine = affine
-        self.is_train = is_train
-        self.centering = centering
-        self.scaling = scaling
-        self.restrict = restrict
-        self.variance_estimator = running_var
-        self.weight = init.constant((num_features,), "float32", 1.0) if affine else 1.0
-        self.bias = init.constant((num_features,), "float32", 0.0) if affine else 0.0
-        for name, start in CALIBRATION_STARTS.items():
-            parameter = None
-            if name in config.parameters:
-                parameter = init.constant((num_features,), "float32", start)
-            setattr(self, name, parameter)
-        self.running_mean = init.constant((num_features,), "float32", 0.0).stop_grad()
-        self.running_var = init.constant((num_features,), "float32", 1.0).stop_grad()
-        self.num_batches_tracked = init.constant((1,), "int32", 0).stop_grad()
-
-    def execute(self, x: Var) -> Var:
-        """Y of eq. 12, of the shape and dtype of `x`, (N, C, *spatial)."""
-        check_input(x.shape, str(x.dtype), self.num_features, training=self.is_train)
-        stored = {canonical: getattr(self, NAMES["jittor"][canonical], None) for canonical in PARAMETERS}
-        # Under automatic mixed precision every operation would be in half precision; bit 0 prefers float32.
-        with jt.flag_scope(amp_reg=int(jt.flags.amp_reg != 0)):
-            y, mean, var = functional.rbn(
-                x,
-                {canonical: value for canonical, value in stored.items() if isinstance(value, Var)},
-                None if self.is_train else (self.running_mean, self.running_var),
-                eps=self.eps,
-                centering=self.centering,
-                scaling=self.scaling,
-                restrict=self.restrict,
-            )
-            if self.is_train:
-                self._track(mean, var, values=x.numel() // self.num_features)
-        return y
-
-    def _track(self, mean: Var, var: Var, values: int) -> None:
-        self.num_batches_tracked.update(self.num_batches_tracked + 1)
-        # Nothing else may ever ask for the counter: left lazy, its graph would grow by an addition a step.
-        self.num_batches_tracked.sync(False, False)
-        new_weight = self.momentum
-        if new_weight is None:
-            new_weight = functional.constant(1) / self.num_batches_tracked.float64()
-        if self.variance_estimator == "unbiased":
-            var = var * functional.constant(values / (values - 1))
-        functional.accumulate((self.running_mean, self.running_var), mean, var, new_weight)
+        super().__init__(config, momentum, is_train)
 
     def extra_repr(self) -> str:
         """The options, as `print(model)` shows them."""
         return (
-            f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}, "
-            f"is_train={self.is_train}, centering={self.centering!r}, scaling={self.scaling!r}, "
-            f"restrict={self.restrict!r}, running_var={self.variance_estimator!r}"
+            f"{super().extra_repr()}, centering={self.centering!r}, scaling={self.scaling!r}, "
+            f"restrict={self.restrict!r}"
         )
+
+
+@refuse_unknown_options
+class IEBN(CalibratedNorm):
+    r"""Instance Enhancement Batch Normalization (Liang et al., AAAI 2020) in place of `jittor.nn.BatchNorm`.
+
+        X_s = (X - E(X)) / sqrt(Var(X) + eps)
+        Y   = X_s sigmoid(w_v mean_c(X) + w_b) gamma + beta        mean_c over the positions of one channel
+
+    Inputs, statistics and modes as in `RBN`. State: BatchNorm's, `scale_weight` (w_v, from 0) and
+    `scale_bias` (w_b, from -1), each of shape (C,), and `num_batches_tracked`.
+
+    Args:
+        num_features: C, the number of channels.
+        eps: epsilon, added to the variance under its root.
+        momentum: the weight of the *new* value in the running statistics; `None` averages all batches.
+        affine: whether gamma and beta are learned.
+        is_train: the mode at construction, which `train()` and `eval()` change.
+        running_var: the batch variance that is accumulated, "unbiased" or "biased".
+
+    Raises:
+        RBNError: An option or an input is refused; no statistic has changed then.
+    """
+
+    starts = IEBN_STARTS
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        is_train: bool = True,
+        *,
+        running_var: str = "unbiased",
+    ) -> None:
+        config = Config.iebn(
+            num_features,
+            eps=eps,
+            momentum=old_value_weight(momentum, "IEBN"),
+            running_var=running_var,
+            gamma=affine,
+            beta=affine,
+        )
+        super().__init__(config, momentum, is_train)
+
+
+@refuse_unknown_options
+class BNET(CalibratedNorm):
+    r"""BatchNorm with an enhanced linear transformation (Xu et al., 2020): its affine step is a convolution.
+
+        X_s = (X - E(X)) / sqrt(Var(X) + eps)
+        Y   = depthwise convolution of X_s, zero padded, plus a bias
+
+    Inputs, statistics and modes as in `RBN`, with the kernel's number of spatial axes. State: BatchNorm's
+    running statistics, `num_batches_tracked`, and `conv`, a depthwise `jittor.nn.Conv*d` that starts as
+    Jittor starts it and holds the parameters; the layer itself convolves with them, in
+    `functional.depthwise_convolution`.
+
+    Args:
+        num_features: C, the number of channels.
+        kernel_size: the extent of the kernel along every axis; odd.
+        eps: epsilon, added to the variance under its root.
+        momentum: the weight of the *new* value in the running statistics; `None` averages all batches.
+        is_train: the mode at construction, which `train()` and `eval()` change.
+        spatial_dims: the number of spatial axes, 1, 2 or 3.
+        running_var: the batch variance that is accumulated, "unbiased" or "biased".
+
+    Raises:
+        RBNError: An option or an input is refused; no statistic has changed then.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        kernel_size: int = 3,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        is_train: bool = True,
+        *,
+        spatial_dims: int = 2,
+        running_var: str = "unbiased",
+    ) -> None:
+        config = Config.bnet(
+            num_features,
+            kernel_size,
+            spatial_dims,
+            eps=eps,
+            momentum=old_value_weight(momentum, "BNET"),
+            running_var=running_var,
+        )
+        super().__init__(config, momentum, is_train)
+        self.spatial_dims = spatial_dims
+        self.conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[spatial_dims - 1](
+            num_features, num_features, kernel_size, padding=kernel_size // 2, groups=num_features
+        )
+
+    @classmethod
+    def from_batch_norm(cls, norm: nn.BatchNorm, kernel_size: int = 3, *, spatial_dims: int = 2) -> BNET:
+        """A layer that equals a BatchNorm: gamma at the centre of its kernels, 0 elsewhere, beta as bias."""
+        layer = cls(norm.num_features, kernel_size, norm.eps, norm.momentum, spatial_dims=spatial_dims)
+        dtype = norm.running_mean.dtype
+        # Without affine parameters BatchNorm has the numbers 1.0 and 0.0 in their place.
+        gamma, beta = (
+            functional.at_least_float32(value).numpy() if isinstance(value, Var) else value
+            for value in (norm.weight, norm.bias)
+        )
+        kernel, bias = np.zeros(layer.conv.weight.shape), np.zeros(norm.num_features)
+        kernel[(slice(None), 0, *(kernel_size // 2,) * spatial_dims)] = gamma
+        bias[:] = beta
+        layer.conv.weight.update(jt.array(kernel, dtype="float64").cast(dtype))
+        layer.conv.bias.update(jt.array(bias, dtype="float64").cast(dtype))
+        layer.running_mean.update(norm.running_mean)
+        layer.running_var.update(norm.running_var)
+        return layer if norm.is_train else layer.eval()
+
+    def transform(self, y: Var) -> Var:
+        """The convolution in the place of BatchNorm's affine step."""
+        return functional.depthwise_convolution(y, self.conv.weight, self.conv.bias)

@@ -8,12 +8,12 @@ from typing import Any
 import jittor as jt
 
 from rbn.backends.jittor.functional import at_least_float32
-from rbn.backends.jittor.layers import RBN
+from rbn.backends.jittor.layers import CalibratedNorm
 from rbn_core.names import NAMES
 from rbn_core.weights import State, check_state
 
 
-def to_numpy(layer: RBN) -> State:
+def to_numpy(layer: CalibratedNorm) -> State:
     """Copies of everything the layer stores, under canonical names; half precision becomes float32."""
     stored = layer.state_dict()
     return {
@@ -23,7 +23,7 @@ def to_numpy(layer: RBN) -> State:
     }
 
 
-def from_numpy(layer: RBN, state: Mapping[str, Any]) -> None:
+def from_numpy(layer: CalibratedNorm, state: Mapping[str, Any]) -> None:
     """Load a state into the layer, in place; dtype stays the layer's.
 
     Args:

@@ -5,12 +5,22 @@ Everything here runs in PyNative and is compiled in graph mode, whose parser tak
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 
 import mindspore as ms
+import numpy as np
 from mindspore import Parameter, Tensor, ops
+from numpy.lib.stride_tricks import sliding_window_view
 
 from rbn_core.config import SPATIAL_STATISTICS, Statistic
+
+Average = Callable[[Tensor], Tensor]
+
+
+def batch_average(values: Tensor) -> Tensor:
+    """(N, C) plane values to their mean over the batch, (C,)."""
+    return ops.mean(values, 0)
 
 
 def restriction(name: str, z: Tensor) -> Tensor:
@@ -32,6 +42,7 @@ def rbn(
     centering: Statistic | None,
     scaling: Statistic | None,
     restrict: str,
+    average: Average = batch_average,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Representative Batch Normalization, eq. 12 of the paper.
 
@@ -44,22 +55,22 @@ def rbn(
         centering: K_m of eq. 5, or `None`.
         scaling: K_s of eq. 9, or `None`.
         restrict: R of eq. 9.
+        average: Takes (N, C) plane values to their mean over the batch, (C,).
 
     Returns:
-        Y in the dtype of x, and the E and biased Var it was normalized with, in at least float32.
+        Y, and the E and biased Var it was normalized with, all in at least float32.
     """
-    dtype = x.dtype
-    x = x.astype(at_least_float32(dtype))
+    x = x.astype(at_least_float32(x.dtype))
     if centering in SPATIAL_STATISTICS:
         x = x + per_channel(parameters["center_weight"], x) * spatial_statistic(centering, x, eps)
         centering = None
     if scaling in SPATIAL_STATISTICS:
         before = {"center_weight": parameters["center_weight"]} if centering is not None else {}
-        x_s, mean, var = two_pass(x, before, running, eps, centering, None, restrict)
+        x_s, mean, var = two_pass(x, before, running, eps, centering, None, restrict, average)
         y = scale_spatially(x_s, parameters, eps, scaling, restrict)
     else:
-        y, mean, var = two_pass(x, parameters, running, eps, centering, scaling, restrict)
-    return y.astype(dtype), mean, var
+        y, mean, var = two_pass(x, parameters, running, eps, centering, scaling, restrict, average)
+    return y, mean, var
 
 
 def two_pass(
@@ -70,10 +81,11 @@ def two_pass(
     centering: Statistic | None,
     scaling: Statistic | None,
     restrict: str,
+    average: Average,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Y, E and Var for channel statistics; only the first and the last step touch the image."""
     mu, v = moments(x)
-    a, b, mean, var = calibrate(mu, v, parameters, running, eps, centering, scaling, restrict)
+    a, b, mean, var = calibrate(mu, v, parameters, running, eps, centering, scaling, restrict, average)
     return affine(x, a, b), mean, var
 
 
@@ -94,6 +106,7 @@ def calibrate(
     centering: Statistic | None,
     scaling: Statistic | None,
     restrict: str,
+    average: Average,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Equations 2 to 9 on (N, C) moments, for channel statistics.
 
@@ -104,7 +117,7 @@ def calibrate(
         a and b of Y = a X + b, (N, C) each, and the E and biased Var they were made with, (C,) each.
     """
     epsilon = scalar(eps, mu)
-    origin = ops.mean(ops.stop_gradient(mu), 0) if running is None else ops.zeros(mu.shape[1], mu.dtype)
+    origin = average(ops.stop_gradient(mu)) if running is None else ops.zeros(mu.shape[1], mu.dtype)
     mu_0 = mu - origin
     shift, origin_cm = ops.zeros_like(mu), origin
     if centering == "channel_mean":
@@ -115,9 +128,9 @@ def calibrate(
     shifted = mu_0 + shift  # the plane means of X_cm; its plane variances are those of X
 
     if running is None:
-        mean_0 = ops.mean(shifted, 0)
+        mean_0 = average(shifted)
         mean = mean_0 + origin_cm
-        var = ops.mean(v, 0) + ops.mean(ops.square(shifted - mean_0), 0)
+        var = average(v + ops.square(shifted - mean_0))
     else:
         mean, var = running[0].astype(mu.dtype), running[1].astype(mu.dtype)
         mean_0 = mean
@@ -128,6 +141,8 @@ def calibrate(
         k_s = (shifted - mean_0) * inverse_std
         if scaling == "channel_std":
             k_s = ops.sqrt(v * ops.square(inverse_std) + epsilon)
+        elif scaling == "input_mean":
+            k_s = mu
         a = a * restriction(restrict, parameters["scale_weight"] * k_s + parameters["scale_bias"])
     if "gamma" in parameters:
         a = a * parameters["gamma"]
@@ -178,6 +193,34 @@ def scale_spatially(
     if "beta" in parameters:
         y = y + per_channel(parameters["beta"], y)
     return y
+
+
+def depthwise(x: Tensor, weight: Tensor, bias: Tensor, kernel_size: int) -> Tensor:
+    """A zero padded depthwise convolution, for the dtypes that MindSpore's own refuses.
+
+    Args:
+        x: (N, C, *spatial).
+        weight: (C, 1, *kernel).
+        bias: (C,).
+        kernel_size: The odd extent of the kernel along every axis.
+    """
+    images, channels = x.shape[:2]
+    planes = as_planes(x)
+    padded = ops.cat((planes, ops.zeros((images, channels, 1), x.dtype)), 2)
+    patches = ops.gather(padded, neighbours(x.shape[2:], kernel_size), 2)
+    patches = patches.reshape((images, channels, planes.shape[2], -1))
+    kernel = weight.astype(x.dtype).reshape((channels, 1, -1))  # a graph on a CPU cannot reshape bfloat16
+    y = ops.sum(patches * kernel, 3).reshape(x.shape)
+    return y + per_channel(bias.astype(x.dtype), x)
+
+
+@ops.constexpr
+def neighbours(spatial: tuple[int, ...], kernel_size: int) -> Tensor:
+    """Where the values under a kernel are in a plane, position by position; past its end for the padding."""
+    size = math.prod(spatial)
+    positions = np.pad(np.arange(size).reshape(spatial), kernel_size // 2, constant_values=size)
+    windows = sliding_window_view(positions, (kernel_size,) * len(spatial))
+    return Tensor(windows.reshape(-1), ms.int32)
 
 
 def per_channel(values: Tensor, x: Tensor) -> Tensor:

@@ -1,16 +1,16 @@
-"""RBN as a MindSpore cell."""
+"""RBN, IEBN and BNET as MindSpore cells."""
 
 from __future__ import annotations
 
 from typing import Any, TypeAlias
 
 import mindspore as ms
+import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import Initializer, initializer
 
 from rbn.backends.mindspore import functional
 from rbn_core.config import (
-    CALIBRATION_STARTS,
     Config,
     Statistic,
     check_choice,
@@ -22,8 +22,127 @@ Start: TypeAlias = Initializer | str | float | Tensor
 """What MindSpore's BatchNorm takes as a parameter's start."""
 
 
+class CalibratedNorm(nn.Cell):
+    """What the three layers share: BatchNorm's parameters and statistics, and the forward pass.
+
+    Attributes:
+        spatial_dims: How many spatial axes an input must have; any number where `None`.
+    """
+
+    spatial_dims: int | None = None
+
+    def __init__(
+        self,
+        config: Config,
+        affine: bool,
+        starts: dict[str, Start],
+        moving_mean_init: Start,
+        moving_var_init: Start,
+        use_batch_statistics: bool | None,
+        data_format: str,
+        dtype: Any,
+    ) -> None:
+        check_choice("use_batch_statistics", use_batch_statistics, (None, True, False), config.layer)
+        check_choice("data_format", data_format, ("NCHW", "NHWC"), config.layer)
+        super().__init__()
+        self.layer = config.layer
+        self.num_features = config.num_features
+        self.eps = config.eps
+        self.momentum = config.momentum
+        self.affine = affine
+        self.use_batch_statistics = use_batch_statistics
+        self.data_format = data_format
+        self.centering = config.centering
+        self.scaling = config.scaling
+        self.restrict = config.restrict
+        self.running_var = config.running_var
+        # BatchNorm's names: in a network MindSpore renames the parameters after their attributes.
+        kept = functional.at_least_float32(dtype)
+        self.moving_mean = Parameter(
+            initializer(moving_mean_init, config.num_features, kept), name="mean", requires_grad=False
+        )
+        self.moving_variance = Parameter(
+            initializer(moving_var_init, config.num_features, kept), name="variance", requires_grad=False
+        )
+        self.num_batches_tracked = Parameter(
+            Tensor(0, ms.int32), name="num_batches_tracked", requires_grad=False
+        )
+        for name, start in {**config.parameters, **starts}.items():
+            learned = affine or name not in ("gamma", "beta")
+            value = initializer(start, config.num_features, dtype)
+            setattr(self, name, Parameter(value, name=name, requires_grad=learned))
+
+    def construct(self, x: Tensor) -> Tensor:
+        """Y, of the shape and dtype of `x`."""
+        batch_statistics = self.training if self.use_batch_statistics is None else self.use_batch_statistics
+        channels_last = self.data_format == "NHWC"
+        _check_input(
+            x.shape,
+            x.dtype,
+            self.num_features,
+            batch_statistics,
+            -1 if channels_last else 1,
+            self.spatial_dims,
+            self.layer,
+        )
+        parameters = {}
+        if self.layer != "BNET":
+            parameters["gamma"] = self.gamma
+            parameters["beta"] = self.beta
+        if self.centering is not None:
+            parameters["center_weight"] = self.center_weight
+        if self.scaling is not None:
+            parameters["scale_weight"] = self.scale_weight
+            parameters["scale_bias"] = self.scale_bias
+        y, mean, var = functional.rbn(
+            ops.movedim(x, -1, 1) if channels_last else x,
+            parameters,
+            None if batch_statistics else (self.moving_mean, self.moving_variance),
+            eps=self.eps,
+            centering=self.centering,
+            scaling=self.scaling,
+            restrict=self.restrict,
+        )
+        if batch_statistics:
+            self._track(mean, var, x.size // self.num_features)
+        y = self.transform(y).astype(x.dtype)
+        return ops.movedim(y, 1, -1) if channels_last else y
+
+    def transform(self, y: Tensor) -> Tensor:
+        """What follows on (N, C) coefficients; nothing but in BNET."""
+        return y
+
+    def _track(self, mean: Tensor, var: Tensor, values: int) -> None:
+        count = self.num_batches_tracked + 1
+        ops.assign(self.num_batches_tracked, count)
+        if self.momentum is None:
+            new_weight = 1 / count.astype(self.moving_mean.dtype)
+        else:
+            new_weight = 1 - functional.scalar(self.momentum, self.moving_mean)
+        if self.running_var == "unbiased":
+            var = var * (functional.scalar(values, var) / (values - 1))
+        functional.accumulate((self.moving_mean, self.moving_variance), mean, var, new_weight)
+
+    def add_flags(self, **flags: Any) -> nn.Cell:
+        """Stay in float32 where `to_float` or mixed precision casts the network, as BatchNorm does at O2.
+
+        In half precision MindSpore would accumulate rounded statistics, and in a graph none at all.
+        """
+        if flags.get("fp16") or flags.get("bf16"):
+            flags |= {"fp16": False, "bf16": False, "fp32": True}
+        return super().add_flags(**flags)
+
+    def extend_repr(self) -> str:
+        """The options, as `print(network)` shows them."""
+        return (
+            f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, "
+            f"use_batch_statistics={self.use_batch_statistics}, data_format={self.data_format!r}, "
+            f"running_var={self.running_var!r}"
+        )
+
+
 @refuse_unknown_options
-class RBN(nn.Cell):
+class RBN(CalibratedNorm):
     r"""Representative Batch Normalization (Gao et al., CVPR 2021, eq. 12) in place of `nn.BatchNorm*d`.
 
         X_cm = X + w_m K_m
@@ -81,92 +200,211 @@ class RBN(nn.Cell):
         running_var: str = "unbiased",
     ) -> None:
         config = Config(num_features, eps, momentum, centering, scaling, restrict, running_var)
-        check_choice("use_batch_statistics", use_batch_statistics, (None, True, False))
-        check_choice("data_format", data_format, ("NCHW", "NHWC"))
-        super().__init__()
-        self.num_features = num_features
-        self.eps = eps
-        self.momentum = momentum
-        self.use_batch_statistics = use_batch_statistics
-        self.data_format = data_format
-        self.centering = centering
-        self.scaling = scaling
-        self.restrict = restrict
-        self.running_var = running_var
-        # BatchNorm's names: in a network MindSpore renames the parameters after their attributes.
-        kept = functional.at_least_float32(dtype)
-        self.moving_mean = Parameter(
-            initializer(moving_mean_init, num_features, kept), name="mean", requires_grad=False
+        super().__init__(
+            config,
+            affine,
+            {"gamma": gamma_init, "beta": beta_init},
+            moving_mean_init,
+            moving_var_init,
+            use_batch_statistics,
+            data_format,
+            dtype,
         )
-        self.moving_variance = Parameter(
-            initializer(moving_var_init, num_features, kept), name="variance", requires_grad=False
-        )
-        self.num_batches_tracked = Parameter(
-            Tensor(0, ms.int32), name="num_batches_tracked", requires_grad=False
-        )
-        self.gamma = Parameter(
-            initializer(gamma_init, num_features, dtype), name="gamma", requires_grad=affine
-        )
-        self.beta = Parameter(initializer(beta_init, num_features, dtype), name="beta", requires_grad=affine)
-        for name, start in CALIBRATION_STARTS.items():
-            if name in config.parameters:
-                setattr(self, name, Parameter(initializer(start, num_features, dtype), name=name))
-
-    def construct(self, x: Tensor) -> Tensor:
-        """Y of eq. 12, of the shape and dtype of `x`."""
-        batch_statistics = self.training if self.use_batch_statistics is None else self.use_batch_statistics
-        channels_last = self.data_format == "NHWC"
-        _check_input(x.shape, x.dtype, self.num_features, batch_statistics, -1 if channels_last else 1)
-        parameters = {"gamma": self.gamma, "beta": self.beta}
-        if self.centering is not None:
-            parameters["center_weight"] = self.center_weight
-        if self.scaling is not None:
-            parameters["scale_weight"] = self.scale_weight
-            parameters["scale_bias"] = self.scale_bias
-        y, mean, var = functional.rbn(
-            ops.movedim(x, -1, 1) if channels_last else x,
-            parameters,
-            None if batch_statistics else (self.moving_mean, self.moving_variance),
-            eps=self.eps,
-            centering=self.centering,
-            scaling=self.scaling,
-            restrict=self.restrict,
-        )
-        if batch_statistics:
-            self._track(mean, var, x.size // self.num_features)
-        return ops.movedim(y, 1, -1) if channels_last else y
-
-    def _track(self, mean: Tensor, var: Tensor, values: int) -> None:
-        count = self.num_batches_tracked + 1
-        ops.assign(self.num_batches_tracked, count)
-        if self.momentum is None:
-            new_weight = 1 / count.astype(self.moving_mean.dtype)
-        else:
-            new_weight = 1 - functional.scalar(self.momentum, self.moving_mean)
-        if self.running_var == "unbiased":
-            var = var * (functional.scalar(values, var) / (values - 1))
-        functional.accumulate((self.moving_mean, self.moving_variance), mean, var, new_weight)
-
-    def add_flags(self, **flags: Any) -> nn.Cell:
-        """Stay in float32 where `to_float` or mixed precision casts the network, as BatchNorm does at O2.
-
-        In half precision MindSpore would accumulate rounded statistics, and in a graph none at all.
-        """
-        if flags.get("fp16") or flags.get("bf16"):
-            flags |= {"fp16": False, "bf16": False, "fp32": True}
-        return super().add_flags(**flags)
 
     def extend_repr(self) -> str:
         """The options, as `print(network)` shows them."""
         return (
-            f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, "
-            f"affine={self.gamma.requires_grad}, use_batch_statistics={self.use_batch_statistics}, "
-            f"data_format={self.data_format!r}, centering={self.centering!r}, scaling={self.scaling!r}, "
-            f"restrict={self.restrict!r}, running_var={self.running_var!r}"
+            f"{super().extend_repr()}, affine={self.affine}, centering={self.centering!r}, "
+            f"scaling={self.scaling!r}, restrict={self.restrict!r}"
         )
 
 
+@refuse_unknown_options
+class IEBN(CalibratedNorm):
+    r"""Instance Enhancement Batch Normalization (Liang et al., AAAI 2020) in place of `nn.BatchNorm*d`.
+
+        X_s = (X - E(X)) / sqrt(Var(X) + eps)
+        Y   = X_s sigmoid(w_v mean_c(X) + w_b) gamma + beta        mean_c over the positions of one channel
+
+    Inputs, statistics and modes as in `RBN`. State: BatchNorm's, the int32 scalar `num_batches_tracked`, and
+    `scale_weight` (w_v, from 0) and `scale_bias` (w_b, from -1), each of shape (C,).
+
+    Args:
+        num_features: C, the number of channels.
+        eps: epsilon, added to the variance under its root.
+        momentum: the weight of the *old* value in the running statistics; `None` averages all batches.
+        affine: whether gamma and beta are learned; they are there and applied either way.
+        gamma_init: where gamma starts.
+        beta_init: where beta starts.
+        moving_mean_init: where the running mean starts.
+        moving_var_init: where the running variance starts.
+        use_batch_statistics: `True` takes and accumulates the batch's statistics in evaluation too, `False`
+            the running ones in training too; `None` follows `set_train`.
+        data_format: where the channels are, "NCHW" for axis 1 or "NHWC" for the last.
+        dtype: the dtype of the parameters.
+        running_var: the batch variance that is accumulated, "unbiased" or "biased".
+
+    Raises:
+        RBNError: An option or an input is refused; no statistic has changed then.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.9,
+        affine: bool = True,
+        gamma_init: Start = "ones",
+        beta_init: Start = "zeros",
+        moving_mean_init: Start = "zeros",
+        moving_var_init: Start = "ones",
+        use_batch_statistics: bool | None = None,
+        data_format: str = "NCHW",
+        dtype: Any = ms.float32,
+        *,
+        running_var: str = "unbiased",
+    ) -> None:
+        config = Config.iebn(num_features, eps=eps, momentum=momentum, running_var=running_var)
+        super().__init__(
+            config,
+            affine,
+            {"gamma": gamma_init, "beta": beta_init},
+            moving_mean_init,
+            moving_var_init,
+            use_batch_statistics,
+            data_format,
+            dtype,
+        )
+
+    def extend_repr(self) -> str:
+        """The options, as `print(network)` shows them."""
+        return f"{super().extend_repr()}, affine={self.affine}"
+
+
+@refuse_unknown_options
+class BNET(CalibratedNorm):
+    r"""BatchNorm with an enhanced linear transformation (Xu et al., 2020): its affine step is a convolution.
+
+        X_s = (X - E(X)) / sqrt(Var(X) + eps)
+        Y   = depthwise convolution of X_s, zero padded, plus a bias
+
+    Inputs, statistics and modes as in `RBN`, with the kernel's number of spatial axes. State: BatchNorm's
+    running statistics, the int32 scalar `num_batches_tracked`, and `conv`, a depthwise `nn.Conv*d` that
+    starts as MindSpore starts it. MindSpore's convolutions refuse float64, and on a CPU bfloat16; there the
+    same parameters are applied in operations that it has.
+
+    Args:
+        num_features: C, the number of channels.
+        kernel_size: the extent of the kernel along every axis; odd.
+        eps: epsilon, added to the variance under its root.
+        momentum: the weight of the *old* value in the running statistics; `None` averages all batches.
+        moving_mean_init: where the running mean starts.
+        moving_var_init: where the running variance starts.
+        use_batch_statistics: `True` takes and accumulates the batch's statistics in evaluation too, `False`
+            the running ones in training too; `None` follows `set_train`.
+        data_format: where the channels are, "NCHW" for axis 1 or "NHWC" for the last.
+        dtype: the dtype of the parameters.
+        spatial_dims: the number of spatial axes, 1, 2 or 3.
+        running_var: the batch variance that is accumulated, "unbiased" or "biased".
+
+    Raises:
+        RBNError: An option or an input is refused; no statistic has changed then.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        kernel_size: int = 3,
+        eps: float = 1e-5,
+        momentum: float | None = 0.9,
+        moving_mean_init: Start = "zeros",
+        moving_var_init: Start = "ones",
+        use_batch_statistics: bool | None = None,
+        data_format: str = "NCHW",
+        dtype: Any = ms.float32,
+        *,
+        spatial_dims: int = 2,
+        running_var: str = "unbiased",
+    ) -> None:
+        config = Config.bnet(
+            num_features, kernel_size, spatial_dims, eps=eps, momentum=momentum, running_var=running_var
+        )
+        super().__init__(
+            config, False, {}, moving_mean_init, moving_var_init, use_batch_statistics, data_format, dtype
+        )
+        self.spatial_dims = spatial_dims
+        self.conv_shape = config.state_shapes()["conv_weight"]
+        self.kernel_size = kernel_size
+        self.conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[spatial_dims - 1](
+            num_features,
+            num_features,
+            kernel_size,
+            pad_mode="pad",
+            padding=kernel_size // 2,
+            group=num_features,
+            has_bias=True,
+            dtype=dtype,
+        )
+
+    @classmethod
+    def from_batch_norm(cls, norm: nn.Cell, kernel_size: int = 3, *, spatial_dims: int = 2) -> BNET:
+        """A layer that equals a BatchNorm: gamma at the centre of its kernels, 0 elsewhere, beta for a bias.
+
+        Args:
+            norm: `nn.BatchNorm1d`, `2d` or `3d`.
+            kernel_size: the extent of the kernel along every axis; odd.
+            spatial_dims: the number of spatial axes, 1, 2 or 3.
+        """
+        norm = getattr(norm, "bn2d", norm)  # nn.BatchNorm3d wraps one
+        layer = cls(
+            norm.num_features,
+            kernel_size,
+            norm.eps,
+            1.0 - norm.momentum,  # MindSpore stores the weight of the new value
+            norm.moving_mean.copy(),
+            norm.moving_variance.copy(),
+            norm.use_batch_statistics,
+            norm.format,
+            norm.gamma.dtype,
+            spatial_dims=spatial_dims,
+        )
+        # NumPy's reshape: MindSpore's makes a view, and no optimizer can assign to a parameter that is one.
+        kernel = np.zeros((norm.num_features, kernel_size**spatial_dims), np.float32)
+        kernel[:, kernel_size**spatial_dims // 2] = norm.gamma.astype(ms.float32).asnumpy()
+        weight = layer.conv.weight
+        weight.set_data(Tensor(kernel.reshape(weight.shape), weight.dtype))
+        layer.conv.bias.set_data(norm.beta.copy())
+        return layer.set_train(norm.training)
+
+    def transform(self, y: Tensor) -> Tensor:
+        """The convolution in the place of BatchNorm's affine step."""
+        stored = self.conv.weight.dtype
+        if y.dtype == ms.float32 and stored in (ms.float32, ms.float16):
+            return self.conv(y.astype(stored))
+        return functional.depthwise(y, self.conv.weight, self.conv.bias, self.kernel_size)
+
+    def extend_repr(self) -> str:
+        """The options, as `print(network)` shows them; the convolution shows its own."""
+        return f"{super().extend_repr()}, spatial_dims={self.spatial_dims}"
+
+
 @ops.constexpr
-def _check_input(shape: tuple[int, ...], dtype: Any, num_features: int, training: bool, axis: int) -> None:
+def _check_input(
+    shape: tuple[int, ...],
+    dtype: Any,
+    num_features: int,
+    training: bool,
+    axis: int,
+    spatial_dims: int | None,
+    layer: str,
+) -> None:
     """Run `check_input` while a graph is compiled, when shapes are known; in PyNative on every call."""
-    check_input(shape, str(dtype).lower(), num_features, training=training, axis=axis)
+    check_input(
+        shape,
+        str(dtype).lower(),
+        num_features,
+        training=training,
+        axis=axis,
+        spatial_dims=spatial_dims,
+        layer=layer,
+    )

@@ -8,17 +8,20 @@ from typing import Any
 import mindspore as ms
 from mindspore import Parameter, Tensor
 
-from rbn.backends.mindspore.layers import RBN
+from rbn.backends.mindspore.layers import CalibratedNorm
 from rbn_core.names import NAMES
 from rbn_core.weights import State, check_state
 
 
-def to_numpy(layer: RBN) -> State:
+def to_numpy(layer: CalibratedNorm) -> State:
     """Copies of everything the layer stores, under canonical names; half precision becomes float32."""
-    return {canonical: _array(stored) for canonical, stored in _stored(layer).items()}
+    arrays = {canonical: _array(parameter) for canonical, parameter in stored(layer).items()}
+    if "conv_weight" in arrays:  # MindSpore's own kernel of one axis has a second one of extent 1
+        arrays["conv_weight"] = arrays["conv_weight"].reshape(layer.conv_shape)
+    return arrays
 
 
-def from_numpy(layer: RBN, state: Mapping[str, Any]) -> None:
+def from_numpy(layer: CalibratedNorm, state: Mapping[str, Any]) -> None:
     """Load a state into the layer, in place; dtype and device stay the layer's.
 
     Args:
@@ -28,17 +31,26 @@ def from_numpy(layer: RBN, state: Mapping[str, Any]) -> None:
     Raises:
         RBNValueError: Names are missing or unexpected, or shapes are wrong; all are listed, nothing changes.
     """
-    stored = _stored(layer)
-    arrays = check_state(state, {name: parameter.shape for name, parameter in stored.items()})
-    tensors = {name: Tensor(array).astype(stored[name].dtype) for name, array in arrays.items()}
-    for name, tensor in tensors.items():
-        stored[name].set_data(tensor)
+    arrays = check_state(state, {name: value.shape for name, value in to_numpy(layer).items()})
+    tensors = {
+        parameter: Tensor(arrays[name].reshape(parameter.shape)).astype(parameter.dtype)
+        for name, parameter in stored(layer).items()
+    }
+    for parameter, tensor in tensors.items():
+        parameter.set_data(tensor)
 
 
-def _stored(layer: RBN) -> dict[str, Parameter]:
+def stored(layer: CalibratedNorm) -> dict[str, Parameter]:
     """The layer's parameters and statistics under canonical names."""
-    named = {name: getattr(layer, attribute, None) for name, attribute in NAMES["mindspore"].items()}
+    named = {canonical: _attribute(layer, path) for canonical, path in NAMES["mindspore"].items()}
     return {name: parameter for name, parameter in named.items() if parameter is not None}
+
+
+def _attribute(cell: Any, path: str) -> Any:
+    """What is at a dotted path below the cell, or `None`."""
+    for part in path.split("."):
+        cell = getattr(cell, part, None)
+    return cell
 
 
 def _array(parameter: Parameter) -> Any:

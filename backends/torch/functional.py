@@ -50,10 +50,9 @@ def rbn(
         average: Takes (N, C) plane values to their mean over the batch, (C,); here or over all processes.
 
     Returns:
-        Y in the dtype of x, and the E and biased Var it was normalized with, in at least float32.
+        Y, and the E and biased Var it was normalized with, all in at least float32.
     """
-    dtype = x.dtype
-    x = x.to(torch.promote_types(dtype, torch.float32))
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
     if centering in SPATIAL_STATISTICS:
         x = x + per_channel(parameters["center_weight"], x) * spatial_statistic(centering, x, eps)
         centering = None
@@ -63,7 +62,7 @@ def rbn(
         y = scale_spatially(x_s, parameters, eps, scaling, restrict)
     else:
         y, mean, var = two_pass(x, parameters, running, eps, centering, scaling, restrict, average)
-    return y.to(dtype), mean, var
+    return y, mean, var
 
 
 def two_pass(
@@ -84,9 +83,10 @@ def two_pass(
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """The mean and biased variance of every plane, (N, C) each."""
-    if x.numel() == 0:  # var_mean warns
-        return x.new_zeros(x.shape[:2]), x.new_zeros(x.shape[:2])
-    var, mean = torch.var_mean(as_planes(x), dim=2, correction=0)
+    planes = as_planes(x)
+    if x.numel() == 0:  # var_mean warns; an empty share still takes its part in the group's backward pass
+        return planes.sum(dim=2), planes.sum(dim=2)
+    var, mean = torch.var_mean(planes, dim=2, correction=0)
     return mean, var
 
 

@@ -7,18 +7,18 @@ from typing import Any
 
 import torch
 
-from rbn.backends.torch.layers import RBN
+from rbn.backends.torch.layers import CalibratedNorm
 from rbn_core.names import NAMES
 from rbn_core.weights import State, check_state
 
 
-def to_numpy(layer: RBN) -> State:
+def to_numpy(layer: CalibratedNorm) -> State:
     """Copies of everything the layer stores, under canonical names; half precision becomes float32."""
     stored = layer.state_dict()
     return {canonical: _array(stored[name]) for canonical, name in NAMES["torch"].items() if name in stored}
 
 
-def from_numpy(layer: RBN, state: Mapping[str, Any]) -> None:
+def from_numpy(layer: CalibratedNorm, state: Mapping[str, Any]) -> None:
     """Load a state into the layer, in place; dtype and device stay the layer's.
 
     Args:

@@ -24,7 +24,7 @@ class Numpy(Subject):
     }
     layer_class: type[Layer] = TwoPass
 
-    def build(self, config: Config, state: State, dtype: str) -> None:
+    def build(self, config: Config, state: State, dtype: str, layout: str = "channels_first") -> None:
         """Make the layer."""
         self.layer = self.layer_class(config)
         self.layer.load(state)

@@ -10,14 +10,18 @@ import pytest
 from rich.console import Console
 
 from rbn.conformance import runner
-from rbn.conformance.cases import DTYPES, MODES, OFFSETS, SHAPES, Case, all_cases
+from rbn.conformance.cases import DTYPES, MODES, OFFSETS, SHAPES, Case, all_cases, quick_cases
 from rbn.conformance.check import ABSENT, FAILED, PASSED, Deviation, Result, check, compare
 from rbn.conformance.mutants import MUTANTS, subject_of
 from rbn.conformance.report import Progress, render, write_json
 from rbn.conformance.subjects.numpy import Numpy
 from rbn_core.reference import Layer
 
-SOME = tuple(case for case in all_cases() if case.data == "digits")
+SOME = tuple(
+    case
+    for case in all_cases()
+    if case.data == "digits" and case.dtype in DTYPES and case.config.layer == "RBN"
+)
 
 
 def failed(subject, cases=None):
@@ -50,6 +54,10 @@ def test_there_are_at_least_ten_mutants_and_each_says_its_mistake():
 def test_case_ids_are_unique_and_name_what_they_are():
     counts = collections.Counter(case.id for case in all_cases())
     assert [name for name, count in counts.items() if count > 1] == []
+
+
+def test_a_quick_run_has_one_case_for_every_row():
+    assert [case.group for case in quick_cases()] == list(dict.fromkeys(case.group for case in all_cases()))
 
 
 def test_every_mode_dtype_offset_and_shape_has_a_case():
@@ -160,7 +168,7 @@ def test_a_declaration_that_matches_nothing_fails():
 def finished_run(status=PASSED, failure=""):
     worst = Deviation("y", 1.0, 2.0) if status == PASSED else Deviation("y", np.inf, 2.0, "at [0]")
     result = Result("rbn/train/x/float32", "rbn/train/float32", status, worst, "why", 0.1)
-    return runner.Run("numpy", "done", 0.0, 1.0, {"numpy": [result]}, {"numpy": "1"}, failure)
+    return runner.Run("numpy", (), "done", 0.0, 1.0, {"numpy": [result]}, {"numpy": "1"}, failure)
 
 
 def shown(runs):
@@ -216,9 +224,9 @@ def test_a_process_that_cannot_import_or_dies_is_a_failed_run(monkeypatch, refer
 
 def test_progress_without_a_terminal_is_a_line_now_and_then(capsys):
     progress = Progress(Console(width=120), interval=0.0)
-    waiting = runner.Run("jittor", "importing")
+    waiting = runner.Run("jittor", all_cases(), "importing")
     with progress:
-        progress([waiting, runner.Run("torch")])
+        progress([waiting, runner.Run("torch", all_cases())])
     assert capsys.readouterr().out == (
         "jittor: importing (on first use Jittor compiles itself, about 3 minutes), 0 of "
         f"{waiting.total} cases, 0 s\n"

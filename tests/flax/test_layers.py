@@ -14,7 +14,7 @@ from jax.experimental import enable_x64
 from jax.test_util import check_grads
 
 import rbn.backends.flax as rbn_flax
-from rbn.backends.flax import RBN, from_numpy, to_numpy
+from rbn.backends.flax import BNET, IEBN, RBN, from_numpy, to_numpy
 from rbn_core import RBNError, RBNTypeError, RBNValueError
 
 STATS = ["batch_stats"]
@@ -202,6 +202,137 @@ def test_refused_options_and_inputs_read_alike_in_both_layers() -> None:
             module(x)
         assert str(linen_error.value) == str(nnx_error.value)
         equal(to_numpy(module), before)
+
+
+def test_iebn_starts_as_batch_norm_times_a_sigmoid_of_minus_one() -> None:
+    x = normal(4, 5, 5, 3)
+    norm = nn.BatchNorm(momentum=0.9)
+    variables = fresh(norm, x)
+    expected, _ = train(norm, variables, x)
+    start = fresh(IEBN(), x)
+    assert set(start["params"]) == {"scale", "bias", "scale_weight", "scale_bias"}
+    loaded = start | {"params": start["params"] | variables["params"]}
+    close(train(IEBN(), loaded, x)[0], expected * jax.nn.sigmoid(-1.0))
+    module = rbn_flax.nnx.IEBN(3, rngs=nnx.Rngs(0))
+    nnx.update(module, nnx.state(nnx.BatchNorm(3, rngs=nnx.Rngs(0))))
+    close(module(x), expected * jax.nn.sigmoid(-1.0))
+    equal(to_numpy(module)["scale_bias"], -np.ones(3))
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_bnet_starts_as_its_frameworks_convolution(dims: int) -> None:
+    x = normal(2, *(4,) * dims, 3)
+    options = {"kernel_size": 5, "spatial_dims": dims}
+    conv = nn.Conv(3, (5,) * dims, feature_group_count=3)
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return nn.Conv(3, (5,) * dims, feature_group_count=3, name="conv")(x)
+
+    expected = Net().init(jax.random.key(0), x)["params"]
+    variables = fresh(BNET(**options), x)
+    equal(variables["params"], expected)
+    module = rbn_flax.nnx.BNET(3, **options, rngs=nnx.Rngs(7))
+    own = nnx.Conv(3, 3, (5,) * dims, feature_group_count=3, rngs=nnx.Rngs(7))
+    equal(module.conv.kernel[...], own.kernel[...])
+    equal(module.conv.bias[...], own.bias[...])
+    norm = nn.BatchNorm(use_bias=False, use_scale=False, momentum=0.9)
+    normalized, _ = train(norm, fresh(norm, x), x)
+    close(train(BNET(**options), variables, x)[0], conv.apply({"params": expected["conv"]}, normalized))
+
+
+@pytest.mark.parametrize("options", [{}, {"use_bias": False, "axis": 1}, {"use_scale": False}])
+def test_bnet_from_batch_norm_equals_it(options: Any) -> None:
+    options = {"momentum": 0.7, "epsilon": 0.1} | options
+    axis = options.get("axis", -1)
+    x, later = (jnp.moveaxis(normal(4, 5, 5, 3, seed=seed), -1, axis) for seed in (0, 1))
+    norm, module = nn.BatchNorm(**options), nnx.BatchNorm(3, **options, rngs=nnx.Rngs(0))
+    variables = fresh(norm, x)
+    variables = variables | {"params": jax.tree.map(lambda value: value + 0.3, variables["params"])}
+    for name, value in variables["params"].items():
+        getattr(module, name)[...] = value
+    _, variables = train(norm, variables, x)
+    module(x)
+    layer, converted = BNET.from_batch_norm(norm, variables, 5)
+    new = rbn_flax.nnx.BNET.from_batch_norm(module, 5)
+    expected = norm.apply(variables, later, use_running_average=True)
+    close(layer.apply(converted, later, use_running_average=True), expected)
+    close(new(later, use_running_average=True), expected)
+    expected, variables = train(norm, variables, later)
+    y, converted = train(layer, converted, later)
+    close(y, expected)
+    close(new(later), expected)
+    assert converted["batch_stats"].pop("num_batches_tracked") == 1
+    close(converted["batch_stats"], variables["batch_stats"])
+    close(new.var[...], variables["batch_stats"]["var"])
+
+
+def test_bnet_from_batch_norm_takes_over_dtypes_and_mode() -> None:
+    module = nnx.BatchNorm(3, param_dtype=jnp.bfloat16, dtype=jnp.float16, rngs=nnx.Rngs(0))
+    module.eval()
+    layer = rbn_flax.nnx.BNET.from_batch_norm(module)
+    assert layer.conv.kernel.dtype == jnp.bfloat16
+    assert layer(normal(2, 4, 4, 3)).dtype == jnp.float16
+    assert layer.num_batches_tracked[...] == 0
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_bnet_and_iebn_take_any_axis(axis: int) -> None:
+    x = normal(3, 4, 5, 2)
+    for expected, moved in ((BNET(), BNET(axis=axis)), (IEBN(), IEBN(axis=axis))):
+        variables = fresh(expected, x)
+        y, _ = train(moved, variables, jnp.moveaxis(x, -1, axis))
+        close(jnp.moveaxis(y, axis, -1), train(expected, variables, x)[0])
+
+
+def test_bnet_convolves_in_float32_and_rounds_once() -> None:
+    x = normal(4, 6, 6, 3).astype(jnp.bfloat16)
+    variables = fresh(BNET(), x)
+    y, _ = train(BNET(), variables, x)
+    wide, _ = train(BNET(), variables, x.astype(jnp.float32))
+    assert y.dtype == jnp.bfloat16
+    equal(y, wide.astype(jnp.bfloat16))
+
+
+def test_what_bnet_and_iebn_refuse_reads_alike_in_linen_and_nnx() -> None:
+    def both(name: str, **options: Any) -> list[Any]:
+        module = getattr(rbn_flax.nnx, name)
+        return [
+            functools.partial(getattr(rbn_flax, name), **options),
+            functools.partial(module, 3, **options, rngs=nnx.Rngs(0)),
+        ]
+
+    refused = [
+        (both("BNET", kernel_size=4), "BNET: expected an odd kernel_size, got 4"),
+        (both("BNET", spatial_dims=4), "BNET: expected spatial_dims"),
+        (both("BNET", use_bias=False), "BNET: expected an option of this layer, got 'use_bias'"),
+        (both("IEBN", scaling=None), "IEBN: expected an option of this layer, got 'scaling'"),
+        (both("IEBN", momentum=2), "IEBN: expected momentum"),
+    ]
+    for builds, text in refused:
+        for build in builds:
+            with pytest.raises(RBNError, match=text):
+                build()
+    with pytest.raises(RBNValueError, match="BNET: expected an input with 2 spatial axes"):
+        fresh(BNET(), normal(2, 4, 3))
+    with pytest.raises(RBNValueError, match="BNET: expected an input with 2 spatial axes"):
+        rbn_flax.nnx.BNET(3, rngs=nnx.Rngs(0))(normal(2, 4, 3))
+    variables = fresh(BNET(), normal(2, 4, 4, 3))
+    with pytest.raises(RBNValueError, match="BNET: expected 3 channels"):
+        train(BNET(), variables, normal(2, 4, 4, 5))
+
+
+def test_bnet_weights_move_between_linen_and_nnx() -> None:
+    x = normal(2, 4, 5, 3)
+    module = rbn_flax.nnx.BNET(3, rngs=nnx.Rngs(3))
+    state = to_numpy(module)
+    assert state["conv_weight"].shape == (3, 1, 3, 3)
+    variables = from_numpy(BNET(), state)
+    equal(variables["params"]["conv"]["kernel"], module.conv.kernel[...])
+    other = rbn_flax.nnx.BNET(3, rngs=nnx.Rngs(4))
+    from_numpy(other, to_numpy(variables))
+    close(other(x), module(x))
 
 
 # Linen

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from rbn.backends import frameworks
-from rbn.backends.jittor import RBN, environment, from_numpy, to_numpy
+from rbn.backends.jittor import BNET, IEBN, RBN, environment, from_numpy, to_numpy
 
 # After the backend, which prepares what Jittor reads at its import.
 # isort: split
@@ -15,6 +15,7 @@ import jittor as jt
 from jittor import nn
 
 from rbn_core import RBNValueError
+from rbn_core.config import Config
 from rbn_core.names import NAMES, PARAMETERS
 
 
@@ -43,6 +44,98 @@ def test_a_batch_norm_checkpoint_loads_into_rbn():
 def test_a_fresh_layer_is_batch_norm_times_one_constant():
     x = image()
     assert_same(RBN(3)(x), nn.BatchNorm(3)(x) * jt.sigmoid(jt.array(1.0)))
+
+
+def test_a_batch_norm_checkpoint_loads_into_iebn_which_starts_as_batch_norm_times_sigmoid_of_minus_one():
+    norm, layer, x = nn.BatchNorm(3), IEBN(3), image()
+    norm.weight.update(jt.array([0.5, -2.0, 3.0]))
+    layer.load_state_dict(norm.state_dict())
+    assert_same(layer(x), norm(x) * jt.sigmoid(jt.array(-1.0)))
+
+
+CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+SIZES = {1: (4, 3, 6), 2: (4, 3, 5, 6), 3: (4, 3, 3, 4, 5)}
+
+
+@pytest.mark.parametrize("rank", CONVOLUTIONS)
+def test_bnet_starts_as_jittors_depthwise_convolution(rank):
+    def start(make):
+        jt.set_global_seed(5)
+        conv = make()
+        return conv.weight.numpy(), conv.bias.numpy()  # which draws the numbers
+
+    ours = start(lambda: BNET(3, 5, spatial_dims=rank).conv)
+    theirs = start(lambda: CONVOLUTIONS[rank](3, 3, 5, padding=2, groups=3))
+    for mine, own in zip(ours, theirs, strict=True):
+        np.testing.assert_array_equal(mine, own)
+
+
+@pytest.mark.parametrize("rank", [1, 2])  # Jittor's Conv3d mixes up its axes on the processor
+def test_bnet_is_batch_norm_and_jittors_own_convolution(rank):
+    layer, x = BNET(3, spatial_dims=rank), image(SIZES[rank])
+    assert_same(layer(x), layer.conv(nn.BatchNorm(3)(x)))
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("rank", SIZES)
+def test_bnet_from_a_batch_norm_equals_it(rank, affine):
+    norm = nn.BatchNorm(3, eps=0.1, momentum=0.3, affine=affine)
+    if affine:
+        norm.weight.update(jt.array([0.5, -2.0, 3.0]))
+        norm.bias.update(jt.array([1.0, 0.0, -1.0]))
+    norm(image(SIZES[rank], seed=1))
+    x = image(SIZES[rank])
+    layer = BNET.from_batch_norm(norm, 5, spatial_dims=rank)
+    assert layer.momentum == 0.3
+    assert_same(layer.eval()(x), norm.eval()(x))
+    layer = BNET.from_batch_norm(norm, spatial_dims=rank)
+    assert not layer.is_training()
+    assert_same(layer.train()(x), norm.train()(x))
+    assert not layer.conv.weight.is_stop_grad()
+
+
+def test_bnet_keeps_the_dtype_of_its_batch_norm():
+    norm = nn.BatchNorm(3)
+    norm.float64()
+    layer = BNET.from_batch_norm(norm)
+    assert {str(layer.conv.weight.dtype), str(layer.running_mean.dtype)} == {"float64"}
+
+
+def test_bnet_convolves_half_precision_in_float32():
+    layer, x = BNET(3, 7), image((2, 3, 16, 16)).float16()
+    y = layer(x)
+    assert y.dtype == "float16"
+    assert_same(y.float32(), layer.conv(nn.BatchNorm(3)(x.float32())), rtol=0.5**11)
+
+
+def test_bnet_sums_the_gradient_of_a_large_image_with_all_its_digits():
+    layer = BNET(1)
+    x = image((4, 1, 256, 256))
+    gradient = jt.grad(layer(x).sum(), layer.conv.bias)
+    np.testing.assert_allclose(gradient.numpy(), 4 * 256 * 256, rtol=1e-7)
+    kernel = jt.grad((layer(x) * x.abs()).sum(), layer.conv.weight).numpy()
+    layer.float64()
+    exact = x.float64()
+    expected = jt.grad((layer(exact) * exact.abs()).sum(), layer.conv.weight).numpy()
+    np.testing.assert_allclose(kernel, expected, rtol=1e-6, atol=1e-6 * abs(expected).max())
+
+
+def test_bnet_refuses_an_even_kernel_and_another_rank():
+    with pytest.raises(RBNValueError, match="BNET: expected an odd kernel_size, got 4"):
+        BNET(3, 4)
+    layer = BNET(3)
+    before = to_numpy(layer)
+    with pytest.raises(RBNValueError, match="BNET: expected an input with 2 spatial axes"):
+        layer(image((4, 3, 5)))
+    assert_unchanged(layer, before)
+
+
+def test_optimizers_train_bnets_convolution():
+    layer = BNET(3)
+    weight, bias = layer.conv.weight.numpy().copy(), layer.conv.bias.numpy().copy()
+    nn.SGD(layer.parameters(), 0.1).step(layer(image()).sqr().sum())
+    assert (layer.conv.weight.numpy() != weight).all()
+    assert (layer.conv.bias.numpy() != bias).all()
 
 
 def test_biased_statistics_follow_batch_norm_step_by_step():
@@ -147,12 +240,15 @@ def test_large_float32_planes_keep_their_digits():
     np.testing.assert_allclose(layer.running_var.numpy(), exact.var(axis=(0, 2, 3)), rtol=1e-5)
 
 
-def test_gradients_of_gradients():
-    layer = RBN(2)
+@pytest.mark.parametrize("make", [RBN, IEBN, BNET])
+def test_gradients_of_gradients(make):
+    layer = make(2)
     layer.float64()
     rng = np.random.default_rng(0)
     state = to_numpy(layer)
-    from_numpy(layer, state | {name: state[name] + 0.3 * rng.normal(size=2) for name in PARAMETERS})
+    parameters = state.keys() & set(PARAMETERS)
+    moved = {name: state[name] + 0.3 * rng.normal(size=state[name].shape) for name in sorted(parameters)}
+    from_numpy(layer, state | moved)
     at, along, cotangent = (rng.normal(size=(3, 2, 2, 2)) for _ in range(3))
 
     def slope(values):
@@ -170,7 +266,7 @@ def test_gradients_of_gradients():
 def test_optimizers_train_the_parameters_and_leave_the_statistics():
     layer = RBN(3)
     trained = {name for name, var in layer.named_parameters() if not var.is_stop_grad()}
-    assert trained == {NAMES["jittor"][name] for name in PARAMETERS}
+    assert trained == {NAMES["jittor"][name] for name in Config(3).parameters}
     optimizer = nn.SGD(layer.parameters(), 0.1, weight_decay=0.5)
     optimizer.step(layer(image()).sqr().sum())
     assert layer.weight.numpy().max() < 1

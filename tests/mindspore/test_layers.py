@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from mindspore import Tensor, nn, ops
 
-from rbn.backends.mindspore import RBN, from_numpy, to_numpy
+from rbn.backends.mindspore import BNET, IEBN, RBN, from_numpy, to_numpy
 from rbn_core import RBNTypeError, RBNValueError
 
 rng = np.random.default_rng(0)
@@ -358,3 +358,98 @@ def test_from_numpy_keeps_the_dtype_and_a_copy() -> None:
     assert layer.gamma.dtype == ms.float16
     assert layer.num_batches_tracked.dtype == ms.int32
     assert_close(layer.gamma.astype(ms.float32), Tensor([2.0] * 3), 0)
+
+
+@pytest.mark.parametrize("layer", [IEBN(3), BNET(3)], ids=["IEBN", "BNET"])
+def test_a_batch_norm_checkpoint_loads_into_the_relatives(layer, tmp_path) -> None:
+    norm = training(nn.BatchNorm2d(3))
+    norm(images(mean=2.0))
+    ms.save_checkpoint(nn.SequentialCell(norm), str(tmp_path / "norm.ckpt"))
+    ms.load_param_into_net(nn.SequentialCell(layer), ms.load_checkpoint(str(tmp_path / "norm.ckpt")))
+    assert_close(layer.moving_mean, norm.moving_mean, 0)
+    assert_close(layer.moving_variance, norm.moving_variance, 0)
+
+
+def test_a_fresh_iebn_is_batch_norm_times_one_constant(mode) -> None:
+    layer, x = training(IEBN(3)), images()
+    np.testing.assert_array_equal(layer.scale_weight.asnumpy(), np.zeros(3))
+    np.testing.assert_array_equal(layer.scale_bias.asnumpy(), -np.ones(3))
+    assert_close(layer(x), training(nn.BatchNorm2d(3))(x) * ops.sigmoid(Tensor(-1.0)))
+
+
+def test_bnet_starts_as_the_convolution_of_mindspore() -> None:
+    channels = 512
+    layer = BNET(channels)
+    own = nn.Conv2d(channels, channels, 3, pad_mode="pad", padding=1, group=channels, has_bias=True)
+    for ours, theirs in ((layer.conv.weight, own.weight), (layer.conv.bias, own.bias)):
+        np.testing.assert_allclose(np.abs(ours.asnumpy()).max(), np.abs(theirs.asnumpy()).max(), rtol=0.02)
+        np.testing.assert_allclose(ours.asnumpy().std(), theirs.asnumpy().std(), rtol=0.1)
+    assert [p.name for p in layer.trainable_params()] == ["conv.weight", "conv.bias"]
+
+
+@pytest.mark.parametrize("kernel_size", [3, 5])
+@pytest.mark.parametrize("shape", [(4, 3, 5), (4, 3, 5, 5), (2, 3, 2, 4, 3)])
+def test_bnet_from_batch_norm_is_that_batch_norm(shape, kernel_size) -> None:
+    kind = nn.BatchNorm3d if len(shape) == 5 else nn.BatchNorm2d  # nn.BatchNorm1d takes no spatial axis
+    norm = training(kind(3, eps=0.1, momentum=0.7, gamma_init="normal", beta_init="normal"))
+    x = images(*shape, mean=2.0)
+    alike = x.reshape((4, 3, 5, 1)) if len(shape) == 3 else x
+    norm(alike)
+    layer = BNET.from_batch_norm(norm, kernel_size, spatial_dims=len(shape) - 2)
+    assert layer.training
+    assert_close(layer(x), norm(alike).reshape(shape))
+    assert_close(layer.moving_variance, getattr(norm, "bn2d", norm).moving_variance)
+    assert_close(layer.set_train(False)(x), norm.set_train(False)(alike).reshape(shape))
+
+
+def test_bnet_from_batch_norm_learns_apart_from_it() -> None:
+    norm, x = nn.BatchNorm2d(3), images()
+    layer = training(BNET.from_batch_norm(norm))
+    before = norm.beta.asnumpy().copy()
+    optimizer = nn.SGD(layer.trainable_params(), learning_rate=0.1)
+    _, gradients = ms.value_and_grad(lambda x: (layer(x) ** 3).sum(), None, optimizer.parameters)(x)
+    optimizer(gradients)
+    assert np.abs(layer.conv.weight.asnumpy()[:, 0, 0, 0]).min() > 0
+    np.testing.assert_array_equal(norm.beta.asnumpy(), before)
+    np.testing.assert_array_equal(norm.moving_mean.asnumpy(), np.zeros(3))
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 5), (2, 3, 5, 4), (2, 3, 4, 3, 2)])
+@pytest.mark.parametrize("kernel_size", [3, 5])
+def test_the_convolution_of_the_refused_dtypes_is_that_of_the_others(mode, shape, kernel_size) -> None:
+    layer = training(BNET(3, kernel_size, spatial_dims=len(shape) - 2))
+    state, x = to_numpy(layer), images(*shape)
+    expected = layer(x)
+    for dtype, tolerance in ((ms.float64, 1e-5), (ms.bfloat16, 2e-2)):
+        other = training(BNET(3, kernel_size, dtype=dtype, spatial_dims=len(shape) - 2))
+        from_numpy(other, state)
+        y = other(x.astype(dtype))
+        assert y.dtype == dtype
+        assert_close(y.astype(ms.float32), expected, tolerance)
+
+
+@pytest.mark.parametrize("level", ["O2", "auto"])
+@pytest.mark.parametrize("kind", [IEBN, BNET])
+def test_mixed_precision_leaves_the_statistics_of_the_relatives_in_float32(mode, kind, level) -> None:
+    layer = kind(3, momentum=0.0)
+    network = training(ms.amp.auto_mixed_precision(Network(layer), level))
+    x = images(8, 3, 8, 8, mean=100.0).astype(ms.float16).astype(ms.float32)
+    network(x)
+    np.testing.assert_allclose(layer.moving_mean.asnumpy(), x.asnumpy().mean((0, 2, 3)), rtol=1e-6)
+
+
+def test_bnet_refuses_an_even_kernel_and_another_rank() -> None:
+    with pytest.raises(RBNValueError, match="BNET: expected an odd kernel_size"):
+        BNET(3, 4)
+    with pytest.raises(RBNValueError, match="BNET: expected an input with 1 spatial axes"):
+        BNET(3, spatial_dims=1)(images())
+
+
+@pytest.mark.parametrize("kind", [IEBN, BNET])
+def test_errors_name_the_layer(kind) -> None:
+    with pytest.raises(RBNValueError, match=f"{kind.__name__}: expected data_format"):
+        kind(3, data_format="NCL")
+    with pytest.raises(RBNTypeError, match=f"{kind.__name__}: expected an option"):
+        kind(3, centering=None)
+    with pytest.raises(RBNValueError, match=f"{kind.__name__}: expected 3 channels"):
+        kind(3)(images(2, 4, 5, 5))

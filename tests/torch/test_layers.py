@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from rbn.backends.torch import RBN, from_numpy, to_numpy
-from rbn_core import RBNValueError
+from rbn.backends.torch import BNET, IEBN, RBN, from_numpy, to_numpy
+from rbn_core import RBNTypeError, RBNValueError
 
 
 def test_a_batch_norm_checkpoint_loads_into_rbn() -> None:
@@ -66,6 +66,70 @@ def test_half_precision_input_keeps_float32_statistics(dtype: torch.dtype) -> No
     y = layer((torch.randn(8, 3, 16, 16) + 10).to(dtype))
     assert y.dtype == dtype
     assert layer.running_mean.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_statistics_stay_in_float32_when_the_model_goes_to_half_precision(dtype: torch.dtype) -> None:
+    x = torch.randn(8, 3, 16, 16)
+    layer = RBN(3)
+    layer(x)
+    kept = layer.running_mean.clone()
+    model = nn.Sequential(layer).to(dtype)
+    assert torch.equal(layer.running_mean, kept)
+    assert model(x.to(dtype)).dtype == dtype
+    assert (layer.weight.dtype, layer.running_var.dtype) == (dtype, torch.float32)
+    assert RBN(3, dtype=dtype).running_var.dtype == torch.float32
+    assert layer.double().running_mean.dtype == torch.float64
+
+
+def test_a_layer_on_the_meta_device_is_built_without_memory() -> None:
+    layer = RBN(3, device="meta")
+    assert {value.device.type for value in layer.state_dict().values()} == {"meta"}
+
+
+def test_iebn_starts_as_batch_norm_times_sigmoid_of_minus_one() -> None:
+    x = torch.randn(4, 3, 5, 5)
+    torch.testing.assert_close(IEBN(3)(x), nn.BatchNorm2d(3)(x) * torch.sigmoid(torch.tensor(-1.0)))
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_bnet_starts_as_pytorchs_depthwise_convolution(rank: int) -> None:
+    torch.manual_seed(0)
+    layer = BNET(4, 5, spatial_dims=rank)
+    torch.manual_seed(0)
+    conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[rank - 1](4, 4, 5, padding=2, groups=4)
+    assert torch.equal(layer.conv.weight, conv.weight)
+    assert torch.equal(layer.conv.bias, conv.bias)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+@pytest.mark.parametrize("affine", [True, False])
+def test_bnet_from_a_batch_norm_equals_it(rank: int, affine: bool) -> None:
+    norm = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[rank - 1](4, 1e-3, 0.2, affine=affine).double()
+    x = torch.randn(3, 4, *(5,) * rank, dtype=torch.float64)
+    if affine:
+        nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
+    norm(x)
+    layer = BNET.from_batch_norm(norm, 3, spatial_dims=rank)
+    for _ in range(2):
+        torch.testing.assert_close(layer(x), norm(x))
+    torch.testing.assert_close(layer.eval()(x), norm.eval()(x))
+    assert layer.num_batches_tracked == norm.num_batches_tracked
+
+
+def test_bnet_refuses_an_even_kernel_and_another_rank() -> None:
+    with pytest.raises(RBNValueError, match=r"BNET: expected an odd kernel_size, got 4\. Take 3 or 5"):
+        BNET(3, 4)
+    with pytest.raises(RBNValueError, match="BNET: expected an input with 2 spatial axes, got shape"):
+        BNET(3)(torch.randn(2, 3, 5))
+
+
+@pytest.mark.parametrize("make", [IEBN, BNET])
+def test_the_relatives_refuse_bad_options_under_their_own_name(make: type) -> None:
+    with pytest.raises(RBNValueError, match=f"{make.__name__}: expected eps to be positive"):
+        make(3, eps=0.0)
+    with pytest.raises(RBNTypeError, match=f"{make.__name__}: expected an option of this layer"):
+        make(3, centering="channel_mean")
 
 
 def test_gradients_of_gradients() -> None:

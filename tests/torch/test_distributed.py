@@ -1,0 +1,52 @@
+"""Layers that share their batch statistics over processes equal the layer on the whole batch."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from rbn.backends.torch import BNET, RBN, convert_sync_rbn
+
+WORKER = Path(__file__).with_name("sync_worker.py")
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_unequal_and_empty_shares_give_what_the_whole_batch_gives(world, tmp_path):
+    command = [sys.executable, WORKER]
+    processes = [
+        subprocess.Popen(
+            [*command, str(rank), str(world), tmp_path / "rendezvous"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(world)
+    ]
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0] * world, "\n".join(outputs)
+
+
+def test_convert_sync_rbn_finds_every_layer_and_changes_nothing_else():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), RBN(4), nn.Sequential(BNET(4)), nn.BatchNorm2d(4)).eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert convert_sync_rbn(model) is model
+    assert model[1].sync
+    assert model[2][0].sync
+    assert not model.training
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_torchs_own_conversion_keeps_the_calibration():
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(RBN(3), nn.BatchNorm2d(3)))
+    assert isinstance(model[0], RBN)
+    assert isinstance(model[1], nn.SyncBatchNorm)
+
+
+def test_evaluation_needs_no_process_group():
+    layer = RBN(3, sync=True).eval()
+    x = torch.randn(2, 3, 4, 4)
+    torch.testing.assert_close(layer(x), RBN(3).eval()(x))
