@@ -26,11 +26,17 @@ HALF_DTYPES = ("float16", "bfloat16")
 MODES = {"train": 3, "eval": 1}
 """Each mode and its steps; the running statistics are compared after every step."""
 
+OPTION_STEPS = {"train": 2, "eval": 1}
+"""The same for the many cases of options."""
+
 OFFSETS = (0, 10, 1000)
 """Means of the made-up data, whose standard deviation is 1."""
 
-SHAPES = ((4, 3, 1, 1), (1, 2, 2, 3), (3, 1, 2, 3), (2, 5, 7, 7), (8, 3), (2, 3, 5), (2, 3, 2, 3, 2))
-"""Batch 1 and more, one and many channels, planes of 1x1, 2x3 and 7x7, every rank."""
+SHAPES = ((4, 3, 1, 1), (1, 2, 2, 3), (3, 1, 2, 3), (2, 5, 7, 7), (8, 3))
+"""Batch 1 and more, one and many channels, planes of 1x1, 2x3 and 7x7, no planes."""
+
+OTHER_SHAPES = ((2, 3, 5), (2, 3, 2, 3, 2))
+"""One and three spatial axes."""
 
 EVALUATION_SHAPES = ((0, 2, 2, 3), (1, 3, 1, 1))
 """What only evaluation takes: no image at all, and one value per channel."""
@@ -79,7 +85,8 @@ REAL = (("photographs", photographs(0).shape), ("digits", digits(0).shape))
 """Real activations, and their shapes."""
 
 DATA = (
-    *((f"offset{offset}", shape) for offset in OFFSETS for shape in (*SHAPES, *EVALUATION_SHAPES)),
+    *((f"offset{offset}", shape) for offset in OFFSETS for shape in SHAPES),
+    *(("offset0", shape) for shape in (*OTHER_SHAPES, *EVALUATION_SHAPES)),
     *REAL,
 )
 """Everything that RBN with its default options runs on."""
@@ -224,7 +231,7 @@ def _dtype_and_layout_cases() -> Iterator[Case]:
     for mode, dtype in itertools.product(MODES, HALF_DTYPES):
         for data, shape in (("offset0", (2, 5, 7, 7)), ("offset10", (2, 3, 5)), REAL[1]):
             yield _case(Config(shape[1]), mode, data, shape, dtype)
-    for mode, shape, dtype in itertools.product(MODES, ((2, 5, 7, 7), (2, 3, 5), (2, 3, 2, 3, 2)), DTYPES):
+    for mode, shape, dtype in itertools.product(MODES, ((2, 5, 7, 7), *OTHER_SHAPES), DTYPES):
         yield _case(Config(shape[1]), mode, "offset0", shape, dtype, layout="channels_last")
 
 
@@ -286,6 +293,7 @@ def _option_case(config: Config, mode: str, options: dict[str, Any], group: str,
     layer = config.layer.lower()
     return replace(
         _case(config, mode, "offset0", OPTION_SHAPE, dtype),
+        steps=OPTION_STEPS[mode],
         id=f"{layer}/{mode}/{spelled}/{dtype}",
         group=f"{layer}/{mode}/{group}/{dtype}",
     )

@@ -31,7 +31,9 @@ class Flax(Subject):
     def build(self, config: Config, state: State, dtype: str, layout: str = "channels_first") -> None:
         """Make the module and its variables, with parameters in at least float32."""
         with enable_x64(dtype == "float64"):
-            self.step, _ = steps(dtype)
+            # float32 is compiled, once for a layer's options and a shape; the others run op by op, as do the
+            # NNX layers on the same functions. So the suite does not spend minutes in the compiler.
+            self.step = compiled_linen_step if dtype == "float32" else linen_step
             self.axis = channel_axis(dtype, layout)
             self.layer = getattr(linen_layers, config.layer)(axis=self.axis, **options(config, dtype))
             self.variables = from_numpy(self.layer, state)
@@ -61,7 +63,6 @@ class FlaxNNX(Subject):
     def build(self, config: Config, state: State, dtype: str, layout: str = "channels_first") -> None:
         """Make the module, with parameters in at least float32."""
         with enable_x64(dtype == "float64"):
-            _, self.step = steps(dtype)
             self.axis = channel_axis(dtype, layout)
             self.layer = getattr(nnx_layers, config.layer)(
                 config.num_features, axis=self.axis, **options(config, dtype), rngs=nnx.Rngs(0)
@@ -73,7 +74,7 @@ class FlaxNNX(Subject):
         with enable_x64(needs_x64(x)):
             image = jnp.asarray(laid_out(x, self.axis))
             upstream = jnp.asarray(laid_out(cotangent, self.axis))
-            (_, y), (gradients, dx) = self.step(self.layer, image, upstream, training)
+            (_, y), (gradients, dx) = nnx_step(self.layer, image, upstream, training)
             gradients = to_numpy({"params": nnx.to_pure_dict(gradients)})
             return outcome(self.axis, image, y, dx, gradients, self.state())
 
@@ -112,19 +113,7 @@ def nnx_step(layer: Any, x: jax.Array, cotangent: jax.Array, training: bool) -> 
     return nnx.value_and_grad(loss, argnums=differentiable(x), has_aux=True)(layer, x)
 
 
-COMPILED = (
-    jax.jit(linen_step, static_argnames=("layer", "training")),
-    nnx.jit(nnx_step, static_argnames="training"),
-)
-
-
-def steps(dtype: str) -> Any:
-    """The linen and the NNX step.
-
-    float32 is compiled, once for a layer's options and a shape; the others run op by op. So both ways are
-    covered, and the suite does not spend minutes in the compiler.
-    """
-    return COMPILED if dtype == "float32" else (linen_step, nnx_step)
+compiled_linen_step = jax.jit(linen_step, static_argnames=("layer", "training"))
 
 
 def channel_axis(dtype: str, layout: str) -> int:
