@@ -44,7 +44,6 @@ EVALUATION_SHAPES = ((0, 2, 2, 3), (1, 3, 1, 1))
 OPTION_SHAPE = (3, 4, 2, 3)
 """The shape on which every combination of options runs."""
 
-
 BATCH_NORM_OPTIONS: tuple[dict[str, Any], ...] = (
     {"running_var": "biased"},
     {"momentum": None},
@@ -55,33 +54,7 @@ BATCH_NORM_OPTIONS: tuple[dict[str, Any], ...] = (
 )
 """Options that all three layers have."""
 
-
-@cache
-def photographs(step: int) -> Array:
-    """Real activations: four patches of scikit-learn's two photographs behind a fixed convolution."""
-    patches = []
-    for image in load_sample_images().images:
-        for row in (100, 220):
-            column = 60 + 120 * step
-            patches.append(image[row : row + 26, column : column + 26].transpose(2, 0, 1) / 255.0)
-    return fixed_convolution(np.stack(patches), channels=8)
-
-
-@cache
-def digits(step: int) -> Array:
-    """Real activations: 16 of scikit-learn's handwritten digits, with their constant borders, likewise."""
-    images = load_digits().images[16 * step : 16 * (step + 1)]
-    return fixed_convolution(images[:, None] / 16.0, channels=6)
-
-
-def fixed_convolution(images: Array, channels: int) -> Array:
-    """A 3x3 convolution without padding, (N, I, H, W) to (N, channels, H - 2, W - 2)."""
-    kernel = np.random.default_rng(0).normal(size=(channels, images.shape[1], 3, 3))
-    windows = sliding_window_view(images, (3, 3), axis=(2, 3))  # type: ignore[call-overload] # NumPy 1.26 knows one axis
-    return np.einsum("nihwyx,ciyx->nchw", windows, kernel)
-
-
-REAL = (("photographs", photographs(0).shape), ("digits", digits(0).shape))
+REAL: tuple[tuple[str, tuple[int, ...]], ...] = (("photographs", (4, 8, 24, 24)), ("digits", (16, 6, 6, 6)))
 """Real activations, and their shapes."""
 
 DATA = (
@@ -236,7 +209,12 @@ def _dtype_and_layout_cases() -> Iterator[Case]:
 
 
 def _iebn_cases() -> Iterator[Case]:
-    data = (("offset0", (2, 5, 7, 7)), ("offset0", (8, 3)), ("offset10", (3, 1, 2, 3)), *REAL)
+    data: tuple[tuple[str, tuple[int, ...]], ...] = (
+        ("offset0", (2, 5, 7, 7)),
+        ("offset0", (8, 3)),
+        ("offset10", (3, 1, 2, 3)),
+        *REAL,
+    )
     for mode, (source, shape), dtype in itertools.product(MODES, data, DTYPES):
         yield _case(Config.iebn(shape[1]), mode, source, shape, dtype)
     for mode, options, dtype in itertools.product(MODES, BATCH_NORM_OPTIONS, DTYPES):
@@ -297,3 +275,28 @@ def _option_case(config: Config, mode: str, options: dict[str, Any], group: str,
         id=f"{layer}/{mode}/{spelled}/{dtype}",
         group=f"{layer}/{mode}/{group}/{dtype}",
     )
+
+
+@cache
+def photographs(step: int) -> Array:
+    """Real activations: four patches of scikit-learn's two photographs behind a fixed convolution."""
+    patches = []
+    for image in load_sample_images().images:
+        for row in (100, 220):
+            column = 60 + 120 * step
+            patches.append(image[row : row + 26, column : column + 26].transpose(2, 0, 1) / 255.0)
+    return fixed_convolution(np.stack(patches), channels=8)
+
+
+@cache
+def digits(step: int) -> Array:
+    """Real activations: 16 of scikit-learn's handwritten digits, with their constant borders, likewise."""
+    images = load_digits().images[16 * step : 16 * (step + 1)]
+    return fixed_convolution(images[:, None] / 16.0, channels=6)
+
+
+def fixed_convolution(images: Array, channels: int) -> Array:
+    """A 3x3 convolution without padding, (N, I, H, W) to (N, channels, H - 2, W - 2)."""
+    kernel = np.random.default_rng(0).normal(size=(channels, images.shape[1], 3, 3))
+    windows = sliding_window_view(images, (3, 3), axis=(2, 3))  # type: ignore[call-overload] # NumPy 1.26 knows one axis
+    return np.einsum("nihwyx,ciyx->nchw", windows, kernel)
