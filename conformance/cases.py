@@ -172,7 +172,7 @@ def all_cases() -> tuple[Case, ...]:
 
 @cache
 def quick_cases() -> tuple[Case, ...]:
-    """One case for each row of the report: a look in under a minute."""
+    """One case for each row of the report: a look in about a minute."""
     first: dict[str, Case] = {}
     for case in all_cases():
         first.setdefault(case.group, case)

@@ -73,7 +73,7 @@ def conform(
     frameworks: Annotated[
         list[str] | None, typer.Argument(help="torch, flax, mindspore, jittor; all that are installed.")
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="One case for each row, in under a minute.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="One case for each row, in about a minute.")] = False,
     json: Annotated[Path | None, typer.Option(help="Write every result to this file.")] = None,
 ) -> None:
     """Hold the layers of the installed frameworks to the NumPy reference.
