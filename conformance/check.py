@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -38,7 +39,8 @@ class Deviation:
         """The error in units of the tolerance; at most 1 is right."""
         if self.error == 0.0:
             return 0.0
-        return self.error / self.tolerance if self.tolerance else float("inf")
+        ratio = self.error / self.tolerance if self.tolerance else math.inf
+        return math.inf if math.isnan(ratio) else ratio
 
 
 @dataclass(frozen=True)

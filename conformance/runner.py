@@ -151,7 +151,7 @@ def _work(
             for result in check(each, cases):
                 sender.send((each.name, result))
         sender.send(("done", None))
-    except Exception:
+    except Exception:  # whatever a framework raises becomes its row
         sender.send(("failure", traceback.format_exc(limit=-6)))
 
 

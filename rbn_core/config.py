@@ -254,7 +254,7 @@ def refuse_unknown_options(layer: LayerType) -> LayerType:
                 )
         construct(self, *args, **options)
 
-    setattr(layer, "__init__", checked)  # noqa: B010
+    setattr(layer, "__init__", checked)  # noqa: B010 (mypy refuses the assignment)
     return layer
 
 

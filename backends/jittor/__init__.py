@@ -4,6 +4,7 @@ from rbn.backends.jittor import environment
 
 environment.prepare()
 
+# Behind prepare(): Jittor reads its environment when it is imported.
 from rbn.backends.jittor.layers import BNET, IEBN, RBN  # noqa: E402
 from rbn.backends.jittor.weights import from_numpy, to_numpy  # noqa: E402
 

@@ -52,7 +52,7 @@ def rbn(
         centering: K_m of eq. 5, or `None`.
         scaling: K_s of eq. 9, or `None`.
         restrict: R of eq. 9.
-        average: Takes (N, C) plane values to their mean over the batch, (C,); here or over all processes.
+        average: Takes (N, C) plane values to their mean over the batch, (C,).
 
     Returns:
         Y in at least float32, and the E and biased Var it was normalized with, in float64.

@@ -133,6 +133,11 @@ def test_a_broken_subject_gets_a_clear_row_for_every_case(subject, quantity, mes
     assert all(message in result.message for result in results)
 
 
+@pytest.mark.parametrize(("error", "tolerance"), [(1.0, np.nan), (np.inf, np.inf), (np.nan, 1.0)])
+def test_what_cannot_be_compared_is_never_right(error, tolerance):
+    assert Deviation("y", error, tolerance).ratio == np.inf
+
+
 def test_a_wrong_dtype_is_a_deviation():
     assert compare("y", np.zeros(2, np.float64), np.zeros(2), 1.0, dtype="float32").ratio == np.inf
 
