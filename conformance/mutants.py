@@ -1,347 +1,294 @@
-"""Wrong layers: the reference with one plausible mistake each. The suite must reject every one.
+"""Mutants: implementations with one plausible mistake each. The suite must reject every one.
 
-A mutant's docstring says the mistake, as somebody might make it.
+Mistakes in the formulas are in `wrong_layers`; here are those around them, in dtypes, memory and devices. A
+class's docstring says the mistake, as somebody might make it.
 """
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from rbn.conformance.subjects.numpy import Numpy
-from rbn_core.reference import (
-    Array,
-    Layer,
-    Steps,
-    batch_mean_and_variance,
-    depthwise_convolution,
-    over_channel,
-    per_channel,
-    spatial_axes,
-)
+from rbn.conformance.subject import Array, Outcome, Subject
+from rbn.conformance.subjects.numpy import NumpyLayer
+from rbn.conformance.wrong_layers import WRONG_LAYERS
+from rbn_core.config import Config
+from rbn_core.reference import Layer, Steps, batch_mean_and_variance
+from rbn_core.weights import State
 
 
-class OtherRunningVariance(Layer):
-    """The running variance has the other estimator: n for n - 1, or n - 1 for n."""
+@dataclass(frozen=True)
+class Mutant:
+    """One planted mistake.
 
-    def accumulate(self, mean: Array, var: Array, values: int) -> None:
-        bessel = values / (values - 1)
-        super().accumulate(
-            mean, var / bessel if self.config.running_var == "unbiased" else var * bessel, values
-        )
+    Attributes:
+        name: What it is called.
+        mistake: What is wrong, in a sentence.
+        subject: Makes an implementation that has the mistake.
+    """
 
-
-class UnbiasedNormalization(Layer):
-    """X is normalized with the unbiased variance."""
-
-    def standardize(self, x_cm: Array, mean: Array, var: Array) -> tuple[Array, Array]:
-        values = x_cm.size // x_cm.shape[1]
-        return super().standardize(x_cm, mean, var * values / (values - 1) if values > 1 else var)
+    name: str
+    mistake: str
+    subject: Callable[[], Subject]
 
 
-class FlippedMomentum(Layer):
-    """The momentum weighs the new value instead of the old."""
+class WrongSubject(NumpyLayer):
+    """The reference, handled wrongly."""
 
-    def accumulate(self, mean: Array, var: Array, values: int) -> None:
-        old = dict(self.statistics)
-        super().accumulate(mean, var, values)
+    def __init__(self) -> None:
+        super().__init__(type(self).__name__, Layer)
+
+    def build(self, config: Config, state: State, dtype: str, layout: str = "channels_first") -> None:
+        """Make the layer, and remember the dtype."""
+        super().build(config, state, dtype, layout)
+        self.dtype = np.dtype(dtype)
+
+
+class OutputInFloat32(WrongSubject):
+    """Y is float32 whatever the input's dtype."""
+
+    def run(self, x: Array, training: bool, cotangent: Array) -> Outcome:
+        outcome = super().run(x, training, cotangent)
+        return changed(outcome, y=outcome.y.astype(np.float32))
+
+
+class ComputedInFloat32(WrongSubject):
+    """float64 is computed in float32."""
+
+    def run(self, x: Array, training: bool, cotangent: Array) -> Outcome:
+        outcome = super().run(x.astype(np.float32), training, cotangent.astype(np.float32))
+        return changed(outcome, y=outcome.y.astype(x.dtype), dx=outcome.dx.astype(x.dtype), x=x)
+
+
+class ReducedInHalf(WrongSubject):
+    """The statistics of a half precision input are rounded to half precision."""
+
+    def build(self, config: Config, state: State, dtype: str, layout: str = "channels_first") -> None:
+        super().build(config, state, dtype, layout)
+        half = self.dtype if self.dtype.itemsize == 2 else np.dtype(float)
+
+        class Rounded(Layer):
+            def statistics_of(self, x_cm: Array, training: bool) -> tuple[Array, Array]:
+                mean, var = super().statistics_of(x_cm, training)
+                return mean.astype(half).astype(float), var.astype(half).astype(float)
+
+        self.layer = Rounded(config)
+        self.layer.load(state)
+
+
+class RunningStatisticsInHalf(WrongSubject):
+    """Running statistics are kept in half precision where the input is."""
+
+    def run(self, x: Array, training: bool, cotangent: Array) -> Outcome:
+        outcome = super().run(x, training, cotangent)
         for name in ("running_mean", "running_var"):
-            m = self.config.momentum
-            if m:
-                batch = (self.statistics[name] - m * old[name]) / (1.0 - m) if m < 1.0 else old[name]
-                self.statistics[name] = (1.0 - m) * old[name] + m * batch
+            if name in self.layer.statistics and self.dtype.itemsize == 2:
+                kept = self.layer.statistics[name].astype(self.dtype).astype(float)
+                self.layer.statistics[name] = kept
+        return changed(outcome, state=self.state())
 
 
-class OnePassVariance(Layer):
-    """The variance is E[X^2] - E[X]^2, which cancels where the mean is large."""
+class ChannelsLastMisread(WrongSubject):
+    """The memory of a channels-last input is read as if the channels came first."""
 
-    def statistics_of(self, x_cm: Array, training: bool) -> tuple[Array, Array]:
-        if not training and self.config.track_running_stats:
+    def run(self, x: Array, training: bool, cotangent: Array) -> Outcome:
+        if self.layout != "channels_last":
+            return super().run(x, training, cotangent)
+        memory = np.moveaxis(x, 1, -1).reshape(x.shape)
+        return changed(super().run(memory, training, cotangent), x=x)
+
+
+class StridesIgnored(WrongSubject):
+    """A strided input is read as if its values stood one after another in memory."""
+
+    def run(self, x: Array, training: bool, cotangent: Array) -> Outcome:
+        if self.layout != "strided":
+            return super().run(x, training, cotangent)
+        memory = np.repeat(x, 2, axis=-1).reshape(-1)[: x.size].reshape(x.shape)
+        return changed(super().run(memory, training, cotangent), x=x)
+
+
+class RepeatedImageCountedOnce(WrongSubject):
+    """The gradient of an image that is repeated with stride 0 is summed onto each of its copies."""
+
+    def run(self, x: Array, training: bool, cotangent: Array) -> Outcome:
+        outcome = super().run(x, training, cotangent)
+        if self.layout != "expanded":
+            return outcome
+        return changed(outcome, dx=np.broadcast_to(outcome.dx.sum(axis=0), x.shape).copy())
+
+
+class SharingLayer(Layer):
+    """The reference on a batch whose images lie on several devices."""
+
+    shares: tuple[int, ...] = ()
+
+    def parts(self, x: Array) -> list[Array]:
+        """The shares that have images."""
+        stops = np.cumsum(self.shares)
+        return [part for part in np.split(x, stops[:-1]) if len(part)] if self.shares else [x]
+
+
+class Sharing(WrongSubject):
+    """A mistake in the work of several devices, made by a layer of its own."""
+
+    wrong: type[SharingLayer]
+    shares: tuple[int, ...] = ()
+
+    def build(self, config: Config, state: State, dtype: str, layout: str = "channels_first") -> None:
+        """Make the layer, which knows the shares."""
+        super().build(config, state, dtype, layout)
+        layer = self.wrong(config)
+        layer.load(state)
+        layer.shares = self.shares
+        self.layer = layer
+
+    def spread(self, shares: tuple[int, ...]) -> Subject:
+        """A subject like this one, with these shares."""
+        other = type(self)()
+        other.shares = shares
+        return other
+
+
+class OwnStatistics(Sharing):
+    """Every device normalizes with the statistics of its own share; nothing is synchronized."""
+
+    class Wrong(SharingLayer):
+        def statistics_of(self, x_cm: Array, training: bool) -> tuple[Array, Array]:
+            mean, var = super().statistics_of(x_cm, training)
+            if len(self.parts(x_cm)) == 1:
+                return mean, var
+            moments = [(batch_mean_and_variance(part), len(part)) for part in self.parts(x_cm)]
+            self.each = [
+                np.repeat(np.stack([m[i] for m, _ in moments]), [n for _, n in moments], 0) for i in (0, 1)
+            ]
+            return mean, var
+
+        def standardize(self, x_cm: Array, mean: Array, var: Array) -> tuple[Array, Array]:
+            if len(self.parts(x_cm)) == 1:
+                return super().standardize(x_cm, mean, var)
+            mean, var = (np.reshape(each, (*each.shape, *(1,) * (x_cm.ndim - 2))) for each in self.each)
+            inverse_std = 1.0 / np.sqrt(var + self.config.eps)
+            return (x_cm - mean) * inverse_std, inverse_std
+
+    wrong = Wrong
+
+
+class SharesCountEqually(Sharing):
+    """The devices' means and variances are averaged however many images each of them has."""
+
+    class Wrong(SharingLayer):
+        def statistics_of(self, x_cm: Array, training: bool) -> tuple[Array, Array]:
+            if len(self.parts(x_cm)) == 1:
+                return super().statistics_of(x_cm, training)
+            means, squares = zip(
+                *(
+                    (part.mean(axis=axes(part)), np.square(part).mean(axis=axes(part)))
+                    for part in self.parts(x_cm)
+                ),
+                strict=True,
+            )
+            mean = np.mean(means, axis=0)
+            var = np.mean(squares, axis=0) - np.square(mean)
+            if self.config.track_running_stats:
+                self.accumulate(mean, var, values=x_cm.size // x_cm.shape[1])
+            return mean, var
+
+    wrong = Wrong
+
+
+class GradientOfOwnShare(Sharing):
+    """The gradient through E and Var is that of the device's own share, not summed over the devices."""
+
+    class Wrong(SharingLayer):
+        def standardize_backward(self, dx_s: Array, s: Steps) -> Array:
+            if not s.batch_statistics:
+                return super().standardize_backward(dx_s, s)
+            dx_cm = dx_s * s.inverse_std
+            parts = zip(self.parts(dx_cm), self.parts(s.x_s), strict=True)
+            through = [
+                (
+                    part.sum(axis=axes(part), keepdims=True),
+                    (part * x_s).sum(axis=axes(part), keepdims=True),
+                    len(part),
+                )
+                for part, x_s in parts
+            ]
+            mean, variance = (
+                np.concatenate([np.repeat(each[i], each[2], axis=0) for each in through]) for i in (0, 1)
+            )
+            values = dx_s.size // dx_s.shape[1]
+            return dx_cm - mean / values - s.x_s * variance / values
+
+    wrong = Wrong
+
+
+class RunningStatisticsOfOwnShare(Sharing):
+    """The running statistics accumulate the first device's share alone."""
+
+    class Wrong(SharingLayer):
+        def accumulate(self, mean: Array, var: Array, values: int) -> None:
+            if len(self.shares) > 1:
+                first = self.parts(self.x_cm)[0]
+                mean, var = batch_mean_and_variance(first)
+                values = first.size // first.shape[1]
+            super().accumulate(mean, var, values)
+
+        def statistics_of(self, x_cm: Array, training: bool) -> tuple[Array, Array]:
+            self.x_cm = x_cm
             return super().statistics_of(x_cm, training)
-        mean, _ = batch_mean_and_variance(x_cm)
-        var = np.square(x_cm).mean(axis=(0, *spatial_axes(x_cm))) - np.square(mean)
-        if self.config.track_running_stats:
-            self.accumulate(mean, var, values=x_cm.size // x_cm.shape[1])
-        return mean, var
 
+    wrong = Wrong
 
-class EpsOutsideTheRoot(Layer):
-    """X is divided by sqrt(Var) + eps."""
 
-    def standardize(self, x_cm: Array, mean: Array, var: Array) -> tuple[Array, Array]:
-        inverse_std = 1.0 / (np.sqrt(per_channel(var, x_cm)) + self.config.eps)
-        return (x_cm - per_channel(mean, x_cm)) * inverse_std, inverse_std
+class BesselOfOwnShare(Sharing):
+    """The running variance is made unbiased with the number of values of the first device alone."""
 
+    class Wrong(SharingLayer):
+        def accumulate(self, mean: Array, var: Array, values: int) -> None:
+            super().accumulate(
+                mean, var, values * self.shares[0] // sum(self.shares) if self.shares else values
+            )
 
-class CenteringWithoutGradient(Layer):
-    """No gradient flows through K_m."""
+    wrong = Wrong
 
-    def calibrate_centering_backward(self, dx_cm: Array, s: Steps, gradients: dict[str, Array]) -> Array:
-        super().calibrate_centering_backward(dx_cm, s, gradients)
-        return dx_cm
 
+def changed(outcome: Outcome, **values: Any) -> Outcome:
+    """The outcome with other values."""
+    return Outcome(**{**vars(outcome), **values})
 
-class ScalingWithoutGradient(Layer):
-    """No gradient flows through K_s."""
 
-    def calibrate_scaling_backward(
-        self, dx_cs: Array, s: Steps, gradients: dict[str, Array]
-    ) -> tuple[Array, Array | float]:
-        super().calibrate_scaling_backward(dx_cs, s, gradients)
-        return dx_cs if s.restriction is None else dx_cs * s.restriction, 0.0
+def axes(x: Array) -> tuple[int, ...]:
+    """All axes but that of the channels."""
+    return (0, *range(2, x.ndim))
 
 
-class StatisticsWithoutGradient(Layer):
-    """No gradient flows through the batch's E and Var."""
+def of_layer(layer: type[Layer]) -> Mutant:
+    """A wrong layer as a mutant."""
+    return Mutant(layer.__name__, str(layer.__doc__), lambda: NumpyLayer(layer.__name__, layer))
 
-    def standardize_backward(self, dx_s: Array, s: Steps) -> Array:
-        return dx_s * s.inverse_std
 
+def of_subject(subject: type[WrongSubject]) -> Mutant:
+    """A wrong subject as a mutant."""
+    return Mutant(subject.__name__, str(subject.__doc__), subject)
 
-class VarianceWithoutGradient(Layer):
-    """The gradient flows through the batch's E but not through its Var."""
 
-    def standardize_backward(self, dx_s: Array, s: Steps) -> Array:
-        dx_cm = dx_s * s.inverse_std
-        if not s.batch_statistics:
-            return dx_cm
-        return dx_cm - dx_cm.mean(axis=(0, *spatial_axes(dx_cm)), keepdims=True)
-
-
-class RunningStatisticsWithBatchGradient(Layer):
-    """In evaluation the gradient flows through E and Var as if they were the batch's."""
-
-    def standardize_backward(self, dx_s: Array, s: Steps) -> Array:
-        dx_cm = dx_s * s.inverse_std
-        axes = (0, *spatial_axes(dx_s))
-        through_variance = s.x_s * (dx_cm * s.x_s).mean(axis=axes, keepdims=True)
-        return dx_cm - dx_cm.mean(axis=axes, keepdims=True) - through_variance
-
-
-class ScalingStatisticOfX(Layer):
-    """K_s is taken from X instead of X_s."""
-
-    def scaling_statistic(self, x: Array, x_s: Array) -> Array | None:
-        return super().scaling_statistic(x, x)
-
-
-class NoRestriction(Layer):
-    """R is left out: X_s is multiplied by w_v K_s + w_b itself."""
-
-    def calibrate_scaling(self, x_s: Array, k_s: Array | None) -> tuple[Array | None, Array]:
-        if k_s is None:
-            return None, x_s
-        w_v = per_channel(self.parameters["scale_weight"], x_s)
-        scale = w_v * k_s + per_channel(self.parameters["scale_bias"], x_s)
-        return scale, x_s * scale
-
-
-class NoScaleBias(Layer):
-    """w_b is left out of R(w_v K_s + w_b)."""
-
-    def calibrate_scaling(self, x_s: Array, k_s: Array | None) -> tuple[Array | None, Array]:
-        kept = dict(self.parameters)
-        if k_s is not None:
-            self.parameters = kept | {"scale_bias": np.zeros_like(kept["scale_bias"])}
-        result = super().calibrate_scaling(x_s, k_s)
-        self.parameters = kept
-        return result
-
-
-class BatchStatisticsInEvaluation(Layer):
-    """Evaluation normalizes with the batch's statistics."""
-
-    def statistics_of(self, x_cm: Array, training: bool) -> tuple[Array, Array]:
-        return super().statistics_of(x_cm, training) if training else batch_mean_and_variance(x_cm)
-
-
-class EvaluationAccumulates(Layer):
-    """Evaluation updates the running statistics too."""
-
-    def statistics_of(self, x_cm: Array, training: bool) -> tuple[Array, Array]:
-        result = super().statistics_of(x_cm, training)
-        if not training and self.config.track_running_stats and x_cm.size > x_cm.shape[1]:
-            self.accumulate(*batch_mean_and_variance(x_cm), values=x_cm.size // x_cm.shape[1])
-        return result
-
-
-class TrainingDoesNotAccumulate(Layer):
-    """Training leaves the running statistics as they are."""
-
-    def accumulate(self, mean: Array, var: Array, values: int) -> None:
-        pass
-
-
-class CounterStandsStill(Layer):
-    """num_batches_tracked is never counted up."""
-
-    def accumulate(self, mean: Array, var: Array, values: int) -> None:
-        before = self.statistics["num_batches_tracked"]
-        super().accumulate(mean, var, values)
-        self.statistics["num_batches_tracked"] = before
-
-
-class RunningMeanOfX(Layer):
-    """The running mean follows X, as before the centering calibration, and not X_cm."""
-
-    def calibrate_centering(self, x: Array) -> tuple[Array | None, Array]:
-        self.x_mean, _ = batch_mean_and_variance(x)
-        return super().calibrate_centering(x)
-
-    def accumulate(self, mean: Array, var: Array, values: int) -> None:
-        super().accumulate(self.x_mean, var, values)
-
-
-class RunningDeviation(Layer):
-    """The running variance accumulates standard deviations."""
-
-    def accumulate(self, mean: Array, var: Array, values: int) -> None:
-        super().accumulate(mean, np.sqrt(var), values)
-
-
-class InputModified(Layer):
-    """X_cm is written over the caller's X."""
-
-    def forward(self, x: Any, training: bool) -> Array:
-        y = super().forward(x, training)
-        assert self.steps is not None
-        x[...] = self.steps.x_cm
-        return y
-
-
-class CenteringSubtracts(Layer):
-    """w_m K_m is subtracted from X."""
-
-    def calibrate_centering(self, x: Array) -> tuple[Array | None, Array]:
-        k_m, x_cm = super().calibrate_centering(x)
-        return k_m, 2.0 * x - x_cm
-
-
-class CenteringAfterwards(Layer):
-    """w_m K_m is added behind the centering, so that E and Var are those of X."""
-
-    def calibrate_centering(self, x: Array) -> tuple[Array | None, Array]:
-        self.x = x
-        return super().calibrate_centering(x)
-
-    def statistics_of(self, x_cm: Array, training: bool) -> tuple[Array, Array]:
-        return super().statistics_of(self.x, training)
-
-
-class PlaneVariance(Layer):
-    """Var is the mean of the planes' variances and leaves out the spread between their means."""
-
-    def statistics_of(self, x_cm: Array, training: bool) -> tuple[Array, Array]:
-        mean, var = super().statistics_of(x_cm, training)
-        if training and x_cm.ndim > 2 and x_cm[0, 0].size > 1:
-            var = x_cm.var(axis=spatial_axes(x_cm)).mean(axis=0)
-        return mean, var
-
-
-class BetaInsideTheRestriction(Layer):
-    """The affine step comes before the scaling calibration, so that R multiplies beta too."""
-
-    def calibrate_scaling(self, x_s: Array, k_s: Array | None) -> tuple[Array | None, Array]:
-        self.restriction, x_cs = super().calibrate_scaling(x_s, k_s)
-        return self.restriction, x_cs
-
-    def transform(self, x_cs: Array) -> Array:
-        y = super().transform(x_cs)
-        if self.restriction is None or not self.config.beta:
-            return y
-        return y + (self.restriction - 1.0) * per_channel(self.parameters["beta"], y)
-
-
-class GammaGradientOfXs(Layer):
-    """The gradient of gamma is summed over X_s instead of X_cs."""
-
-    def transform_backward(self, dy: Array, s: Steps, gradients: dict[str, Array]) -> Array:
-        result = super().transform_backward(dy, s, gradients)
-        if "gamma" in gradients:
-            gradients["gamma"] = over_channel(dy * s.x_s)
-        return result
-
-
-class CenterWeightGradientOfTheMean(Layer):
-    """The gradient of w_m is averaged over the positions instead of summed."""
-
-    def calibrate_centering_backward(self, dx_cm: Array, s: Steps, gradients: dict[str, Array]) -> Array:
-        result = super().calibrate_centering_backward(dx_cm, s, gradients)
-        if "center_weight" in gradients:
-            gradients["center_weight"] /= np.prod(dx_cm.shape[2:])
-        return result
-
-
-class AttentionOfXs(Layer):
-    """IEBN's attention looks at X_s instead of X."""
-
-    def scaling_statistic(self, x: Array, x_s: Array) -> Array | None:
-        return super().scaling_statistic(x_s if self.config.scaling == "input_mean" else x, x_s)
-
-
-class AttentionWithoutGradient(Layer):
-    """No gradient flows through IEBN's attention to X."""
-
-    def calibrate_scaling_backward(
-        self, dx_cs: Array, s: Steps, gradients: dict[str, Array]
-    ) -> tuple[Array, Array | float]:
-        dx_s, _ = super().calibrate_scaling_backward(dx_cs, s, gradients)
-        return dx_s, 0.0
-
-
-class FlippedKernel(Layer):
-    """BNET convolves, with its kernels flipped, where deep learning correlates."""
-
-    def transform(self, x_cs: Array) -> Array:
-        if self.config.kernel_size is None:
-            return super().transform(x_cs)
-        weight = self.parameters["conv_weight"]
-        axes = tuple(range(2, weight.ndim))
-        return depthwise_convolution(x_cs, np.flip(weight, axes), self.parameters["conv_bias"])
-
-
-class PaddedBeforeNormalization(Layer):
-    """BNET pads X with zeros instead of X_s, so that the border of X_s is -E / sqrt(Var + eps)."""
-
-    def standardize(self, x_cm: Array, mean: Array, var: Array) -> tuple[Array, Array]:
-        x_s, inverse_std = super().standardize(x_cm, mean, var)
-        self.border = -per_channel(mean, x_s) * inverse_std
-        return x_s, inverse_std
-
-    def transform(self, x_cs: Array) -> Array:
-        if self.config.kernel_size is None:
-            return super().transform(x_cs)
-        inside: Array = x_cs - self.border
-        weight, none = self.parameters["conv_weight"], np.zeros(self.config.num_features)
-        constant = per_channel(weight.sum(axis=tuple(range(1, weight.ndim))), x_cs) * self.border
-        bias = per_channel(self.parameters["conv_bias"], x_cs)
-        return depthwise_convolution(inside, weight, none) + constant + bias
-
-
-class NoConvolutionBias(Layer):
-    """BNET's convolution has no bias."""
-
-    def transform(self, x_cs: Array) -> Array:
-        y = super().transform(x_cs)
-        return y - per_channel(self.parameters["conv_bias"], y) if self.config.kernel_size is not None else y
-
-
-MUTANTS: tuple[type[Layer], ...] = tuple(
-    value
-    for value in list(vars().values())
-    if isinstance(value, type) and issubclass(value, Layer) and value is not Layer
+WRONG_SUBJECTS: tuple[type[WrongSubject], ...] = (
+    OutputInFloat32,
+    ComputedInFloat32,
+    ReducedInHalf,
+    RunningStatisticsInHalf,
+    ChannelsLastMisread,
+    StridesIgnored,
+    RepeatedImageCountedOnce,
+    OwnStatistics,
+    SharesCountEqually,
+    GradientOfOwnShare,
+    RunningStatisticsOfOwnShare,
+    BesselOfOwnShare,
 )
 
-
-def subject_of(layer: type[Layer]) -> Numpy:
-    """A NumPy layer, such as a mutant, as a subject of the suite."""
-
-    class Planted(Numpy):
-        """A layer with the reference's interface."""
-
-        name = layer.__name__
-        absent: ClassVar[dict[str, str]] = {}
-        layer_class = layer
-
-    return Planted()
+MUTANTS: tuple[Mutant, ...] = (*map(of_layer, WRONG_LAYERS), *map(of_subject, WRONG_SUBJECTS))

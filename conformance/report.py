@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,15 @@ from rich.table import Table
 from rich.text import Text
 
 import rbn
-from rbn.conformance.check import ABSENT, FAILED, PASSED, Result
+from rbn.conformance.checks import ABSENT, EXPECTED, FAILED, PASSED, Result, describe
 from rbn.conformance.runner import Run
 
 IMPORTING = {"jittor": "importing (on first use Jittor compiles itself, about 3 minutes)"}
 
 FAILURES_SHOWN = 10
-"""How many failed cases the terminal lists for each subject; the JSON has them all."""
+"""How many failed cases the terminal lists for each subject; the files have them all."""
+
+STATUSES = (PASSED, FAILED, EXPECTED, ABSENT)
 
 
 class Progress:
@@ -57,19 +60,19 @@ class Progress:
         elif time.monotonic() >= self.next_line:
             self.next_line += self.interval
             busy = [run for run in runs if run.stage in ("importing", "checking")]
-            self.console.print(" | ".join(f"{run.framework}: {_stage(run)}" for run in busy), soft_wrap=True)
+            self.console.print(" | ".join(f"{run.name}: {_stage(run)}" for run in busy), soft_wrap=True)
 
 
 def _progress_table(runs: Sequence[Run]) -> RenderableType:
     table = Table.grid(padding=(0, 1))
     for run in runs:
-        table.add_row(run.framework, ProgressBar(run.total, run.finished, width=30), _stage(run))
+        table.add_row(run.name, ProgressBar(run.total, run.finished, width=30), _stage(run))
     return table
 
 
 def _stage(run: Run) -> str:
     seconds = run.seconds or (time.monotonic() - run.started if run.started else 0.0)
-    stage = IMPORTING.get(run.framework, run.stage) if run.stage == "importing" else run.stage
+    stage = IMPORTING.get(run.name, run.stage) if run.stage == "importing" else run.stage
     return f"{stage}, {run.finished} of {run.total} cases, {seconds:.0f} s"
 
 
@@ -78,7 +81,7 @@ def render(runs: Sequence[Run]) -> RenderableType:
 
     A cell is the group's worst error in units of its case's tolerance: at most 1 is right.
     """
-    columns = {name: results for run in runs for name, results in run.results.items()}
+    columns = columns_of(runs)
     groups = list(dict.fromkeys(result.group for results in columns.values() for result in results))
     table = Table(title="worst error / tolerance (at most 1 is right)")
     table.add_column("cases", no_wrap=True)
@@ -89,38 +92,57 @@ def render(runs: Sequence[Run]) -> RenderableType:
         table.add_row(group, *cells)
     parts: list[RenderableType | None] = [table]
     parts += [_failures(name, results) for name, results in columns.items()]
-    parts += [Text(f"{run.framework}: {run.failure}", style="red") for run in runs if run.failure]
-    parts += [_absences(columns), coverage(runs), _summary(runs)]
+    parts += [Text(f"{run.name}: {run.failure}", style="red") for run in runs if run.failure]
+    parts += [_declared(columns), coverage(runs), _summary(runs)]
     return Group(*(part for part in parts if part is not None))
 
 
 def coverage(runs: Sequence[Run]) -> Table:
     """Which values of every option ran, for each subject: all of them, or all but those named."""
-    features = {case.id: case.features for run in runs for case in run.cases}
-    values: dict[str, dict[str, None]] = {}
-    for case in features.values():
-        for option, value in case.items():
-            values.setdefault(option, {})[value] = None
-    columns = {name: results for run in runs for name, results in run.results.items()}
+    columns = columns_of(runs)
     table = Table(title="coverage: which values of an option ran")
     table.add_column("option", no_wrap=True)
     table.add_column("values", overflow="fold")
     for name in columns:
         table.add_column(name, overflow="fold")
-    for option, expected in values.items():
-        cells = []
-        for results in columns.values():
-            ran = {features[r.case][option] for r in results if r.status != ABSENT and r.case in features}
-            lacking = [value for value in expected if value not in ran]
-            cells.append(f"not {', '.join(lacking)}" if lacking else "all")
-        table.add_row(option, ", ".join(expected), *cells)
+    for option, (values, lacking) in coverage_of(list(columns.values()), runs).items():
+        cells = [f"not {', '.join(each)}" if each else "all" for each in lacking]
+        table.add_row(option, ", ".join(values), *cells)
+    return table
+
+
+def columns_of(runs: Sequence[Run]) -> dict[str, list[Result]]:
+    """Every subject's results, under a name of its own."""
+    names = Counter(name for run in runs for name in run.results)
+    return {
+        name if names[name] == 1 or name == run.name else f"{name} ({run.name})": results
+        for run in runs
+        for name, results in run.results.items()
+    }
+
+
+def coverage_of(
+    columns: Sequence[Sequence[Result]], runs: Sequence[Run]
+) -> dict[str, tuple[list[str], list[list[str]]]]:
+    """For every option its values, and for every subject those of them that did not run."""
+    features = {case.id: case.features for run in runs for case in run.cases}
+    ran = [
+        [features[result.case] for result in results if result.status != ABSENT and result.case in features]
+        for results in columns
+    ]
+    table = {}
+    for option in dict.fromkeys(option for case in features.values() for option in case):
+        values = list(dict.fromkeys(case[option] for case in features.values()))
+        found = [{case[option] for case in cases} for cases in ran]
+        table[option] = (values, [[value for value in values if value not in each] for each in found])
     return table
 
 
 def _cell(results: Sequence[Result]) -> Text:
-    ran = [result for result in results if result.status != ABSENT]
+    ran = [result for result in results if result.status in (PASSED, FAILED)]
     if not ran:
-        return Text("absent" if results else "not run", style="dim" if results else "red")
+        states = {result.status for result in results}
+        return Text(", ".join(sorted(states)) or "-", style="dim")
     failed = sum(result.status == FAILED for result in ran)
     worst = max(result.worst.ratio for result in ran)
     number = f"{worst:.2f}" if worst < 1000 else f"{worst:.0e}"
@@ -131,34 +153,33 @@ def _failures(name: str, results: Sequence[Result]) -> Text | None:
     failed = [result for result in results if result.status == FAILED]
     if not failed:
         return None
-    lines = [f"{name}: {len(failed)} of {len(results)} cases failed"]
-    for result in failed[:FAILURES_SHOWN]:
-        lines.append(f"  {result.case}: {result.worst.ratio:.3g} times the tolerance: {result.message}")
-    if len(failed) > FAILURES_SHOWN:
-        lines.append(f"  and {len(failed) - FAILURES_SHOWN} more; --json FILE writes them all")
-    return Text("\n".join(lines), style="red")
+    text = describe(name, failed, len(results), FAILURES_SHOWN)
+    causes = Counter(cause for result in failed for cause in result.causes)
+    lines = [f"  {count} of them: {cause}" for cause, count in causes.most_common(FAILURES_SHOWN)]
+    return Text("\n".join([text, *lines]), style="red")
 
 
-def _absences(columns: dict[str, list[Result]]) -> Text | None:
-    reasons: dict[tuple[str, str], int] = {}
-    for name, results in columns.items():
-        for result in results:
-            if result.status == ABSENT:
-                reasons[name, result.message] = reasons.get((name, result.message), 0) + 1
-    if not reasons:
-        return None
-    return Text("\n".join(f"absent: {name}, {n} cases: {why}" for (name, why), n in reasons.items()))
+def _declared(columns: dict[str, list[Result]]) -> Text | None:
+    """What subjects cannot run, or are known to do differently, and why."""
+    declared = Counter(
+        (result.status, name, result.message)
+        for name, results in columns.items()
+        for result in results
+        if result.status in (ABSENT, EXPECTED)
+    )
+    lines = [f"{status}: {name}, {n} cases: {why}" for (status, name, why), n in declared.items()]
+    return Text("\n".join(lines)) if lines else None
 
 
 def _summary(runs: Sequence[Run]) -> Text:
     lines = []
     for run in runs:
         results = [result for subject in run.results.values() for result in subject]
-        counts = {status: sum(r.status == status for r in results) for status in (PASSED, FAILED, ABSENT)}
+        counts = {status: sum(r.status == status for r in results) for status in STATUSES}
         verdict = "conforms" if run.passed else "DIFFERS"
         of = ", ".join(f"{name} {version}" for name, version in run.versions.items())
         counted = ", ".join(f"{n} {status}" for status, n in counts.items() if n)
-        lines.append(f"{run.framework} {verdict}: {counted or 'no case ran'}, {run.seconds:.0f} s ({of})")
+        lines.append(f"{run.name} {verdict}: {counted or 'no case ran'}, {run.seconds:.0f} s ({of})")
     return Text("\n".join(lines))
 
 
@@ -166,8 +187,8 @@ def write_json(path: Path, runs: Sequence[Run]) -> None:
     """Write everything: every case of every subject, versions and times."""
     content: dict[str, Any] = {
         "rbn": rbn.__version__,
-        "frameworks": {
-            run.framework: {
+        "runs": {
+            run.name: {
                 "passed": run.passed,
                 "versions": run.versions,
                 "seconds": run.seconds,
@@ -185,6 +206,7 @@ def write_json(path: Path, runs: Sequence[Run]) -> None:
 def _plain(result: Result) -> dict[str, Any]:
     """A result as JSON holds it, which has no infinity."""
     plain = dataclasses.asdict(result)
-    if not math.isfinite(plain["worst"]["error"]):
-        plain["worst"]["error"] = None
+    for deviation in plain["deviations"]:
+        if not math.isfinite(deviation["error"]):
+            deviation["error"] = None
     return plain

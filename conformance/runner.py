@@ -1,51 +1,71 @@
-"""Run the suite on several frameworks, each in a process of its own, and report as the results come."""
+"""Run the suite on several implementations, each in a process of its own, and report as the results come."""
 
 from __future__ import annotations
 
 import importlib
 import multiprocessing
 import os
+import signal
+import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import entry_points
 from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from rbn.backends.frameworks import FRAMEWORKS, versions
-from rbn.conformance.cases import Case, all_cases
-from rbn.conformance.check import FAILED, Result, check
+from rbn.conformance.cases import Case
+from rbn.conformance.checks import FAILED, Result, check_case, wrong_declarations
+from rbn.conformance.comparison import Deviation
+from rbn.conformance.diagnosis import Diagnosis
 from rbn.conformance.subject import Subject
 
 SUBJECTS: dict[str, tuple[str, ...]] = {
     "numpy": ("rbn.conformance.subjects.numpy:Numpy",),
     "torch": ("rbn.conformance.subjects.torch:Torch",),
-    "flax": ("rbn.conformance.subjects.flax:Flax", "rbn.conformance.subjects.flax:FlaxNNX"),
+    "flax": ("rbn.conformance.subjects.flax:Flax",),
+    "flax.nnx": ("rbn.conformance.subjects.flax:FlaxNNX",),
     "mindspore": ("rbn.conformance.subjects.mindspore:MindSpore",),
     "jittor": ("rbn.conformance.subjects.jittor:Jittor",),
 }
-"""The subjects of every framework; those of one framework share a process."""
+"""The project's own subjects."""
+
+ENTRY_POINTS = "rbn.conformance"
+"""The group under which an installed package can name subjects of its own."""
+
+TIME_LIMIT = 600.0
+"""Seconds for one case. The first of a framework may compile for minutes."""
+
+DEATHS = 10
+"""After so many cases that ended its process a run is given up."""
 
 
 @dataclass
 class Run:
-    """One framework's process and what came of it so far.
+    """One process and what came of it so far.
 
     Attributes:
-        framework: "numpy", "torch", ...
-        cases: What each of its subjects runs.
+        name: "numpy", "torch", ... or what a subject was asked for by.
+        references: Its subjects as "package.module:Name".
+        cases: What each of its subjects runs, as far as it has the layer.
         stage: What it does now: "waiting", "importing", "checking" or "done".
         started: `time.monotonic()` when its process started.
         seconds: How long it took, once done.
         results: For every subject its results, in order.
         versions: The versions of what it ran on.
-        failure: Why the process ended before its last case, else "".
+        failure: Why the run ended before its last case, else "".
+        total: How many cases its subjects have.
     """
 
-    framework: str
+    name: str
+    references: Sequence[str]
     cases: Sequence[Case]
     stage: str = "waiting"
     started: float = 0.0
@@ -53,11 +73,10 @@ class Run:
     results: dict[str, list[Result]] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     failure: str = ""
+    total: int = 0
 
-    @property
-    def total(self) -> int:
-        """How many cases its subjects have."""
-        return len(SUBJECTS[self.framework]) * len(self.cases)
+    def __post_init__(self) -> None:
+        self.total = self.total or len(self.references) * len(self.cases)
 
     @property
     def finished(self) -> int:
@@ -72,92 +91,202 @@ class Run:
 
 
 def run(
-    frameworks: Sequence[str],
+    targets: Mapping[str, Sequence[str]],
+    cases: Sequence[Case],
     progress: Callable[[Sequence[Run]], None],
-    cases: Sequence[Case] | None = None,
+    time_limit: float = TIME_LIMIT,
 ) -> list[Run]:
-    """Check every framework's subjects, as many processes at a time as there are processors.
+    """Check subjects, as many processes at a time as there are processors.
 
-    Jittor and PyTorch in one process have crashed; in processes of their own a crash is one framework's row.
+    Jittor and PyTorch in one process have crashed; in processes of their own a crash, and a case that never
+    ends, is one failed case, and the next one runs in a new process.
 
     Args:
-        frameworks: Keys of `SUBJECTS`.
+        targets: The subjects that share a process, as "package.module:Name", under the name of their run.
+        cases: What to run.
         progress: Called whenever something came in, and a few times a second, with the runs so far.
-        cases: What to run; all cases by default.
+        time_limit: Seconds for one case.
 
     Returns:
-        One run for each framework, in the order asked for.
+        One run for each target, in order.
     """
-    context = multiprocessing.get_context("spawn")
-    cases = all_cases() if cases is None else cases
-    runs = [Run(name, cases) for name in frameworks]
+    runs = [Run(name, references, cases) for name, references in targets.items()]
     waiting = list(runs)
-    active: dict[Connection, tuple[Run, multiprocessing.process.BaseProcess, Path]] = {}
+    active: list[_Process] = []
     with tempfile.TemporaryDirectory() as folder:
-        while waiting or active:
-            while waiting and len(active) < (os.cpu_count() or 1):
-                current = waiting.pop(0)
-                receiver, sender = context.Pipe(duplex=False)
-                log = Path(folder) / current.framework
-                process = context.Process(
-                    target=_work, args=(current.framework, SUBJECTS[current.framework], cases, sender, log)
-                )
-                process.start()
-                sender.close()
-                current.stage, current.started = "importing", time.monotonic()
-                active[receiver] = (current, process, log)
-            for ready in wait(list(active), timeout=0.2):
-                assert isinstance(ready, Connection)
-                current, started, log = active[ready]
-                try:
-                    _receive(current, ready.recv())
-                except EOFError:
-                    started.join()
-                    if current.stage != "done" and not current.failure:
-                        tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
-                        current.failure = f"the process ended with exit code {started.exitcode}\n{tail}"
-                    current.stage, current.seconds = "done", time.monotonic() - current.started
-                    del active[ready]
-            progress(runs)
+        try:
+            while waiting or active:
+                while waiting and len(active) < (os.cpu_count() or 1):
+                    active.append(_Process(waiting.pop(0), Path(folder), time_limit))
+                wait([process.receiver for process in active], timeout=0.2)
+                active = [process for process in active if process.attend()]
+                progress(runs)
+        finally:
+            for process in active:
+                process.kill()
     return runs
 
 
-def _receive(current: Run, message: tuple[str, object]) -> None:
-    kind, content = message
-    if kind == "ready":
-        assert isinstance(content, dict)
-        current.stage, current.versions = "checking", content
-    elif kind == "failure":
-        current.failure = str(content)
-    elif kind == "done":
-        current.stage = "done"
-    else:
-        assert isinstance(content, Result)
-        current.results.setdefault(kind, []).append(content)
+class _Process:
+    """The process of a run, replaced by a new one when a case ends it.
+
+    Args:
+        run: The run, to which the results go.
+        folder: Where what the process prints is kept.
+        time_limit: Seconds for one case.
+    """
+
+    def __init__(self, run: Run, folder: Path, time_limit: float) -> None:
+        self.run = run
+        self.log = folder / run.name.replace("/", "_")
+        self.time_limit = time_limit
+        self.todo = [(reference, list(run.cases)) for reference in run.references]
+        self.deaths = 0
+        run.started = time.monotonic()
+        self.start()
+
+    def start(self) -> None:
+        """Start a process on what is left to do."""
+        context = multiprocessing.get_context("spawn")
+        self.receiver, sender = context.Pipe(duplex=False)
+        self.process: BaseProcess = context.Process(target=_work, args=(self.todo, sender, self.log))
+        self.process.start()
+        sender.close()
+        self.run.stage = "importing"
+        self.current: tuple[str, Case] | None = None
+        self.deadline = float("inf")
+
+    def attend(self) -> bool:
+        """Take what came in; whether there is more to come."""
+        if time.monotonic() > self.deadline:
+            self.kill()
+            return self.ended(f"gave no result within {self.time_limit:.0f} s and was stopped")
+        while self.receiver.poll():
+            try:
+                kind, content = self.receiver.recv()
+            except EOFError:
+                self.process.join()
+                code = self.process.exitcode
+                cause = f"signal {signal.Signals(-code).name}" if code and code < 0 else f"exit code {code}"
+                return self.ended(f"ended the process with {cause}")
+            getattr(self, f"on_{kind}")(content)
+        return True
+
+    def on_ready(self, found: dict[str, str]) -> None:
+        """The imports are done."""
+        self.run.stage, self.run.versions = "checking", found
+
+    def on_subject(self, counted: int) -> None:
+        """Another subject begins, which has not the layers of so many cases."""
+        self.run.total -= counted
+
+    def on_case(self, current: tuple[str, Case]) -> None:
+        """A case begins, and is no longer to do."""
+        self.current, self.deadline = current, time.monotonic() + self.time_limit
+        cases = self.todo[0][1]
+        del cases[: cases.index(current[1]) + 1]
+
+    def on_result(self, content: tuple[str, Result]) -> None:
+        """A case is finished, or a declaration is wrong."""
+        name, result = content
+        self.run.results.setdefault(name, []).append(result)
+        self.deadline = float("inf")
+
+    def on_finished(self, _: None) -> None:
+        """A subject has no more cases."""
+        del self.todo[0]
+
+    def on_failure(self, text: str) -> None:
+        """The process cannot go on."""
+        self.run.failure = text
+
+    def ended(self, how: str) -> bool:
+        """The process has ended: go on in another one if a case ended it; whether it was so."""
+        if self.todo and self.current is not None and not self.run.failure:
+            name, case = self.current
+            message = f"{how}\n{self.tail()}".rstrip()
+            worst = Deviation("process", float("inf"), 0.0, how)
+            result = Result(case.id, case.group, FAILED, (worst,), message)
+            self.run.results.setdefault(name, []).append(result)
+            self.deaths += 1
+            if self.deaths < DEATHS:
+                self.start()
+                return True
+            self.run.failure = f"given up after {self.deaths} cases that ended its process"
+        elif self.todo and not self.run.failure:
+            self.run.failure = f"{how} before its first case\n{self.tail()}".rstrip()
+        self.run.stage, self.run.seconds = "done", time.monotonic() - self.run.started
+        return False
+
+    def tail(self) -> str:
+        """The last lines that the process wrote."""
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-5:])
+
+    def kill(self) -> None:
+        """End the process and all that it started."""
+        if self.process.pid is not None and self.process.is_alive():
+            try:
+                os.killpg(self.process.pid, signal.SIGKILL)
+            except ProcessLookupError:  # it has not made its group yet
+                self.process.kill()
+        self.process.join()
 
 
-def _work(
-    framework: str, references: Sequence[str], cases: Sequence[Case], sender: Connection, log: Path
-) -> None:
-    """The body of a framework's process. What the framework prints goes to the log, not into the report."""
-    file = os.open(log, os.O_WRONLY | os.O_CREAT)
+def _work(todo: Sequence[tuple[str, Sequence[Case]]], sender: Connection, log: Path) -> None:
+    """The body of a process. What the subjects print goes to the log, not into the report."""
+    os.setsid()  # a group of its own, so that what it starts ends with it
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1)
     os.dup2(file, 2)
+
+    def send(kind: str, content: Any = None) -> None:
+        sender.send((kind, content))
+
     try:
-        subjects = [subject(reference) for reference in references]
-        found = versions(framework) if framework in FRAMEWORKS else {}
-        sender.send(("ready", found | {"numpy": np.__version__}))
-        for each in subjects:
-            for result in check(each, cases):
-                sender.send((each.name, result))
-        sender.send(("done", None))
+        subjects = [(load(reference), cases) for reference, cases in todo]
+        send("ready", _versions())
+        for subject, cases in subjects:
+            diagnosis = Diagnosis()
+            mine = [case for case in cases if case.layer in subject.layers]
+            send("subject", len(cases) - len(mine))
+            for case in mine:
+                send("case", (subject.name, case))
+                send("result", (subject.name, check_case(subject, case, diagnosis=diagnosis)))
+            for result in wrong_declarations(subject, cases):
+                send("result", (subject.name, result))
+            send("finished")
     except Exception:  # whatever a framework raises becomes its row
-        sender.send(("failure", traceback.format_exc(limit=-6)))
+        send("failure", traceback.format_exc(limit=-6))
 
 
-def subject(reference: str) -> Subject:
-    """The subject that "package.module:Name" names."""
-    module, name = reference.split(":")
-    found = getattr(importlib.import_module(module), name)()
-    assert isinstance(found, Subject)
+def _versions() -> dict[str, str]:
+    """The versions of what the subjects imported."""
+    found = {"numpy": np.__version__}
+    for framework in FRAMEWORKS:
+        if framework in sys.modules:
+            found = versions(framework) | found
     return found
+
+
+def load(reference: str) -> Subject:
+    """The subject that "package.module:Name" names, an object or a class to call.
+
+    Raises:
+        TypeError: It is no subject.
+    """
+    module, _, name = reference.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # the command finds what `python -m` would
+    found = getattr(importlib.import_module(module), name)
+    subject = found if isinstance(found, Subject) else found()
+    if not isinstance(subject, Subject):
+        raise TypeError(
+            f"expected {reference} to be a rbn.conformance.subject.Subject, got {subject!r}. "
+            "Name a subject, or a class or function that makes one."
+        )
+    return subject
+
+
+def registered() -> dict[str, tuple[str, ...]]:
+    """The subjects that installed packages name as entry points."""
+    return {point.name: (point.value,) for point in entry_points(group=ENTRY_POINTS)}

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
+import numpy as np
 from numpy.typing import NDArray
 
+from rbn.conformance.cases import LAYERS
 from rbn_core.config import Config
+from rbn_core.errors import RBNValueError
 from rbn_core.weights import State
 
 Array = NDArray[Any]
+
+Momentum = Literal["old", "new"]
+"""Which value a momentum weighs: the old running one, as in the paper, Flax and MindSpore, or the batch's new
+one, as in PyTorch and Jittor."""
 
 
 @dataclass(frozen=True)
@@ -38,23 +46,35 @@ class Subject(ABC):
 
     Attributes:
         name: What the reports call it.
+        layers: Which of `cases.LAYERS` it implements; cases of others are not run.
+        fixed: Options that it lacks, and what it always does instead, such as {"running_var": "biased"}.
+            Every case then has that value, and cases about another value of such an option are absent.
+        counts_batches: Whether it stores the number of batches it was trained on. Without, that number is not
+            compared, and the average over all batches, momentum=None, is absent.
+        devices: On how many devices it can share its statistics; cases of more are absent.
         absent: Cases it cannot run, declared as {pattern of case ids: reason}. A declaration that matches no
             case, and one whose case would pass, fail the run.
+        expected_failures: Cases in which it is known to differ, declared in the same way.
     """
 
-    name: ClassVar[str]
-    absent: ClassVar[dict[str, str]] = {}
+    name: str
+    layers: Collection[str] = LAYERS
+    fixed: Mapping[str, Any] = {}
+    counts_batches: bool = True
+    devices: int = 1
+    absent: Mapping[str, str] = {}
+    expected_failures: Mapping[str, str] = {}
 
     @abstractmethod
     def build(self, config: Config, state: State, dtype: str, layout: str = "channels_first") -> None:
         """Make the layer under test.
 
         Args:
-            config: Its options.
-            state: What it stores at the start, float64 under canonical names.
+            config: Its options; its `spatial_dims` is the number of the inputs' spatial axes.
+            state: What it stores at the start, in at least float32 under canonical names.
             dtype: The dtype of the inputs to come; parameters are at least float32.
-            layout: Where the framework's input has the channels, "channels_first" or "channels_last"; in the
-                suite they are always first.
+            layout: How the framework's input lies in memory, one of `cases.LAYOUTS`; in the suite the
+                channels are always first.
         """
 
     @abstractmethod
@@ -73,3 +93,82 @@ class Subject(ABC):
     @abstractmethod
     def state(self) -> State:
         """Everything the layer stores now, under canonical names."""
+
+    def spread(self, shares: tuple[int, ...]) -> Subject:
+        """The same implementation on several devices, each with its share of the batch, as one subject.
+
+        Args:
+            shares: How many images each device has; at most `devices` of them.
+        """
+        raise NotImplementedError
+
+
+def in_convention(config: Config, momentum: Momentum) -> Config:
+    """The config with its momentum in a subject's convention."""
+    if momentum == "old" or config.momentum is None:
+        return config
+    return replace(config, momentum=1.0 - config.momentum)
+
+
+class LayerSubject(Subject):
+    """What the frameworks' helpers share: a layer made by a function, and the names of what it stores.
+
+    Args:
+        name: What the reports call it.
+        make: Takes a config, its momentum in the convention below, and the framework's dtype for the
+            parameters to a new layer.
+        names: What the layer calls everything it stores, {canonical name: own name}; without
+            "num_batches_tracked" it counts no batches.
+        momentum: Which value its momentum weighs.
+        layers: Which of `cases.LAYERS` it implements.
+        fixed: As in `Subject`; {"running_var": "biased"} for a layer that accumulates the biased variance.
+        absent: As in `Subject`.
+        expected_failures: As in `Subject`.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        make: Callable[[Config, Any], Any],
+        names: Mapping[str, str],
+        *,
+        momentum: Momentum,
+        layers: Collection[str] = ("bn",),
+        fixed: Mapping[str, Any] | None = None,
+        absent: Mapping[str, str] | None = None,
+        expected_failures: Mapping[str, str] | None = None,
+    ) -> None:
+        self.name = name
+        self.make = make
+        self.names = names
+        self.momentum = momentum
+        self.layers = layers
+        self.fixed = fixed or {}
+        self.absent = absent or {}
+        self.expected_failures = expected_failures or {}
+        self.counts_batches = "num_batches_tracked" in names
+
+    def make_layer(self, config: Config, dtype: Any) -> Any:
+        """A new layer with these options and a framework's dtype."""
+        self.config = config
+        return self.make(in_convention(config, self.momentum), dtype)
+
+    def own(self, state: State, stored: Mapping[str, Any]) -> dict[str, Array]:
+        """A state under the layer's own names, in the shapes of what it stores.
+
+        Raises:
+            RBNValueError: The layer stores other names than were declared.
+        """
+        given = {self.names[name]: value for name, value in state.items() if name in self.names}
+        if given.keys() != stored.keys():
+            raise RBNValueError(
+                f"{self.name}: expected a layer that stores {sorted(given)} with these options, got "
+                f"{sorted(stored)}. Correct `names`, or declare the case."
+            )
+        return {name: value.reshape(np.shape(stored[name])) for name, value in given.items()}
+
+    def canonical(self, stored: Mapping[str, Array]) -> State:
+        """What the layer stores, or its gradients, under canonical names and in canonical shapes."""
+        shapes = self.config.state_shapes()
+        found = {name: stored[own] for name, own in self.names.items() if own in stored}
+        return {name: value.reshape(shapes[name]) for name, value in found.items()}

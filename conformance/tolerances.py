@@ -3,24 +3,27 @@
 A result is a sum of terms. Rounded arithmetic misses it by a few units in the last place of the *terms*,
 however much they cancel, and not of the result. So with the dtype's unit eps,
 
-    tolerance(q) = 16 eps kappa(q) scale(q)
+    tolerance(q) = 16 (eps kappa(q) scale(q) + tiny)
 
     q                scale(q): the largest sum of terms' magnitudes           kappa(q)
     ---------------- ------------------------------------------------------- --------
-    y                |X_s R gamma| + |beta|                                   kappa
+    y                (|X_s| + 1) R |gamma| + |beta|                           kappa
     dx               the terms of its gradient, each taken absolutely         kappa
     a parameter's    sum over its channel of the terms' magnitudes            kappa
       gradient
     running_mean     |running mean| + |batch mean|                            1
-    running_var      |running variance| + |batch variance|                    kappa
+    running_var      |running variance| + sd^2 + sd T + eps T^2               1
     the counter      exact                                                    -
 
-kappa is the root mean square of |X| + |w_m K_m| + |E| in units of sqrt(Var + eps), at least 1: what centering
-costs, since X + w_m K_m - E loses as many digits as its terms have more than the deviation. A variance from
-X - E costs kappa; one from E[X^2] - E[X]^2 costs kappa^2, which is beyond 16 kappa from a mean of about 16
-deviations on. 16 leaves room for the four roundings of Y and for sums in
-any order over the suite's planes; nothing grows with the array's size. float16 and bfloat16 results carry
-one rounding to their own unit on top, since the work in between is done in float32.
+T is the root mean square of |X| + |w_m K_m| + |E|, the terms of X_m, sd the batch's deviation, and kappa
+is T in units of sqrt(Var + eps), at least 1: what centering costs, since X + w_m K_m - E loses as many
+digits as its terms have more than the deviation. A variance from X - E costs kappa; one from E[X^2] -
+E[X]^2 costs kappa^2, which is beyond 16 kappa from a mean of about 16 deviations on. X_s, and with it K_s,
+misses by kappa eps in units of the deviation however small it is itself: so 1 is added to its magnitude.
+16 leaves room for the four roundings of Y and for sums in any order over the suite's planes; nothing grows
+with the array's size. tiny is the dtype's smallest normal number: processors may take what is below for 0.
+float16 and bfloat16 results carry one rounding to their own unit on top, since the work in between is done
+in float32.
 """
 
 from __future__ import annotations
@@ -59,50 +62,58 @@ def tolerances(layer: Layer, dy: Array, before: dict[str, Array], dtype: str) ->
     if layer.steps.x.size == 0:
         names = ("y", "dx", *(f"d {name}" for name in layer.parameters), *layer.statistics)
         return dict.fromkeys(names, 0.0)
-    unit = FACTOR * float(np.finfo(np.promote_types(dtype, np.float32)).eps)
-    stored = 0.0
-    if np.dtype(dtype).itemsize < 4:
-        stored = float(ml_dtypes.finfo(dtype).eps)  # type: ignore[no-untyped-call]
+    computed_in = np.finfo(np.promote_types(dtype, np.float32))
+    unit, flushed = FACTOR * float(computed_in.eps), FACTOR * float(computed_in.tiny)
+    stored = ml_dtypes.finfo(dtype)  # type: ignore[no-untyped-call]
     kappa = condition(layer)
     scales = {"y": scale_of_y(layer)} | scales_of_gradients(layer, dy)
-    result = {name: unit * kappa * scale for name, scale in scales.items()}
-    for name in ("y", "dx"):
-        result[name] += stored * scales[name]
+    result = {name: unit * kappa * scale + flushed for name, scale in scales.items()}
+    if np.dtype(dtype).itemsize < 4:
+        for name in ("y", "dx"):
+            result[name] += float(stored.eps) * scales[name] + float(stored.smallest_normal)
     for name in layer.statistics:
         if name == "num_batches_tracked":
             result[name] = 0.0
             continue
-        size = float(np.max(np.abs(before[name])) + np.max(np.abs(layer.statistics[name])))
-        result[name] = unit * size * (kappa if name == "running_var" else 1.0)
+        size = largest(before[name]) + largest(layer.statistics[name])
+        if name == "running_var":
+            t = terms(layer)
+            sd = layer.steps.x_cm.std(axis=(0, *spatial_axes(layer.steps.x_cm)))
+            size = largest(before[name]) + largest(sd**2 + sd * t + computed_in.eps * t**2)
+        result[name] = unit * size + flushed
     return result
 
 
 def condition(layer: Layer) -> float:
-    """kappa: the size of the terms of X_m = X + w_m K_m - E, in units of the deviation; at least 1."""
+    """kappa: what centering costs."""
+    assert layer.steps is not None
+    return max(1.0, largest(terms(layer) * np.ravel(layer.steps.inverse_std)))
+
+
+def terms(layer: Layer) -> Array:
+    """T: the size of the terms of X_m = X + w_m K_m - E, (C,)."""
     s = layer.steps
     assert s is not None
-    terms = np.abs(s.x) + np.abs(s.x_cm - s.x) + np.abs(per_channel(s.mean, s.x))
-    size = np.sqrt(np.square(terms).mean(axis=(0, *spatial_axes(s.x)), keepdims=True))
-    return max(1.0, float(np.max(size * s.inverse_std)))
+    sizes = np.abs(s.x) + np.abs(s.x_cm - s.x) + np.abs(per_channel(s.mean, s.x))
+    return np.sqrt(np.square(sizes).mean(axis=(0, *spatial_axes(s.x))))
 
 
 def scale_of_y(layer: Layer) -> float:
-    """The largest |X_s R gamma| + |beta|; in BNET the sum of |X_s| times the taps, and |bias|."""
+    """The largest (|X_s| + 1) R |gamma| + |beta|; in BNET the sum of |X_s| + 1 times the taps, and |bias|."""
     s = layer.steps
     assert s is not None
+    magnitudes = {name: np.abs(value) for name, value in layer.parameters.items()}
+    size_s = np.abs(s.x_s) + 1.0
     if layer.config.kernel_size is not None:
-        weight, bias = (np.abs(layer.parameters[name]) for name in ("conv_weight", "conv_bias"))
-        return float(np.max(depthwise_convolution(np.abs(s.x_cs) + 1.0, weight, bias)))
-    beta = layer.parameters.get("beta", np.zeros(1))
-    return float(np.max(np.abs(s.y - per_channel(beta, s.y)) + np.abs(per_channel(beta, s.y))))
+        return largest(depthwise_convolution(size_s, magnitudes["conv_weight"], magnitudes["conv_bias"]))
+    if s.restriction is not None:
+        size_s = size_s * s.restriction
+    gamma, beta = magnitudes.get("gamma", np.ones(1)), magnitudes.get("beta", np.zeros(1))
+    return largest(size_s * per_channel(gamma, s.y) + per_channel(beta, s.y))
 
 
 def scales_of_gradients(layer: Layer, dy: Array) -> dict[str, float]:
-    """The magnitudes that the backward pass adds up: its own equations with every term taken absolutely.
-
-    X_s, and with it K_s, is wrong by kappa eps in units of the deviation however small it is itself, so 1 is
-    added to its magnitude.
-    """
+    """The magnitudes that the backward pass adds up: its own equations with every term taken absolutely."""
     s = layer.steps
     assert s is not None
     magnitudes = {name: np.abs(value) for name, value in layer.parameters.items()}
@@ -120,7 +131,9 @@ def scales_of_gradients(layer: Layer, dy: Array) -> dict[str, float]:
         g, scales["conv_weight"] = depthwise_convolution_backward(g, size_s, magnitudes["conv_weight"])
     g_s = g * restriction
     if s.k_s is not None and layer.config.scaling is not None:
-        dz = g * size_s * RESTRICT_SLOPE[layer.config.restrict](restriction)
+        # R (1 - R), whose 1 - R misses by a unit of R, of which FACTOR are allowed.
+        slope = RESTRICT_SLOPE[layer.config.restrict](restriction) + restriction / FACTOR
+        dz = g * size_s * slope
         scales["scale_weight"] = over_channel(dz * (np.abs(s.k_s) + 1.0))
         scales["scale_bias"] = over_channel(dz)
         dk_s = dz * per_channel(magnitudes["scale_weight"], dz)
@@ -137,5 +150,11 @@ def scales_of_gradients(layer: Layer, dy: Array) -> dict[str, float]:
         scales["center_weight"] = over_channel(g_cm * (np.abs(k_m) + 1.0 / s.inverse_std))
         dk_m = g_cm * per_channel(magnitudes["center_weight"], g_cm)
         g_cm = g_cm + np.abs(statistic_backward(layer.config.centering, s.x, s.k_m, dk_m))
-    result = {"dx": float(np.max(g_cm))}
-    return result | {f"d {name}": float(np.max(scales[name])) for name in layer.parameters}
+    result = {"dx": largest(g_cm)}
+    return result | {f"d {name}": largest(scales[name]) for name in layer.parameters}
+
+
+def largest(values: Array) -> float:
+    """The largest finite magnitude; what is not finite is compared without a tolerance."""
+    magnitudes = np.abs(np.asarray(values))
+    return float(np.max(magnitudes, initial=0.0, where=np.isfinite(magnitudes)))

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
+import signal
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -70,36 +73,82 @@ def info() -> None:
 
 @app.command()
 def conform(
-    frameworks: Annotated[
-        list[str] | None, typer.Argument(help="torch, flax, mindspore, jittor; all that are installed.")
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="numpy, torch, flax, mindspore, jittor, or what an installed package has registered; "
+            "all that are installed."
+        ),
     ] = None,
+    subject: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PKG.MODULE:NAME", help="Check this one, and no framework that is not named."),
+    ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help="Only cases whose id matches it; * is anything."),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(metavar="PATTERN", help="No cases whose id matches.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Run every case with so many sets of numbers.")] = 1,
     quick: Annotated[bool, typer.Option("--quick", help="One case for each row, in about a minute.")] = False,
+    time_limit: Annotated[float, typer.Option(min=1, help="Seconds that one case may take.")] = 600.0,
+    list_cases: Annotated[
+        bool, typer.Option("--list", help="Print the ids of the cases, and run none.")
+    ] = False,
     json: Annotated[Path | None, typer.Option(help="Write every result to this file.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page with everything into this folder.")] = None,
+    junit: Annotated[Path | None, typer.Option(help="Write the results to this file as JUnit XML.")] = None,
 ) -> None:
-    """Hold the layers of the installed frameworks to the NumPy reference.
+    """Hold implementations to the NumPy reference: by default the layers of the installed frameworks.
 
-    Exit status: 0 when everything conforms, 1 when anything differs, 2 when a framework that was asked for is
-    unknown or not installed.
+    Exit status: 0 when everything conforms, 1 when anything differs, 2 when what was asked for is unknown or
+    not installed.
     """
     # Not needed by the other commands, and slow to import.
-    from rbn.conformance.cases import all_cases, quick_cases
     from rbn.conformance.report import Progress, render, write_json
-    from rbn.conformance.runner import run
+    from rbn.conformance.runner import SUBJECTS, registered, run
+    from rbn.conformance.suite import all_cases, quick_cases, select, with_seeds
+    from rbn_core import RBNError
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the processes end, too
     console = _console()
-    asked = list(frameworks or [])
-    if unknown := [name for name in asked if name not in FRAMEWORKS]:
-        raise typer.BadParameter(f"{', '.join(unknown)}: expected some of {', '.join(FRAMEWORKS)}.")
-    missing = [name for name in asked or FRAMEWORKS if not is_installed(name)]
+    try:
+        cases = select(quick_cases() if quick else all_cases(), only or (), exclude or ())
+    except RBNError as error:
+        raise typer.BadParameter(str(error)) from None
+    cases = with_seeds(cases, seeds)
+    if list_cases:
+        typer.echo("\n".join(case.id for case in cases))
+        return
+    known = SUBJECTS | registered()
+    asked = list(dict.fromkeys(names or []))
+    if unknown := [name for name in asked if name not in known]:
+        raise typer.BadParameter(f"{', '.join(unknown)}: expected some of {', '.join(known)}.")
+    asked = asked or ([] if subject else list(FRAMEWORKS))
+    asked = [key for name in asked for key in known if key == name or key.startswith(f"{name}.")]
+    missing = [name for name in FRAMEWORKS if name in asked and not is_installed(name)]
     for name in missing:
         console.print(missing_message(name), style="yellow", markup=False)
-    if asked and missing:
+    if names and missing:
         raise typer.Exit(2)
-    chosen = [name for name in asked or FRAMEWORKS if name not in missing]
+    targets = {name: known[name] for name in asked if name.partition(".")[0] not in missing}
+    targets = (
+        {"numpy": SUBJECTS["numpy"]} | targets | {reference: (reference,) for reference in subject or []}
+    )
     with Progress(console) as progress:
-        runs = run(["numpy", *dict.fromkeys(chosen)], progress, quick_cases() if quick else all_cases())
+        runs = run(targets, cases, progress, time_limit)
     console.print(render(runs))
     if json is not None:
         write_json(json, runs)
+    if html is not None:
+        from rbn.conformance.page import write_page
+
+        write_page(html, runs, shlex.join(["rbn", *sys.argv[1:]]), console)
+    if junit is not None:
+        from rbn.conformance.junit import write_junit
+
+        write_junit(junit, runs)
     if not all(each.passed for each in runs):
         raise typer.Exit(1)

@@ -93,6 +93,8 @@ class TwoPass(reference.Layer):
         s0, s1 = backward_sums(dy, x, c.mu)
         dmu, dv, gradients = calibrate_backward(self, c, da=s1 + c.mu * s0, db=s0)
         gradients |= convolution
+        if not c.batch_statistics and self.config.centering is None and self.config.scaling is None:
+            return (c.a[..., None] * as_planes(dy)).reshape(x.shape), gradients  # no statistic of X is in Y
         return backward_affine(dy, x, c, dmu, dv), gradients
 
 
@@ -229,11 +231,13 @@ def calibrate_backward(
 
 
 def backward_affine(dy: Array, x: Array, c: Calibration, dmu: Array, dv: Array) -> Array:
-    """dX = a dY + e X + f with e = 2 dv / M and f = dmu / M - e mu: the second backward pass."""
+    """dX = a dY + e (X - mu) + f with e = 2 dv / M and f = dmu / M: the second backward pass.
+
+    With e X and f - e mu instead, the two would cancel where mu is large against the plane's deviation.
+    """
     planes = as_planes(x)
-    e = 2 * dv / planes.shape[2]
-    f = dmu / planes.shape[2] - e * c.mu
-    dx = c.a[..., None] * as_planes(dy) + e[..., None] * planes + f[..., None]
+    e, f = 2 * dv / planes.shape[2], dmu / planes.shape[2]
+    dx = c.a[..., None] * as_planes(dy) + e[..., None] * (planes - c.mu[..., None]) + f[..., None]
     return dx.reshape(x.shape)
 
 

@@ -253,7 +253,10 @@ class Layer:
         if self.config.centering is None:
             return dx_cm
         assert s.k_m is not None
-        gradients["center_weight"] = over_channel(dx_cm * s.k_m)
+        k_m = np.broadcast_to(s.k_m, s.x.shape)
+        if s.batch_statistics:  # sum dX_cm = 0: the mean of K_m would only multiply rounding errors
+            k_m = k_m - k_m.mean(axis=(0, *spatial_axes(k_m)), keepdims=True)
+        gradients["center_weight"] = over_channel(dx_cm * k_m)
         dk_m = dx_cm * per_channel(self.parameters["center_weight"], dx_cm)
         return dx_cm + statistic_backward(self.config.centering, s.x, s.k_m, dk_m)
 
@@ -503,7 +506,8 @@ def sigmoid_slope(r: Array) -> Array:
 
 def hard_sigmoid_slope(r: Array) -> Array:
     """The derivative of the piecewise linear sigmoid where its value is r; 0 at its corners."""
-    return np.where((r > 0.0) & (r < 1.0), 1.0 / 6.0, 0.0)
+    slope = (1.0 + 0.0 * r) / 6.0  # 1 / 6 to as many digits as r has
+    return np.where((r > 0.0) & (r < 1.0), slope, 0.0)
 
 
 RESTRICT = {"sigmoid": sigmoid, "hard_sigmoid": hard_sigmoid}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from rbn.conformance import runner
-from rbn.conformance.mutants import subject_of
+from rbn.conformance.subjects.numpy import NumpyLayer
 from rbn_core import RBN, Config, RBNError, RBNTypeError, RBNValueError
 from rbn_core.reference import Layer
 
@@ -97,7 +97,7 @@ def layers(framework):
 
 def subjects(framework):
     if framework == "reference":
-        return [subject_of(Layer)]
+        return [NumpyLayer("reference", Layer)]
     return [runner.subject(reference) for reference in runner.SUBJECTS[framework]]
 
 

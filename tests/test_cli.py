@@ -53,7 +53,7 @@ def test_conform_without_frameworks_names_them_and_checks_numpy(no_framework, tm
     assert result.exit_code == 0, result.output
     for name in frameworks.FRAMEWORKS:
         assert f"{name} is not installed: pip install 'rbn[{name}]'" in result.output
-    assert list(json.loads((tmp_path / "results.json").read_text())["frameworks"]) == ["numpy"]
+    assert list(json.loads((tmp_path / "results.json").read_text())["runs"]) == ["numpy"]
 
 
 def test_conform_of_a_missing_framework_is_exit_status_2(no_framework):

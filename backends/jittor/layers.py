@@ -9,7 +9,7 @@ import jittor as jt
 import numpy as np
 from jittor import Module, Var, init, nn
 
-from rbn.backends.jittor import functional
+from rbn.backends.jittor import distributed, functional
 from rbn_core.config import (
     CALIBRATION_STARTS,
     IEBN_STARTS,
@@ -33,7 +33,7 @@ class CalibratedNorm(Module):
     starts: ClassVar[Mapping[str, float]] = {}
     spatial_dims: int | None = None
 
-    def __init__(self, config: Config, momentum: float | None, is_train: bool) -> None:
+    def __init__(self, config: Config, momentum: float | None, is_train: bool, sync: bool) -> None:
         super().__init__()
         shape = (config.num_features,)
         self.layer = config.layer
@@ -42,6 +42,7 @@ class CalibratedNorm(Module):
         self.momentum = momentum
         self.affine = config.gamma
         self.is_train = is_train
+        self.sync = sync
         self.centering = config.centering
         self.scaling = config.scaling
         self.restrict = config.restrict
@@ -57,11 +58,14 @@ class CalibratedNorm(Module):
 
     def execute(self, x: Var) -> Var:
         """Y, of the shape and dtype of `x`, (N, C, *spatial)."""
+        share = distributed.Share(x) if self.is_train and self.sync and jt.in_mpi else None
+        values = x.numel() // self.num_features if share is None else share.values
         check_input(
             x.shape,
             str(x.dtype),
             self.num_features,
             training=self.is_train,
+            values=values,
             spatial_dims=self.spatial_dims,
             layer=self.layer,
         )
@@ -76,9 +80,10 @@ class CalibratedNorm(Module):
                 centering=self.centering,
                 scaling=self.scaling,
                 restrict=self.restrict,
+                average=functional.batch_average if share is None else share.average,
             )
             if self.is_train:
-                self._track(mean, var, values=x.numel() // self.num_features)
+                self._track(mean, var, values)
             return self.transform(y).cast(x.dtype)
 
     def transform(self, y: Var) -> Var:
@@ -89,7 +94,7 @@ class CalibratedNorm(Module):
         """The options, as `print(model)` shows them."""
         return (
             f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}, "
-            f"is_train={self.is_train}, running_var={self.variance_estimator!r}"
+            f"is_train={self.is_train}, running_var={self.variance_estimator!r}, sync={self.sync}"
         )
 
     def _track(self, mean: Var, var: Var, values: int) -> None:
@@ -126,12 +131,11 @@ class RBN(CalibratedNorm):
         momentum: the weight of the *new* value in the running statistics; `None` averages all batches.
         affine: whether gamma and beta are learned.
         is_train: the mode at construction, which `train()` and `eval()` change.
+        sync: whether, under MPI, E and Var are those of the batches of all processes together.
         centering: K_m, "channel_mean", "channel_std", "spatial_mean", "spatial_std" or `None`.
         scaling: K_s, the same choice, of X_s.
         restrict: R, "sigmoid" or "hard_sigmoid".
         running_var: the batch variance that is accumulated, "unbiased" or "biased".
-
-    BatchNorm's `sync` is not here: under MPI every process takes the statistics of its own batch.
 
     Raises:
         RBNError: An option or an input is refused; no statistic has changed then.
@@ -146,6 +150,7 @@ class RBN(CalibratedNorm):
         momentum: float | None = 0.1,
         affine: bool = True,
         is_train: bool = True,
+        sync: bool = True,
         *,
         centering: Statistic | None = "channel_mean",
         scaling: Statistic | None = "channel_mean",
@@ -163,7 +168,7 @@ class RBN(CalibratedNorm):
             gamma=affine,
             beta=affine,
         )
-        super().__init__(config, momentum, is_train)
+        super().__init__(config, momentum, is_train, sync)
 
     def extra_repr(self) -> str:
         """The options, as `print(model)` shows them."""
@@ -189,6 +194,7 @@ class IEBN(CalibratedNorm):
         momentum: the weight of the *new* value in the running statistics; `None` averages all batches.
         affine: whether gamma and beta are learned.
         is_train: the mode at construction, which `train()` and `eval()` change.
+        sync: whether, under MPI, E and Var are those of the batches of all processes together.
         running_var: the batch variance that is accumulated, "unbiased" or "biased".
 
     Raises:
@@ -204,6 +210,7 @@ class IEBN(CalibratedNorm):
         momentum: float | None = 0.1,
         affine: bool = True,
         is_train: bool = True,
+        sync: bool = True,
         *,
         running_var: str = "unbiased",
     ) -> None:
@@ -215,7 +222,7 @@ class IEBN(CalibratedNorm):
             gamma=affine,
             beta=affine,
         )
-        super().__init__(config, momentum, is_train)
+        super().__init__(config, momentum, is_train, sync)
 
 
 @refuse_unknown_options
@@ -236,6 +243,7 @@ class BNET(CalibratedNorm):
         eps: epsilon, added to the variance under its root.
         momentum: the weight of the *new* value in the running statistics; `None` averages all batches.
         is_train: the mode at construction, which `train()` and `eval()` change.
+        sync: whether, under MPI, E and Var are those of the batches of all processes together.
         spatial_dims: the number of spatial axes, 1, 2 or 3.
         running_var: the batch variance that is accumulated, "unbiased" or "biased".
 
@@ -250,6 +258,7 @@ class BNET(CalibratedNorm):
         eps: float = 1e-5,
         momentum: float | None = 0.1,
         is_train: bool = True,
+        sync: bool = True,
         *,
         spatial_dims: int = 2,
         running_var: str = "unbiased",
@@ -262,7 +271,7 @@ class BNET(CalibratedNorm):
             momentum=old_value_weight(momentum, "BNET"),
             running_var=running_var,
         )
-        super().__init__(config, momentum, is_train)
+        super().__init__(config, momentum, is_train, sync)
         self.spatial_dims = spatial_dims
         self.conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[spatial_dims - 1](
             num_features, num_features, kernel_size, padding=kernel_size // 2, groups=num_features
@@ -271,7 +280,9 @@ class BNET(CalibratedNorm):
     @classmethod
     def from_batch_norm(cls, norm: nn.BatchNorm, kernel_size: int = 3, *, spatial_dims: int = 2) -> BNET:
         """A layer that equals a BatchNorm: gamma at the centre of its kernels, 0 elsewhere, beta as bias."""
-        layer = cls(norm.num_features, kernel_size, norm.eps, norm.momentum, spatial_dims=spatial_dims)
+        layer = cls(
+            norm.num_features, kernel_size, norm.eps, norm.momentum, sync=norm.sync, spatial_dims=spatial_dims
+        )
         dtype = norm.running_mean.dtype
         # Without affine parameters BatchNorm has the numbers 1.0 and 0.0 in their place.
         gamma, beta = (

@@ -9,7 +9,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import Initializer, initializer
 
-from rbn.backends.mindspore import functional
+from rbn.backends.mindspore import distributed, functional
 from rbn_core.config import (
     Config,
     Statistic,
@@ -41,9 +41,12 @@ class CalibratedNorm(nn.Cell):
         use_batch_statistics: bool | None,
         data_format: str,
         dtype: Any,
+        sync: bool,
+        process_groups: list[list[int]] | None,
     ) -> None:
         check_choice("use_batch_statistics", use_batch_statistics, (None, True, False), config.layer)
         check_choice("data_format", data_format, ("NCHW", "NHWC"), config.layer)
+        groups = distributed.check_groups(process_groups, config.layer)
         super().__init__()
         self.layer = config.layer
         self.num_features = config.num_features
@@ -56,6 +59,8 @@ class CalibratedNorm(nn.Cell):
         self.scaling = config.scaling
         self.restrict = config.restrict
         self.running_var = config.running_var
+        self.sync = sync
+        self.process_groups = groups
         # BatchNorm's names: in a network MindSpore renames the parameters after their attributes.
         kept = functional.at_least_float32(dtype)
         self.moving_mean = Parameter(
@@ -76,15 +81,44 @@ class CalibratedNorm(nn.Cell):
         """Y, of the shape and dtype of `x`."""
         batch_statistics = self.training if self.use_batch_statistics is None else self.use_batch_statistics
         channels_last = self.data_format == "NHWC"
+        own_values = x.size // self.num_features
+        total, average, enough, empty = own_values, functional.batch_average, own_values, False
+        group = ""
+        if batch_statistics and self.sync:
+            group = distributed.own_group(self.process_groups, self.layer)
+        if group != "":
+            empty = own_values == 0
+            share = distributed.Share(own_values, group)
+            total = share.values(functional.at_least_float32(x.dtype))
+            if ops.functional.isconstant(total):
+                enough = int(total)
+            elif not empty:  # a graph knows its own share only, and is refused where that is empty
+                enough = 2
+
+            def shared_average(values: Tensor) -> Tensor:
+                return share.average(values, total)
+
+            average = shared_average
+
         _check_input(
             x.shape,
             x.dtype,
             self.num_features,
             batch_statistics,
             -1 if channels_last else 1,
+            enough,
             self.spatial_dims,
             self.layer,
         )
+        if empty:
+            y = self._forward(distributed.StandIn(self.num_features)(x), average, total)
+            return distributed.Emptied()(y, x)
+        y = self._forward(ops.movedim(x, -1, 1) if channels_last else x, average, total).astype(x.dtype)
+        return ops.movedim(y, 1, -1) if channels_last else y
+
+    def _forward(self, x: Tensor, average: functional.Average, values: int | Tensor) -> Tensor:
+        """Y of channels-first images; `values` is how many there are behind each channel's statistic."""
+        batch_statistics = self.training if self.use_batch_statistics is None else self.use_batch_statistics
         parameters = {}
         if self.layer != "BNET":
             parameters["gamma"] = self.gamma
@@ -95,24 +129,24 @@ class CalibratedNorm(nn.Cell):
             parameters["scale_weight"] = self.scale_weight
             parameters["scale_bias"] = self.scale_bias
         y, mean, var = functional.rbn(
-            ops.movedim(x, -1, 1) if channels_last else x,
+            x,
             parameters,
             None if batch_statistics else (self.moving_mean, self.moving_variance),
             eps=self.eps,
             centering=self.centering,
             scaling=self.scaling,
             restrict=self.restrict,
+            average=average,
         )
         if batch_statistics:
-            self._track(mean, var, x.size // self.num_features)
-        y = self.transform(y).astype(x.dtype)
-        return ops.movedim(y, 1, -1) if channels_last else y
+            self._track(mean, var, values)
+        return self.transform(y)
 
     def transform(self, y: Tensor) -> Tensor:
         """What follows on (N, C) coefficients; nothing but in BNET."""
         return y
 
-    def _track(self, mean: Tensor, var: Tensor, values: int) -> None:
+    def _track(self, mean: Tensor, var: Tensor, values: int | Tensor) -> None:
         count = self.num_batches_tracked + 1
         ops.assign(self.num_batches_tracked, count)
         if self.momentum is None:
@@ -120,7 +154,9 @@ class CalibratedNorm(nn.Cell):
         else:
             new_weight = 1 - functional.scalar(self.momentum, self.moving_mean)
         if self.running_var == "unbiased":
-            var = var * (functional.scalar(values, var) / (values - 1))
+            if isinstance(values, int):
+                values = functional.scalar(values, var)
+            var = var * (values / (values - 1))
         functional.accumulate((self.moving_mean, self.moving_variance), mean, var, new_weight)
 
     def add_flags(self, **flags: Any) -> nn.Cell:
@@ -137,7 +173,7 @@ class CalibratedNorm(nn.Cell):
         return (
             f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, "
             f"use_batch_statistics={self.use_batch_statistics}, data_format={self.data_format!r}, "
-            f"running_var={self.running_var!r}"
+            f"running_var={self.running_var!r}, sync={self.sync}"
         )
 
 
@@ -175,6 +211,10 @@ class RBN(CalibratedNorm):
         scaling: K_s, the same choice, of X_s.
         restrict: R, "sigmoid" or "hard_sigmoid".
         running_var: the batch variance that is accumulated, "unbiased" or "biased".
+        sync: whether E and Var are those of the batches of all processes together. A process without an image
+            takes part in PyNative; a graph refuses it.
+        process_groups: which processes share, as in `nn.SyncBatchNorm`: lists of the ranks of each group,
+            such as [[0, 1], [2, 3]]; all together by default.
 
     Raises:
         RBNError: An option or an input is refused; no statistic has changed then.
@@ -198,6 +238,8 @@ class RBN(CalibratedNorm):
         scaling: Statistic | None = "channel_mean",
         restrict: str = "sigmoid",
         running_var: str = "unbiased",
+        sync: bool = False,
+        process_groups: list[list[int]] | None = None,
     ) -> None:
         config = Config(num_features, eps, momentum, centering, scaling, restrict, running_var)
         super().__init__(
@@ -209,6 +251,8 @@ class RBN(CalibratedNorm):
             use_batch_statistics,
             data_format,
             dtype,
+            sync,
+            process_groups,
         )
 
     def extend_repr(self) -> str:
@@ -243,6 +287,10 @@ class IEBN(CalibratedNorm):
         data_format: where the channels are, "NCHW" for axis 1 or "NHWC" for the last.
         dtype: the dtype of the parameters.
         running_var: the batch variance that is accumulated, "unbiased" or "biased".
+        sync: whether E and Var are those of the batches of all processes together. A process without an image
+            takes part in PyNative; a graph refuses it.
+        process_groups: which processes share, as in `nn.SyncBatchNorm`: lists of the ranks of each group,
+            such as [[0, 1], [2, 3]]; all together by default.
 
     Raises:
         RBNError: An option or an input is refused; no statistic has changed then.
@@ -263,6 +311,8 @@ class IEBN(CalibratedNorm):
         dtype: Any = ms.float32,
         *,
         running_var: str = "unbiased",
+        sync: bool = False,
+        process_groups: list[list[int]] | None = None,
     ) -> None:
         config = Config.iebn(num_features, eps=eps, momentum=momentum, running_var=running_var)
         super().__init__(
@@ -274,6 +324,8 @@ class IEBN(CalibratedNorm):
             use_batch_statistics,
             data_format,
             dtype,
+            sync,
+            process_groups,
         )
 
     def extend_repr(self) -> str:
@@ -306,6 +358,10 @@ class BNET(CalibratedNorm):
         dtype: the dtype of the parameters.
         spatial_dims: the number of spatial axes, 1, 2 or 3.
         running_var: the batch variance that is accumulated, "unbiased" or "biased".
+        sync: whether E and Var are those of the batches of all processes together. A process without an image
+            takes part in PyNative; a graph refuses it.
+        process_groups: which processes share, as in `nn.SyncBatchNorm`: lists of the ranks of each group,
+            such as [[0, 1], [2, 3]]; all together by default.
 
     Raises:
         RBNError: An option or an input is refused; no statistic has changed then.
@@ -325,12 +381,23 @@ class BNET(CalibratedNorm):
         *,
         spatial_dims: int = 2,
         running_var: str = "unbiased",
+        sync: bool = False,
+        process_groups: list[list[int]] | None = None,
     ) -> None:
         config = Config.bnet(
             num_features, kernel_size, spatial_dims, eps=eps, momentum=momentum, running_var=running_var
         )
         super().__init__(
-            config, False, {}, moving_mean_init, moving_var_init, use_batch_statistics, data_format, dtype
+            config,
+            False,
+            {},
+            moving_mean_init,
+            moving_var_init,
+            use_batch_statistics,
+            data_format,
+            dtype,
+            sync,
+            process_groups,
         )
         self.spatial_dims = spatial_dims
         self.conv_shape = config.state_shapes()["conv_weight"]
@@ -395,6 +462,7 @@ def _check_input(
     num_features: int,
     training: bool,
     axis: int,
+    values: int,
     spatial_dims: int | None,
     layer: str,
 ) -> None:
@@ -405,6 +473,7 @@ def _check_input(
         num_features,
         training=training,
         axis=axis,
+        values=values,
         spatial_dims=spatial_dims,
         layer=layer,
     )

@@ -3,89 +3,173 @@
 from __future__ import annotations
 
 import os
-from typing import Any, ClassVar
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("GLOG_v", "4")  # MindSpore's warnings would break the printed matrix
 
 import mindspore as ms
 import ml_dtypes
 import numpy as np
-from mindspore import Tensor, ops
+from mindspore import Tensor, nn, ops
+from mindspore.communication import get_rank, init
 
 from rbn.backends.mindspore import BNET, IEBN, RBN, from_numpy, to_numpy
 from rbn.backends.mindspore.weights import stored
-from rbn.conformance.subject import Array, Outcome, Subject
+from rbn.conformance.cases import LAYERS
+from rbn.conformance.shares import Devices, processes
+from rbn.conformance.subject import Array, LayerSubject, Outcome, Subject
 from rbn_core.config import Config
-from rbn_core.names import PARAMETERS
+from rbn_core.names import NAMES, PARAMETERS
 from rbn_core.weights import State
 
 # MindSpore gives NumPy a "bfloat16" of its own, which knows no arithmetic: the name is the suite's again.
 np.sctypeDict["bfloat16"] = ml_dtypes.bfloat16
 
 
-class MindSpore(Subject):
-    """The MindSpore layers, in PyNative mode."""
-
-    name = "mindspore"
-    absent: ClassVar[dict[str, str]] = {
-        "*/0x*": "MindSpore has no gradient of an empty batch; a test of its own evaluates one"
-    }
+class MindSporeCell(LayerSubject):
+    """Any MindSpore cell that follows `set_train`; `make` gets the dtype of the parameters as MindSpore's."""
 
     def build(self, config: Config, state: State, dtype: str, layout: str = "channels_first") -> None:
         """Make the cell, with parameters in at least float32."""
-        common: dict[str, Any] = {
-            "eps": config.eps,
-            "momentum": config.momentum,
-            "use_batch_statistics": None if config.track_running_stats else True,
-            "data_format": "NHWC" if layout == "channels_last" else "NCHW",
-            "dtype": ms.float64 if dtype == "float64" else ms.float32,
-            "running_var": config.running_var,
-        }
-        affine = config.gamma or config.beta
-        if config.layer == "BNET":
-            common |= {"kernel_size": config.kernel_size, "spatial_dims": config.spatial_dims}
-            self.layer = BNET(config.num_features, **common)
-        elif config.layer == "IEBN":
-            self.layer = IEBN(config.num_features, affine=affine, **common)
-        else:
-            common |= {"centering": config.centering, "scaling": config.scaling, "restrict": config.restrict}
-            self.layer = RBN(config.num_features, affine=affine, **common)
-        from_numpy(self.layer, to_numpy(self.layer) | state)
-        self.stored = state.keys()
         self.layout = layout
+        self.layer: nn.Cell = self.make_layer(config, ms.float64 if dtype == "float64" else ms.float32)
+        self.load(state)
+
+    def load(self, state: State) -> None:
+        """Fill the cell."""
+        parameters = self.stored()
+        for name, value in self.own(state, {name: p.asnumpy() for name, p in parameters.items()}).items():
+            parameters[name].set_data(Tensor(value, parameters[name].dtype))
+
+    def stored(self) -> dict[str, ms.Parameter]:
+        """Everything the cell stores, under its own names."""
+        return dict(self.layer.parameters_and_names())
 
     def run(self, x: Array, training: bool, cotangent: Array) -> Outcome:
         """Forward and backward through MindSpore's functional gradient."""
         self.layer.set_train(training)
-        leaf = self.tensor(x)
-        weights = {
-            name: weight
-            for name, weight in stored(self.layer).items()
-            if name in PARAMETERS and name in self.stored
-        }
+        leaf = tensor(x, self.layout)
+        learned = {self.names[name] for name in PARAMETERS if name in self.names}
+        weights = {name: weight for name, weight in self.stored().items() if name in learned}
         y, vjp = ops.vjp(self.layer, leaf, weights=list(weights.values()))
-        (dx,), gradients = vjp(self.tensor(cotangent))
-        shapes = to_numpy(self.layer)
-        named = {
-            name: value.asnumpy().reshape(shapes[name].shape)
-            for name, value in zip(weights, gradients, strict=True)
-        }
-        return Outcome(self.array(y), self.array(dx), named, self.state(), self.array(leaf))
-
-    def tensor(self, x: Array) -> Tensor:
-        """The array as a tensor in the case's layout; NumPy's bfloat16 goes through float32."""
-        x = np.moveaxis(x, 1, -1) if self.layout == "channels_last" else x
-        bfloat16 = x.dtype.name == "bfloat16"
-        return Tensor(x.astype("float32"), ms.bfloat16) if bfloat16 else Tensor(np.ascontiguousarray(x))
-
-    def array(self, tensor: Tensor) -> Array:
-        """The tensor as an array of its own dtype, channels first."""
-        if tensor.dtype == ms.bfloat16:
-            array = tensor.astype(ms.float32).asnumpy().astype("bfloat16")
-        else:
-            array = tensor.asnumpy()
-        return np.moveaxis(array, -1, 1) if self.layout == "channels_last" else array
+        gradients: Any
+        # Without weights there is no pair, but the gradient of the input alone.
+        pulled = vjp(tensor(cotangent, "channels_last" if self.layout == "channels_last" else ""))
+        (dx,), gradients = pulled if weights else (pulled, ())
+        named = self.canonical({name: g.asnumpy() for name, g in zip(weights, gradients, strict=True)})
+        y, dx, leaf = (array(value, self.layout) for value in (y, dx, leaf))
+        return Outcome(y, dx, named, self.state(), leaf)
 
     def state(self) -> State:
-        """The cell's state, as far as the case has it: gamma, beta and the statistics are always there."""
-        return {name: value for name, value in to_numpy(self.layer).items() if name in self.stored}
+        """The cell's state."""
+        return self.canonical({name: parameter.asnumpy() for name, parameter in self.stored().items()})
+
+
+class MindSpore(MindSporeCell):
+    """The project's MindSpore layers, in PyNative mode.
+
+    Args:
+        sync: Whether they share their statistics with the other processes of msrun.
+    """
+
+    devices = 2
+
+    def __init__(self, sync: bool = False) -> None:
+        super().__init__(
+            "mindspore",
+            self.make_rbn,
+            NAMES["mindspore"],
+            momentum="old",
+            layers=LAYERS,
+            absent={"*/0x*": "MindSpore has no gradient of an empty batch; a test of its own evaluates one"},
+        )
+        self.sync = sync
+
+    def make_rbn(self, config: Config, dtype: Any) -> nn.Cell:
+        """RBN, IEBN or BNET."""
+        common: dict[str, Any] = {
+            "eps": config.eps,
+            "momentum": config.momentum,
+            "use_batch_statistics": None if config.track_running_stats else True,
+            "data_format": "NHWC" if self.layout == "channels_last" else "NCHW",
+            "dtype": dtype,
+            "running_var": config.running_var,
+            "sync": self.sync,
+        }
+        affine = config.gamma or config.beta
+        if config.kernel_size is not None:
+            return BNET(config.num_features, config.kernel_size, spatial_dims=config.spatial_dims, **common)
+        if config.layer == "IEBN":
+            return IEBN(config.num_features, affine=affine, **common)
+        common |= {"centering": config.centering, "scaling": config.scaling, "restrict": config.restrict}
+        return RBN(config.num_features, affine=affine, **common)
+
+    def load(self, state: State) -> None:
+        """Fill the cell as users do; gamma, beta and the statistics are always there."""
+        from_numpy(self.layer, to_numpy(self.layer) | state)
+
+    def stored(self) -> dict[str, ms.Parameter]:
+        """What the case has of it."""
+        mine = self.config.state_shapes()
+        return {self.names[name]: value for name, value in stored(self.layer).items() if name in mine}
+
+    def state(self) -> State:
+        """The cell's state as users get it, as far as the case has it."""
+        mine = self.config.state_shapes()
+        return {name: value for name, value in to_numpy(self.layer).items() if name in mine}
+
+    def spread(self, shares: tuple[int, ...]) -> Subject:
+        """The layers on so many processes of msrun."""
+        factory = "rbn.conformance.subjects.mindspore:device"
+        return Devices(self.name, processes(factory, len(shares), launch), shares)
+
+
+def launch(script: list[str], world: int, folder: Path) -> list[subprocess.Popen[bytes]]:
+    """Start msrun, which runs the first `python` on the path."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    bin = Path(sys.executable).parent
+    workers = [f"--worker_num={world}", f"--local_worker_num={world}", f"--master_port={port}"]
+    return [
+        subprocess.Popen(
+            [bin / "msrun", *workers, f"--log_dir={folder}", "--join=True", *script],
+            cwd=folder,
+            env=os.environ | {"PATH": f"{bin}{os.pathsep}{os.environ['PATH']}"},
+            stdout=(folder / "msrun.log").open("wb"),
+            stderr=subprocess.STDOUT,
+        )
+    ]
+
+
+def device(world: int, folder: Path) -> tuple[int, Subject]:
+    """The layers on one of several processes."""
+    init()
+    return get_rank(), MindSpore(sync=True)
+
+
+def tensor(x: Array, layout: str) -> Tensor:
+    """The array as a tensor in a layout; NumPy's bfloat16 goes through float32."""
+    if layout == "channels_last":
+        x = np.moveaxis(x, 1, -1)
+    if x.dtype.name == "bfloat16":
+        return Tensor(x.astype("float32"), ms.bfloat16)
+    result = Tensor(np.ascontiguousarray(x))
+    if layout == "strided":
+        return ops.stack((result, result), -1).reshape((*x.shape[:-1], 2 * x.shape[-1]))[..., ::2]
+    if layout == "expanded":
+        return ops.broadcast_to(result[:1], x.shape)
+    return result
+
+
+def array(tensor: Tensor, layout: str) -> Array:
+    """The tensor as an array of its own dtype, channels first."""
+    if tensor.dtype == ms.bfloat16:
+        result: Array = tensor.astype(ms.float32).asnumpy().astype("bfloat16")
+    else:
+        result = tensor.asnumpy()
+    return np.moveaxis(result, -1, 1) if layout == "channels_last" else result

@@ -1,73 +1,136 @@
-"""The PyTorch layers as a subject of the suite."""
+"""PyTorch modules as subjects, and the project's own."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from rbn.backends.torch import BNET, IEBN, RBN, from_numpy, to_numpy
-from rbn.conformance.subject import Array, Outcome, Subject
+from rbn.conformance.cases import LAYERS
+from rbn.conformance.shares import Devices, processes
+from rbn.conformance.subject import Array, LayerSubject, Outcome, Subject
+from rbn.conformance.subjects.numpy import laid_out
 from rbn_core.config import Config
 from rbn_core.names import NAMES
 from rbn_core.weights import State
 
 
-class Torch(Subject):
-    """The PyTorch layers."""
-
-    name = "torch"
+class TorchModule(LayerSubject):
+    """Any `torch.nn.Module`; `make` gets the dtype of the parameters as a `torch.dtype`."""
 
     def build(self, config: Config, state: State, dtype: str, layout: str = "channels_first") -> None:
         """Make the module, with parameters in at least float32."""
-        self.dtype = getattr(torch, dtype)
+        self.layer: nn.Module = self.make_layer(
+            config, torch.promote_types(getattr(torch, dtype), torch.float32)
+        )
         self.layout = layout
-        common: dict[str, Any] = {
-            "eps": config.eps,
-            "momentum": None if config.momentum is None else 1.0 - config.momentum,
-            "track_running_stats": config.track_running_stats,
-            "running_var": config.running_var,
-            "dtype": torch.promote_types(self.dtype, torch.float32),
-        }
-        if config.kernel_size is not None:
-            common["spatial_dims"] = config.spatial_dims
-            self.layer = BNET(config.num_features, config.kernel_size, **common)
-        else:
-            common |= {"affine": config.gamma, "bias": config.beta}
-            if config.layer == "IEBN":
-                self.layer = IEBN(config.num_features, **common)
-            else:
-                for name in ("centering", "scaling", "restrict"):
-                    common[name] = getattr(config, name)
-                self.layer = RBN(config.num_features, **common)
-        from_numpy(self.layer, state)
+        self.load(state)
+
+    def load(self, state: State) -> None:
+        """Fill the module."""
+        own = self.layer.state_dict()
+        with torch.no_grad():
+            for name, value in self.own(state, own).items():
+                own[name].copy_(torch.from_numpy(value))
 
     def run(self, x: Array, training: bool, cotangent: Array) -> Outcome:
         """Forward and backward through autograd."""
         self.layer.train(training)
         self.layer.zero_grad()
-        leaf = self.tensor(x).requires_grad_(x.dtype.kind in "fV")
+        leaf = tensor(x, self.layout).requires_grad_(x.dtype.kind in "fV")
         y = self.layer(leaf)
-        y.backward(self.tensor(cotangent))
-        stored = dict(self.layer.named_parameters())
-        gradients = {
-            canonical: array(stored[name].grad)
-            for canonical, name in NAMES["torch"].items()
-            if name in stored
-        }
-        return Outcome(array(y), array(leaf.grad), gradients, self.state(), array(leaf))
-
-    def tensor(self, x: Array) -> torch.Tensor:
-        """The array as a tensor in the case's memory format; NumPy's bfloat16 goes through float32."""
-        bfloat16 = x.dtype.name == "bfloat16"
-        tensor = torch.from_numpy(x.astype("float32")).bfloat16() if bfloat16 else torch.from_numpy(x)
-        if self.layout == "channels_last":
-            tensor = tensor.movedim(1, -1).contiguous().movedim(-1, 1)
-        return tensor
+        y.backward(
+            tensor(cotangent, "channels_first" if self.layout in ("strided", "expanded") else self.layout)
+        )
+        gradients = {name: array(p.grad) for name, p in self.layer.named_parameters() if p.grad is not None}
+        return Outcome(array(y), array(leaf.grad), self.canonical(gradients), self.state(), array(leaf))
 
     def state(self) -> State:
         """The module's state."""
+        return self.canonical({name: array(value) for name, value in self.layer.state_dict().items()})
+
+
+class Torch(TorchModule):
+    """The project's PyTorch layers.
+
+    Args:
+        sync: Whether they share their statistics with the other processes of `torch.distributed`.
+    """
+
+    devices = 4
+
+    def __init__(self, sync: bool = False) -> None:
+        super().__init__("torch", self.make_rbn, NAMES["torch"], momentum="new", layers=LAYERS)
+        self.sync = sync
+
+    def make_rbn(self, config: Config, dtype: torch.dtype) -> nn.Module:
+        """RBN, IEBN or BNET."""
+        common: dict[str, Any] = {
+            "eps": config.eps,
+            "momentum": config.momentum,
+            "track_running_stats": config.track_running_stats,
+            "running_var": config.running_var,
+            "sync": self.sync,
+            "dtype": dtype,
+        }
+        if config.kernel_size is not None:
+            return BNET(config.num_features, config.kernel_size, spatial_dims=config.spatial_dims, **common)
+        common |= {"affine": config.gamma, "bias": config.beta}
+        if config.layer == "IEBN":
+            return IEBN(config.num_features, **common)
+        for name in ("centering", "scaling", "restrict"):
+            common[name] = getattr(config, name)
+        return RBN(config.num_features, **common)
+
+    def load(self, state: State) -> None:
+        """Fill the module as users do."""
+        from_numpy(self.layer, state)
+
+    def state(self) -> State:
+        """The module's state as users get it."""
         return to_numpy(self.layer)
+
+    def spread(self, shares: tuple[int, ...]) -> Subject:
+        """The layers on so many processes of gloo."""
+        return Devices(
+            self.name, processes("rbn.conformance.subjects.torch:device", len(shares), launch), shares
+        )
+
+
+def launch(script: list[str], world: int, folder: Path) -> list[subprocess.Popen[bytes]]:
+    """Start a process for each rank."""
+    return [
+        subprocess.Popen(
+            [sys.executable, *script],
+            env=os.environ | {"RANK": str(rank)},
+            stdout=(folder / f"{rank}.log").open("wb"),
+            stderr=subprocess.STDOUT,
+        )
+        for rank in range(world)
+    ]
+
+
+def device(world: int, folder: Path) -> tuple[int, Subject]:
+    """The layers on one of several processes."""
+    rank = int(os.environ["RANK"])
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder / 'rendezvous'}", rank=rank, world_size=world
+    )
+    return rank, Torch(sync=True)
+
+
+def tensor(x: Array, layout: str) -> torch.Tensor:
+    """The array as a tensor in a layout; NumPy's bfloat16 goes through float32."""
+    if x.dtype.name == "bfloat16":
+        return torch.from_numpy(laid_out(x.astype("float32"), layout)).bfloat16()
+    return torch.from_numpy(laid_out(x, layout))
 
 
 def array(tensor: torch.Tensor) -> Array:

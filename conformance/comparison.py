@@ -1,0 +1,176 @@
+"""One case on one subject: every quantity that came out against the reference's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import numpy as np
+
+from rbn.conformance.cases import Case
+from rbn.conformance.subject import Array, Outcome, Subject
+from rbn.conformance.tolerances import tolerances
+from rbn_core.reference import Layer
+from rbn_core.weights import State
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """One quantity against the reference.
+
+    Attributes:
+        quantity: "y", "dx", "d gamma", "running_mean", ...
+        error: The largest absolute difference; infinite for a wrong shape, dtype or name.
+        tolerance: What is allowed.
+        message: Where it is and what was there.
+    """
+
+    quantity: str = ""
+    error: float = 0.0
+    tolerance: float = 0.0
+    message: str = ""
+
+    @property
+    def ratio(self) -> float:
+        """The error in units of the tolerance; at most 1 is right."""
+        if self.error == 0.0:
+            return 0.0
+        ratio = self.error / self.tolerance if self.tolerance else math.inf
+        return math.inf if math.isnan(ratio) else ratio
+
+
+@dataclass(frozen=True)
+class Step:
+    """What is due in one step of a case.
+
+    Attributes:
+        x: The input.
+        cotangent: The gradient of the output.
+        outcome: What the reference gives.
+        tolerances: What each quantity may be off by.
+    """
+
+    x: Array
+    cotangent: Array
+    outcome: Outcome
+    tolerances: Mapping[str, float]
+
+
+class Extended(Layer):
+    """The reference with more digits than float64, where the platform has them: its own do not count."""
+
+    dtype = np.longdouble
+
+
+@lru_cache(maxsize=8)  # a failed case is looked at again, once for every mutant
+def due(case: Case) -> tuple[Step, ...]:
+    """What the reference gives in a case, step by step."""
+    state = case.state()
+    reference = Extended(case.config)
+    reference.load(state)
+    steps = []
+    for x, cotangent in case.inputs():
+        before = dict(reference.statistics)
+        with np.errstate(invalid="ignore", over="ignore"):  # NaN and infinity are what some cases are about
+            y = reference.forward(x, case.training)
+            dx, gradients = reference.backward(cotangent)
+            allowed = tolerances(reference, cotangent, before, case.dtype)
+        after = {name: state[name] for name in reference.parameters} | {
+            name: np.asarray(value) for name, value in reference.statistics.items()
+        }
+        exact = dict.fromkeys(("x", *reference.parameters), 0.0)
+        steps.append(Step(x, cotangent, Outcome(y, dx, gradients, after, x), allowed | exact))
+    return tuple(steps)
+
+
+def deviations(subject: Subject, case: Case, outcomes: list[Outcome] | None = None) -> Iterator[Deviation]:
+    """Run a case on a subject and compare all that comes out, step by step.
+
+    Args:
+        subject: The implementation under test.
+        case: The case, with options that the subject has.
+        outcomes: Receives what the subject gave at every step.
+    """
+    state = case.state()
+    subject = subject.spread(case.shares) if case.shares else subject
+    ignored = () if subject.counts_batches else ("num_batches_tracked",)
+    subject.build(case.config, {name: value.copy() for name, value in state.items()}, case.dtype, case.layout)
+    yield from compare_arrays("state", subject.state(), without(state, ignored), dict.fromkeys(state, 0.0))
+    for step in due(case):
+        outcome = subject.run(step.x.copy(), case.training, step.cotangent.copy())
+        if outcomes is not None:
+            outcomes.append(outcome)
+        due_now = replace(step.outcome, state=without(step.outcome.state, ignored))
+        yield from compare_outcomes(outcome, due_now, step.tolerances, case.dtype)
+
+
+def compare_outcomes(
+    actual: Outcome, expected: Outcome, allowed: Mapping[str, float], dtype: str | None = None
+) -> Iterator[Deviation]:
+    """Every quantity of one step; y and dx must have the dtype, if one is given."""
+    yield compare("x", actual.x, expected.x, allowed["x"])
+    yield compare("y", actual.y, expected.y, allowed["y"], dtype=dtype)
+    yield compare("dx", actual.dx, expected.dx, allowed["dx"], dtype=dtype)
+    yield from compare_arrays("gradients", actual.gradients, expected.gradients, allowed, prefix="d ")
+    yield from compare_arrays("state", actual.state, expected.state, allowed)
+
+
+def compare_arrays(
+    what: str, actual: State, expected: State, allowed: Mapping[str, float], prefix: str = ""
+) -> Iterator[Deviation]:
+    """Every array under its name, and that none is missing or too many."""
+    if actual.keys() != expected.keys():
+        message = f"{sorted(actual)} where {sorted(expected)} are due"
+        yield Deviation(what, np.inf, 0.0, message)
+    for name in expected.keys() & actual.keys():
+        yield compare(prefix + name, actual[name], expected[name], allowed[prefix + name])
+
+
+def compare(
+    quantity: str, actual: Array, expected: Array, tolerance: float, dtype: str | None = None
+) -> Deviation:
+    """The largest deviation of one array; a wrong shape or dtype is an infinite one.
+
+    What is not finite in the reference must not be finite either; whether it is infinite or NaN depends on
+    the order of operations.
+    """
+    actual, expected = np.asarray(actual), np.asarray(expected)
+    if actual.shape != expected.shape:
+        return Deviation(quantity, np.inf, tolerance, f"shape {actual.shape} where {expected.shape} is due")
+    if dtype is not None and actual.dtype.name != dtype:
+        return Deviation(quantity, np.inf, tolerance, f"dtype {actual.dtype.name} where {dtype} is due")
+    if actual.size == 0:
+        return Deviation(quantity, 0.0, tolerance)
+    found, right = actual.astype(np.longdouble), expected.astype(np.longdouble)
+    with np.errstate(invalid="ignore"):
+        distance = np.nan_to_num(np.abs(found - right), nan=np.inf)
+    distance = np.where(np.isfinite(found) | np.isfinite(right), distance, 0.0)
+    place = np.unravel_index(int(np.argmax(distance)), distance.shape)
+    at = f"at {[int(i) for i in place]}: {float(found[place])!r} where {float(right[place])!r} is due"
+    return Deviation(quantity, float(distance[place]), tolerance, at)
+
+
+def worst_of_each(found: Iterable[Deviation]) -> Iterator[Deviation]:
+    """Of every quantity its worst deviation."""
+    worst: dict[str, Deviation] = {}
+    for deviation in found:
+        known = worst.get(deviation.quantity)
+        if known is None or deviation.ratio > known.ratio:
+            worst[deviation.quantity] = deviation
+    yield from worst.values()
+
+
+def are_alike(case: Case, some: Sequence[Outcome], others: Sequence[Outcome]) -> bool:
+    """Whether two implementations, right or wrong, gave the same in a case, to its tolerances."""
+    return all(
+        (one.y.dtype, one.dx.dtype) == (other.y.dtype, other.dx.dtype)
+        and all(each.ratio <= 1.0 for each in compare_outcomes(one, other, step.tolerances))
+        for one, other, step in zip(some, others, due(case), strict=True)
+    )
+
+
+def without(state: State, ignored: Iterable[str]) -> State:
+    """The state but for some names."""
+    return {name: value for name, value in state.items() if name not in ignored}

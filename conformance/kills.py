@@ -1,0 +1,20 @@
+"""The kill matrix: which cases reject which mutant."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+from rbn.conformance.cases import LARGE, Case
+from rbn.conformance.diagnosis import behaviour
+from rbn.conformance.mutants import MUTANTS
+
+
+def kills(cases: Sequence[Case]) -> Iterator[tuple[Case, tuple[str, ...]]]:
+    """Run every mutant on every case, but for the large planes, which take long and show nothing new.
+
+    Yields:
+        Every case with the names of the mutants that it rejects.
+    """
+    for case in (case for case in cases if math.prod(case.shape) <= LARGE):
+        yield case, tuple(mutant.name for mutant in MUTANTS if behaviour(mutant, case)[1])

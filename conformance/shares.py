@@ -1,0 +1,183 @@
+"""One layer on several devices: each in a process of its own with its share of the batch."""
+
+from __future__ import annotations
+
+import atexit
+import importlib
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Sequence
+from functools import cache
+from multiprocessing.connection import Client, Connection, Listener, wait
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rbn.conformance.subject import Array, Outcome, Subject
+from rbn_core.config import Config
+from rbn_core.weights import State
+
+Launcher = Callable[[list[str], int, Path], Sequence["subprocess.Popen[bytes]"]]
+"""Starts a Python script with its arguments in so many processes, whose logs go to the folder."""
+
+
+class Devices(Subject):
+    """A layer on several devices, seen from outside as one layer on the whole batch.
+
+    Outputs are put together again, the parameters' gradients are summed, and the state must be the same on
+    every device.
+
+    Args:
+        name: What the reports call it.
+        processes: The devices.
+        shares: How many images each device has.
+    """
+
+    def __init__(self, name: str, processes: Processes, shares: tuple[int, ...]) -> None:
+        self.name = name
+        self.processes = processes
+        self.stops = np.cumsum(shares)[:-1]
+
+    def build(self, config: Config, state: State, dtype: str, layout: str = "channels_first") -> None:
+        """Make the layer on every device."""
+        self.processes.call([("build", (config, state, dtype, layout))] * self.processes.world)
+
+    def run(self, x: Array, training: bool, cotangent: Array) -> Outcome:
+        """One step on every device."""
+        parts = zip(np.split(x, self.stops), np.split(cotangent, self.stops), strict=True)
+        outcomes: list[Outcome] = self.processes.call([("run", (x, training, dy)) for x, dy in parts])
+        return Outcome(
+            y=np.concatenate([outcome.y for outcome in outcomes]),
+            dx=np.concatenate([outcome.dx for outcome in outcomes]),
+            gradients={
+                name: np.sum([outcome.gradients[name] for outcome in outcomes], axis=0)
+                for name in outcomes[0].gradients
+            },
+            state=the_same([outcome.state for outcome in outcomes]),
+            x=np.concatenate([outcome.x for outcome in outcomes]),
+        )
+
+    def state(self) -> State:
+        """What all devices store."""
+        return the_same(self.processes.call([("state", ())] * self.processes.world))
+
+
+class Processes:
+    """The processes of several devices, which build and run the layers they are told to.
+
+    Args:
+        factory: "package.module:function", called in each process with the number of devices and a folder
+            that they share; returns the process's rank and its subject.
+        world: How many devices.
+        launch: Starts the processes.
+    """
+
+    def __init__(self, factory: str, world: int, launch: Launcher) -> None:
+        self.world = world
+        self.folder = tempfile.TemporaryDirectory()
+        folder = Path(self.folder.name)
+        with Listener(str(folder / "socket"), "AF_UNIX", backlog=world) as listener:
+            command = [__file__, factory, str(world), str(folder)]
+            self.launched = launch(command, world, folder)
+            atexit.register(self.stop)
+            self.connections: list[Connection] = self.accept(listener)
+
+    def accept(self, listener: Listener) -> list[Connection]:
+        """The connections of all devices, in the order of their ranks."""
+        connections: dict[int, Connection] = {}
+        # A process that dies before it calls would be waited for forever: look in between.
+        listener._listener._socket.settimeout(0.5)  # type: ignore[attr-defined]
+        while len(connections) < self.world:
+            if any(process.poll() for process in self.launched):
+                raise RuntimeError(f"a device's process ended before its first step:\n{self.log()}")
+            try:
+                connection = listener.accept()
+            except TimeoutError:
+                continue
+            connections[connection.recv()] = connection
+        return [connections[rank] for rank in range(self.world)]
+
+    def call(self, messages: Sequence[tuple[str, tuple[Any, ...]]]) -> list[Any]:
+        """Send every device its message, and return their answers.
+
+        Raises:
+            RuntimeError: A device raised or died. The others may wait for it, so all are stopped.
+        """
+        for connection, message in zip(self.connections, messages, strict=True):
+            connection.send(message)
+        answers: dict[int, Any] = {}
+        while len(answers) < self.world:
+            waiting = [c for rank, c in enumerate(self.connections) if rank not in answers]
+            for ready in wait(waiting):
+                assert isinstance(ready, Connection)
+                rank = self.connections.index(ready)
+                try:
+                    kind, answers[rank] = ready.recv()
+                except EOFError:
+                    kind, answers[rank] = "raised", f"its process ended:\n{self.log()}"
+                if kind == "raised":
+                    self.stop()
+                    raise RuntimeError(f"device {rank} of {self.world}: {answers[rank]}")
+        return [answers[rank] for rank in range(self.world)]
+
+    def log(self) -> str:
+        """The last lines that the processes wrote."""
+        lines = [
+            line
+            for log in sorted(Path(self.folder.name).rglob("*.log"))
+            for line in log.read_text(errors="replace").splitlines()[-15:]
+        ]
+        return "\n".join(lines)
+
+    def stop(self) -> None:
+        """End the processes."""
+        processes.cache_clear()
+        atexit.unregister(self.stop)
+        for process in self.launched:
+            process.terminate()
+        for process in self.launched:
+            process.wait()
+        self.folder.cleanup()
+
+
+@cache
+def processes(factory: str, world: int, launch: Launcher) -> Processes:
+    """The processes of so many devices; they serve every case."""
+    return Processes(factory, world, launch)
+
+
+def the_same(states: Sequence[State]) -> State:
+    """The state that all devices store.
+
+    Raises:
+        RuntimeError: They differ.
+    """
+    for rank, state in enumerate(states):
+        for name, value in state.items():
+            if not np.array_equal(value, states[0][name], equal_nan=True):
+                raise RuntimeError(f"{name} is {value} on device {rank}, {states[0][name]} on device 0")
+    return states[0]
+
+
+def serve(factory: str, world: int, folder: Path) -> None:
+    """The body of a device's process: make and run layers until the connection ends."""
+    module, function = factory.split(":")
+    rank, subject = getattr(importlib.import_module(module), function)(world, folder)
+    with Client(str(folder / "socket"), "AF_UNIX") as connection:
+        connection.send(rank)
+        while True:
+            try:
+                what, arguments = connection.recv()
+            except EOFError:
+                return
+            try:
+                connection.send(("done", getattr(subject, what)(*arguments)))
+            except Exception:  # whatever a framework raises becomes the case's result
+                connection.send(("raised", traceback.format_exc(limit=-4)))
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]))

@@ -1,0 +1,214 @@
+"""Which cases the suite has: the combinations, written as data."""
+
+from __future__ import annotations
+
+import fnmatch
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+from rbn.conformance.cases import LAYERS, Case, config_of, parse
+from rbn.conformance.data import EXTREMES, OFFSETS, REAL, REAL_SHAPES
+from rbn_core.config import STATISTICS
+from rbn_core.errors import RBNValueError
+
+MODES = (True, False)
+"""Training and evaluation."""
+
+DTYPES = ("float32", "float64")
+HALF_DTYPES = ("float16", "bfloat16")
+
+SHAPES = ((4, 3, 1, 1), (1, 2, 2, 3), (3, 1, 2, 3), (2, 5, 7, 7), (8, 3))
+"""Batch 1 and more, one and many channels, planes of 1x1, 2x3 and 7x7, no planes."""
+
+OTHER_SHAPES = ((2, 3, 5), (2, 3, 2, 3, 2))
+"""One and three spatial axes."""
+
+EVALUATION_SHAPES = ((0, 2, 2, 3), (1, 3, 1, 1))
+"""What only evaluation takes: no image at all, and one value per channel."""
+
+LARGE_SHAPE = (1, 1, 1100, 1100)
+"""Planes of 5 MB in float32, more than a processor's own caches hold."""
+
+OPTION_SHAPE = (3, 4, 2, 3)
+"""The shape on which every combination of options runs."""
+
+CALIBRATIONS: tuple[dict[str, Any], ...] = tuple(
+    {"centering": centering, "scaling": scaling}
+    for centering, scaling in itertools.product(STATISTICS, STATISTICS)
+    if (centering, scaling) != ("channel_mean", "channel_mean")
+)
+"""Every choice of the two statistics but the default one, which the other rows have."""
+
+OPTIONS: tuple[dict[str, Any], ...] = (
+    {"running_var": "biased"},
+    {"momentum": None},
+    {"momentum": 0.0},
+    {"momentum": 1.0},
+    {"eps": 0.1},
+    {"track_running_stats": False},
+)
+"""Options that all layers have."""
+
+MORE_OPTIONS: dict[str, tuple[dict[str, Any], ...]] = {
+    "rbn": ({"restrict": "hard_sigmoid"}, {"gamma": False, "beta": False}),
+    "iebn": ({"gamma": False, "beta": False},),
+    "bn": ({"gamma": False, "beta": False},),
+    "bnet": (),
+}
+"""Options that only some have."""
+
+KERNELS = tuple(itertools.product(((2, 3, 7), (2, 3, 5, 4), (2, 3, 4, 3, 5)), (3, 5, 7)))
+"""BNET's shapes of one, two and three spatial axes, and its kernels."""
+
+FEW: tuple[tuple[str, tuple[int, ...]], ...] = (
+    ("offset0", (2, 5, 7, 7)),
+    ("offset0", (8, 3)),
+    ("offset10", (3, 1, 2, 3)),
+    *REAL_SHAPES.items(),
+)
+"""What the relatives run on that share RBN's steps, which all the shapes check."""
+
+SHARES = ((2, 2), (3, 1), (4, 0), (1, 1, 1, 1), (2, 0, 1, 1))
+"""Images on each of two and four devices: equal, unequal, and none on one of them."""
+
+
+@cache
+def all_cases() -> tuple[Case, ...]:
+    """Every case of the suite, in the order of the report's rows."""
+    cases = (*_rbn(), *_relative("iebn"), *_bnet(), *_relative("bn"), *_shared())
+    rows = list(dict.fromkeys(case.group for case in cases))
+    return tuple(
+        sorted(dict.fromkeys(cases), key=lambda case: (LAYERS.index(case.layer), rows.index(case.group)))
+    )
+
+
+@cache
+def quick_cases() -> tuple[Case, ...]:
+    """The first case of each row on one device: a look in less than a minute."""
+    first: dict[str, Case] = {}
+    for case in all_cases():
+        if not case.shares:
+            first.setdefault(case.group, case)
+    return tuple(first.values())
+
+
+def select(cases: Iterable[Case], only: Sequence[str] = (), exclude: Sequence[str] = ()) -> tuple[Case, ...]:
+    """The cases whose ids match.
+
+    Args:
+        cases: What to choose from.
+        only: Patterns of ids, with * for anything, of which a case must match one; or the id of a case that
+            need not be among `cases`. All of them by default.
+        exclude: Patterns of which it must match none.
+
+    Raises:
+        RBNValueError: A pattern matches no case.
+    """
+    known = {case.id: case for case in cases}
+    chosen: dict[str, Case] = {} if only else dict(known)
+    for pattern in only:
+        found = {name: known[name] for name in fnmatch.filter(known, pattern)}
+        if not found and "*" not in pattern and "/" in pattern:
+            found = {pattern: parse(pattern)}
+        chosen |= _found(pattern, found)
+    for pattern in exclude:
+        for name in _found(pattern, {name: known[name] for name in fnmatch.filter(known, pattern)}):
+            chosen.pop(name, None)
+    return tuple(chosen.values())
+
+
+def _found(pattern: str, cases: dict[str, Case]) -> dict[str, Case]:
+    if not cases:
+        raise RBNValueError(
+            f"expected a pattern that matches a case, got {pattern!r}. "
+            "Write * for anything, as in 'rbn/train/*/float32'; `rbn conform --list` shows the ids."
+        )
+    return cases
+
+
+def with_seeds(cases: Sequence[Case], seeds: int) -> tuple[Case, ...]:
+    """Every case with so many sets of numbers; the real images have one set, but random cotangents."""
+    return tuple(replace(case, variant=variant) for variant in range(seeds) for case in cases)
+
+
+def _rbn() -> Iterator[Case]:
+    layer = "rbn"
+    for training, data, shape, dtype in itertools.product(MODES, OFFSETS, SHAPES, DTYPES):
+        yield _case(layer, training, data, shape, dtype)
+    for training, shape, dtype in itertools.product(MODES, OTHER_SHAPES, DTYPES):
+        yield _case(layer, training, "offset0", shape, dtype)
+    for shape, dtype in itertools.product(EVALUATION_SHAPES, DTYPES):
+        yield _case(layer, False, "offset0", shape, dtype)
+    for training in MODES:
+        yield _case(layer, training, "offset10", LARGE_SHAPE, "float32")
+    for training, data, dtype in itertools.product(MODES, REAL, DTYPES):
+        yield _case(layer, training, data, REAL_SHAPES[data], dtype)
+    for training, data, dtype in itertools.product(MODES, EXTREMES, DTYPES):
+        yield _case(layer, training, data, (3, 4, 2, 3), dtype)
+    yield from _options(layer, (*CALIBRATIONS, *MORE_OPTIONS[layer], *OPTIONS))
+    halves = (("offset0", (2, 5, 7, 7)), ("offset10", (2, 3, 5)), ("digits", REAL_SHAPES["digits"]))
+    for training, (data, shape), dtype in itertools.product(MODES, halves, HALF_DTYPES):
+        yield _case(layer, training, data, shape, dtype)
+    for training, shape, dtype in itertools.product(MODES, ((2, 5, 7, 7), *OTHER_SHAPES), DTYPES):
+        yield _case(layer, training, "offset0", shape, dtype, layout="channels_last")
+    for training, layout in itertools.product(MODES, ("strided", "expanded")):
+        yield _case(layer, training, "offset10", (3, 2, 4, 5), "float32", layout=layout)
+
+
+def _relative(layer: str) -> Iterator[Case]:
+    for training, (data, shape), dtype in itertools.product(MODES, FEW, DTYPES):
+        yield _case(layer, training, data, shape, dtype)
+    if layer == "bn":
+        for training, shape in itertools.product(MODES, OTHER_SHAPES):
+            yield _case(layer, training, "offset0", shape, "float32")
+        for training, data, dtype in itertools.product(MODES, ("offset1000", "nan", "constant"), DTYPES):
+            yield _case(layer, training, data, (3, 4, 2, 3), dtype)
+    yield from _options(layer, (*MORE_OPTIONS[layer], *OPTIONS))
+    for training, dtype in itertools.product(MODES, HALF_DTYPES):
+        yield _case(layer, training, "offset0", (2, 5, 7, 7), dtype)
+    for training in MODES:
+        yield _case(layer, training, "offset0", (2, 5, 7, 7), "float32", layout="channels_last")
+
+
+def _bnet() -> Iterator[Case]:
+    for training, (shape, kernel_size) in itertools.product(MODES, KERNELS):
+        for dtype in DTYPES if kernel_size == 3 else ("float32",):
+            yield _case("bnet", training, "offset0", shape, dtype, {"kernel_size": kernel_size})
+    for training, data, dtype in itertools.product(MODES, REAL, DTYPES):
+        yield _case("bnet", training, data, REAL_SHAPES[data], dtype)
+    yield from _options("bnet", OPTIONS)
+    for training, dtype in itertools.product(MODES, HALF_DTYPES):
+        yield _case("bnet", training, "offset0", (2, 5, 7, 7), dtype)
+    for training in MODES:
+        yield _case("bnet", training, "offset0", (2, 5, 7, 7), "float32", layout="channels_last")
+
+
+def _options(layer: str, choices: Iterable[dict[str, Any]]) -> Iterator[Case]:
+    for training, options, dtype in itertools.product(MODES, choices, DTYPES):
+        yield _case(layer, training, "offset0", OPTION_SHAPE, dtype, options)
+
+
+def _shared() -> Iterator[Case]:
+    for shares in SHARES:
+        shape = (sum(shares), 3, 4, 3)
+        yield _case("rbn", True, "offset10", shape, "float32", shares=shares)
+        yield _case("iebn", True, "offset0", shape, "float32", shares=shares)
+    for options in ({"centering": "channel_std", "scaling": "channel_std"}, {"momentum": None}):
+        yield _case("rbn", True, "offset0", (4, 3, 4, 3), "float32", options, shares=(3, 1))
+    yield _case("rbn", True, "offset1000", (4, 3, 4, 3), "float64", shares=(3, 1))
+    yield _case("bnet", True, "offset0", (4, 3, 4, 3), "float32", shares=(3, 1))
+
+
+def _case(
+    layer: str,
+    training: bool,
+    data: str,
+    shape: tuple[int, ...],
+    dtype: str,
+    options: dict[str, Any] | None = None,
+    **how: Any,
+) -> Case:
+    return Case(config_of(layer, shape, options or {}), training, data, shape, dtype, **how)

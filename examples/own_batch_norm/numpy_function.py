@@ -1,0 +1,52 @@
+"""A plain NumPy function held to the reference, with a mistake that the suite names.
+
+python examples/own_batch_norm/numpy_function.py
+"""
+
+from typing import Any
+
+import numpy as np
+from findings import report
+
+from rbn.conformance.subjects.numpy import NumpyFunction
+from rbn_core.config import Config
+
+Arrays = dict[str, Any]
+
+
+def batch_norm(
+    x: Any, state: Arrays, config: Config, training: bool, cotangent: Any
+) -> tuple[Any, Any, Arrays, Arrays]:
+    """One step of a BatchNorm forward and backward, which forgets Bessel's correction."""
+    axes = (0, *range(2, x.ndim))
+    shape = (1, -1, *(1,) * (x.ndim - 2))
+    values, dy, state = x.astype(float), cotangent.astype(float), dict(state)
+    batch = training or not config.track_running_stats
+    mean = values.mean(axes) if batch else state["running_mean"]
+    var = values.var(axes) if batch else state["running_var"]
+    if training and config.track_running_stats:
+        state["num_batches_tracked"] = count = state["num_batches_tracked"] + 1
+        old = config.momentum if config.momentum is not None else 1.0 - 1.0 / count
+        state["running_mean"] = old * state["running_mean"] + (1.0 - old) * mean
+        state["running_var"] = old * state["running_var"] + (1.0 - old) * var  # the mistake: not n / (n - 1)
+    inverse_std = (1.0 / np.sqrt(var + config.eps)).reshape(shape)
+    normalized = (values - mean.reshape(shape)) * inverse_std
+    gamma = state["gamma"].reshape(shape) if config.gamma else 1.0
+    beta = state["beta"].reshape(shape) if config.beta else 0.0
+    y, dx = gamma * normalized + beta, gamma * dy * inverse_std
+    if batch:
+        dx = dx - dx.mean(axes, keepdims=True) - normalized * (dx * normalized).mean(axes, keepdims=True)
+    gradients = {"gamma": (dy * normalized).sum(axes), "beta": dy.sum(axes)} if config.gamma else {}
+    return y.astype(x.dtype), dx.astype(x.dtype), gradients, state
+
+
+subject = NumpyFunction("a NumPy function", batch_norm, layers=("bn",))
+
+
+def main() -> int:
+    """Print what the suite says about the mistake."""
+    return report(subject)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

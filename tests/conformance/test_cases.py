@@ -1,0 +1,151 @@
+"""Cases are plain data: an id says all of one, and the suite has what it promises."""
+
+import collections
+import itertools
+
+import numpy as np
+import pytest
+
+from rbn.conformance.cases import LAYERS, LAYOUTS, Case, config_of, parse
+from rbn.conformance.data import DATA, EXTREMES, OFFSETS
+from rbn.conformance.suite import (
+    DTYPES,
+    HALF_DTYPES,
+    MODES,
+    SHAPES,
+    SHARES,
+    all_cases,
+    quick_cases,
+    select,
+    with_seeds,
+)
+from rbn_core import RBNValueError
+from rbn_core.config import STATISTICS
+
+
+def test_case_ids_are_unique():
+    counts = collections.Counter(case.id for case in all_cases())
+    assert [name for name, count in counts.items() if count > 1] == []
+
+
+def test_an_id_says_everything_about_its_case():
+    for case in with_seeds(all_cases(), 2):
+        assert parse(case.id) == case
+
+
+def test_an_id_that_is_not_in_the_suite_makes_a_case_too():
+    case = parse("rbn/train/huge/2x3x4/centering=None,eps=0.001/bfloat16/channels_last/seed=7")
+    assert case not in all_cases()
+    assert case.config == config_of("rbn", (2, 3, 4), {"centering": None, "eps": 0.001})
+    assert (case.training, case.data, case.dtype) == (True, "huge", "bfloat16")
+    assert (case.layout, case.variant) == ("channels_last", 7)
+    (x, _), *_ = case.inputs()
+    assert x.shape == (2, 3, 4)
+    assert parse(case.id) == case
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "rbn",
+        "rbn/train/offset0/2x3",
+        "cbn/train/offset0/2x3/float32",
+        "rbn/training/offset0/2x3/float32",
+        "rbn/train/offset5/2x3/float32",
+        "rbn/train/offset0/2xx3/float32",
+        "rbn/train/offset0/2x3/float8",
+        "rbn/train/offset0/2x3/center=None/float32",
+        "rbn/train/offset0/2x3/centering=mean/float32",
+        "rbn/train/offset0/2x3/float32/upside_down",
+        "rbn/train/offset0/2x3/float32/shares=2+1",
+        "rbn/train/digits/2x3/float32",
+        "rbn/train/offset0/2x3/float32/seed=x",
+    ],
+)
+def test_what_is_no_id_is_refused(wrong):
+    with pytest.raises(RBNValueError, match="expected the id of a case"):
+        parse(wrong)
+
+
+def test_a_quick_run_has_one_case_for_every_row_on_one_device():
+    rows = dict.fromkeys(case.group for case in all_cases() if not case.shares)
+    assert [case.group for case in quick_cases()] == list(rows)
+
+
+def test_every_combination_that_the_suite_promises_has_a_case():
+    features = [case.features for case in all_cases()]
+
+    def has(**wanted):
+        return any(wanted.items() <= case.items() for case in features)
+
+    for layer, mode, dtype in itertools.product(LAYERS, ("train", "eval"), (*DTYPES, *HALF_DTYPES)):
+        assert has(layer=layer, mode=mode, dtype=dtype)
+    for mode, dtype, data in itertools.product(("train", "eval"), DTYPES, DATA):
+        assert has(layer="rbn", mode=mode, dtype=dtype, data=data)
+    for mode, dtype, centering, scaling in itertools.product(
+        ("train", "eval"), DTYPES, STATISTICS, STATISTICS
+    ):
+        assert has(mode=mode, dtype=dtype, centering=str(centering), scaling=str(scaling))
+    for mode, layout in itertools.product(("train", "eval"), LAYOUTS):
+        assert has(layer="rbn", mode=mode, layout=layout)
+    for layer in LAYERS:
+        assert has(layer=layer, layout="channels_last")
+        for option, value in (
+            ("momentum", "None"),
+            ("track_running_stats", "False"),
+            ("running_var", "biased"),
+        ):
+            assert any(c["layer"] == layer and c[option] == value for c in features)
+    shapes = {(case.mode, case.dtype, case.data, case.shape) for case in all_cases() if case.layer == "rbn"}
+    for mode, dtype, data, shape in itertools.product(("train", "eval"), DTYPES, OFFSETS, SHAPES):
+        assert (mode, dtype, data, shape) in shapes
+    assert {case.shares for case in all_cases()} == {(), *SHARES}
+    assert MODES == (True, False)
+
+
+@pytest.mark.parametrize("case", quick_cases(), ids=lambda case: case.id)
+def test_a_case_is_the_same_wherever_it_runs(case: Case):
+    for (x, cotangent), (again, cotangent_again) in zip(case.inputs(), case.inputs(), strict=True):
+        np.testing.assert_array_equal(x, again)
+        np.testing.assert_array_equal(cotangent, cotangent_again)
+        assert x.shape == cotangent.shape == case.shape
+        assert x.dtype == cotangent.dtype == case.dtype
+    for name, value in case.state().items():
+        np.testing.assert_array_equal(value, case.state()[name])
+
+
+@pytest.mark.parametrize("data", EXTREMES)
+def test_extreme_numbers_are_what_they_are_called(data):
+    (x, _), *_ = parse(f"rbn/train/{data}/3x4x2x3/float32").inputs()
+    finite = np.abs(x[np.isfinite(x)])
+    assert {
+        "constant": lambda: (x == x[..., :1, :1]).all() and len(np.unique(x)) == 12,
+        "tiny": lambda: 0 < finite.max() < 1e-15 and finite.max() ** 2 > np.finfo("float32").tiny,
+        "denormal": lambda: 0 < finite.max() < np.finfo("float32").tiny,
+        "huge": lambda: finite.max() > 1e10,
+        "inf": lambda: np.isinf(x).sum() == 1,
+        "nan": lambda: np.isnan(x).sum() == 1,
+    }[data]()
+
+
+def test_patterns_choose_cases():
+    chosen = select(all_cases(), ["rbn/train/*/float32", "iebn/*"], ["*shares*", "*/digits/*"])
+    ids = [case.id for case in chosen]
+    assert "rbn/train/offset0/8x3/float32" in ids
+    assert any(name.startswith("iebn/eval") for name in ids)
+    assert not any("shares" in name or "digits" in name or name.startswith("bnet") for name in ids)
+    assert select(all_cases()) == all_cases()
+    unusual = "rbn/train/tiny/1x1x9/float16"
+    assert [case.id for case in select(all_cases(), [unusual])] == [unusual]
+
+
+@pytest.mark.parametrize("where", ["only", "exclude"])
+@pytest.mark.parametrize("pattern", ["rbn/nothing/*", "trian", "rbn/train/offset0/8x3/float8"])
+def test_a_pattern_that_matches_nothing_is_refused(where, pattern):
+    with pytest.raises(RBNValueError, match="expected"):
+        select(all_cases(), **{where: [pattern]})
+
+
+def test_every_seed_has_numbers_of_its_own():
+    one, other = (dict(case.state()) for case in with_seeds([parse("bn/train/offset0/8x3/float32")], 2))
+    assert not np.array_equal(one["gamma"], other["gamma"])

@@ -1,0 +1,80 @@
+"""What the terminal and the JSON say of a run."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from rbn.conformance import runner
+from rbn.conformance.checks import ABSENT, EXPECTED, FAILED, PASSED, Result
+from rbn.conformance.comparison import Deviation
+from rbn.conformance.report import Progress, render, write_json
+from rbn.conformance.suite import all_cases
+
+CAUSE = "behaves like: The momentum weighs the new value instead of the old."
+
+
+def finished_run(status=PASSED, failure=""):
+    worst = Deviation("y", 1.0, 2.0) if status == PASSED else Deviation("y", np.inf, 2.0, "at [0]")
+    causes = (CAUSE,) if status == FAILED else ()
+    result = Result("rbn/train/x/float32", "rbn/train/float32", status, (worst,), "why", 0.1, causes)
+    return runner.Run("numpy", ("a:B",), (), "done", 0.0, 1.0, {"numpy": [result]}, {"numpy": "1"}, failure)
+
+
+def shown(runs):
+    console = Console(width=120, file=io.StringIO())
+    console.print(render(runs))
+    return console.file.getvalue()
+
+
+def test_the_matrix_shows_the_worst_ratio_what_failed_and_the_cause():
+    assert "0.50" in shown([finished_run()])
+    assert "conforms: 1 passed" in shown([finished_run()])
+    text = shown([finished_run(FAILED)])
+    assert "1 failed: inf" in text
+    assert f"rbn/train/x/float32: why\n    {CAUSE}" in text
+    assert f"1 of them: {CAUSE}" in text
+    assert "DIFFERS" in text
+
+
+@pytest.mark.parametrize("status", [ABSENT, EXPECTED])
+def test_what_was_declared_stands_there_with_its_reason(status):
+    text = shown([finished_run(status)])
+    assert f"{status}: numpy, 1 cases: why" in text
+    assert f"conforms: 1 {status}" in text
+    assert "inf" not in text
+
+
+def test_a_run_that_ended_early_says_why():
+    text = shown([finished_run(failure="the process ended [bold]so[/bold]")])
+    assert "numpy: the process ended [bold]so[/bold]" in text
+    assert "numpy DIFFERS" in text
+
+
+def test_the_json_holds_every_case_and_is_plain_json(tmp_path):
+    write_json(tmp_path / "results.json", [finished_run(FAILED)])
+    content = json.loads((tmp_path / "results.json").read_text(), parse_constant=pytest.fail)
+    (result,) = content["runs"]["numpy"]["subjects"]["numpy"]
+    assert result["case"] == "rbn/train/x/float32"
+    assert result["deviations"][0]["error"] is None
+    assert result["causes"] == [CAUSE]
+    assert content["runs"]["numpy"]["passed"] is False
+
+
+def test_a_run_counts_as_passed_only_when_it_is_whole():
+    assert finished_run().passed
+    assert not finished_run(FAILED).passed
+    assert not finished_run(failure="it ended").passed
+
+
+def test_progress_without_a_terminal_is_a_line_now_and_then(capsys):
+    progress = Progress(Console(width=120), interval=0.0)
+    waiting = runner.Run("jittor", ("a:B",), all_cases(), "importing")
+    with progress:
+        progress([waiting, runner.Run("torch", ("a:B",), all_cases())])
+    assert capsys.readouterr().out == (
+        "jittor: importing (on first use Jittor compiles itself, about 3 minutes), 0 of "
+        f"{waiting.total} cases, 0 s\n"
+    )

@@ -1,0 +1,86 @@
+"""The runner outlives every subject: what dies, hangs, prints or cannot be imported is a clear row."""
+
+import time
+from pathlib import Path
+
+import pytest
+
+from rbn.conformance import runner
+from rbn.conformance.checks import FAILED, PASSED
+from rbn.conformance.suite import all_cases, select
+
+FEW = select(all_cases(), ["bn/train/offset*/float32"], ["*/channels_last"])
+NUMPY = {"numpy": runner.SUBJECTS["numpy"]}
+
+
+@pytest.fixture(autouse=True)
+def _importable(monkeypatch):
+    """Let the processes find this file's subjects."""
+    monkeypatch.syspath_prepend(Path(__file__).parent)
+
+
+def run(reference, cases=FEW, **options):
+    (only,) = runner.run({"it": (f"misbehaving:{reference}",)}, cases, lambda runs: None, **options)
+    return only
+
+
+@pytest.mark.parametrize(
+    ("reference", "how"),
+    [
+        ("Dies", "ended the process with signal SIGSEGV"),
+        ("Exits", "ended the process with exit code 3"),
+        ("Hangs", "gave no result within 5 s and was stopped"),
+    ],
+)
+def test_a_case_that_ends_its_process_fails_and_the_next_one_runs(reference, how):
+    started = time.monotonic()
+    found = run(reference, time_limit=5)
+    results = found.results["misbehaves"]
+    assert [result.case for result in results] == [case.id for case in FEW]
+    assert {result.case for result in results if result.status == FAILED} == {"bn/train/offset0/8x3/float32"}
+    (failed,) = [result for result in results if result.status == FAILED]
+    assert failed.message.startswith(how)
+    assert "a line of its own" in failed.message
+    assert (found.stage, found.failure, found.passed) == ("done", "", False)
+    assert time.monotonic() - started < 60
+
+
+def test_a_subject_that_always_dies_is_given_up_and_stops_no_other(monkeypatch):
+    monkeypatch.setattr(runner, "DEATHS", 2)
+    dead, alive = runner.run({"dead": ("misbehaving:AlwaysDies",), **NUMPY}, FEW, lambda runs: None)
+    assert dead.failure == "given up after 2 cases that ended its process"
+    assert [result.status for result in dead.results["misbehaves"]] == [FAILED] * 2
+    assert alive.passed
+
+
+def test_every_subject_has_a_process_of_its_own_and_only_its_layers():
+    (numpy,) = runner.run(NUMPY, FEW, lambda runs: None)
+    assert numpy.passed, numpy.failure
+    assert numpy.finished == numpy.total == len(FEW)
+    assert numpy.versions["numpy"]
+    found = run("Misbehaves", select(all_cases(), ["*/train/digits/*/float64"]))
+    assert found.finished == found.total == 1
+    assert [result.status for result in found.results["misbehaves"]] == [PASSED]
+
+
+@pytest.mark.parametrize(
+    ("reference", "message"),
+    [
+        ("rbn.conformance.no_such_module:Subject", "No module named 'rbn.conformance.no_such_module'"),
+        ("rbn.conformance.runner:nobody", "has no attribute 'nobody'"),
+        ("builtins:dict", "expected builtins:dict to be a rbn.conformance.subject.Subject"),
+        ("os:abort", "ended the process with signal SIGABRT before its first case"),
+    ],
+)
+def test_a_subject_that_cannot_be_loaded_is_a_failed_run(reference, message):
+    (broken,) = runner.run({"it": (reference,)}, FEW, lambda runs: None)
+    assert message in broken.failure
+    assert (broken.stage, broken.passed) == ("done", False)
+
+
+def test_an_entry_point_names_a_subject(monkeypatch):
+    from importlib.metadata import EntryPoint
+
+    point = EntryPoint("theirs", "their.module:Subject", runner.ENTRY_POINTS)
+    monkeypatch.setattr(runner, "entry_points", lambda group: [point] if group == "rbn.conformance" else [])
+    assert runner.registered() == {"theirs": ("their.module:Subject",)}

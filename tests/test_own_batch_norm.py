@@ -1,0 +1,140 @@
+"""The frameworks' own BatchNorm layers differ where their examples say, and nowhere else."""
+
+import importlib
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from rbn.conformance.checks import ABSENT, EXPECTED, FAILED, PASSED, check
+from rbn.conformance.suite import all_cases, select
+
+FOLDER = Path(__file__).parents[1] / "examples" / "own_batch_norm"
+CASES = select(all_cases(), ["bn/*"])
+
+
+@pytest.fixture
+def example(monkeypatch):
+    """Imports an example as it is imported where it is run."""
+    monkeypatch.syspath_prepend(FOLDER)
+    return importlib.import_module
+
+
+def statuses(subject, cases=CASES):
+    """How many cases have which status; the check raises at anything that was not declared."""
+    return Counter(result.status for result in check(subject, cases))
+
+
+def reasons(subject, cases=CASES):
+    """How many cases ran and differ for which declared reason."""
+    expected = [result for result in check(subject, cases) if result.status == EXPECTED]
+    assert all(result.worst.quantity != "raised" for result in expected)
+    return Counter(result.message for result in expected)
+
+
+@pytest.mark.framework("torch")
+def test_torch_differs_nowhere(example):
+    module = example("torch_batch_norm")
+    assert statuses(module.subject) == {PASSED: len(CASES) - 4, ABSENT: 4}
+
+
+@pytest.mark.framework("torch")
+def test_the_example_prints_a_table_and_the_command_takes_its_subject():
+    done = subprocess.run([sys.executable, FOLDER / "torch_batch_norm.py"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{len(CASES) - 4} cases pass, 0 differ as declared, 4 cannot run, 0 fail" in done.stdout
+    assert "has no option running_var" in done.stdout
+    command = [Path(sys.executable).with_name("rbn"), "conform", "--only", "bn/*/offset10/*"]
+    command += ["--subject", "torch_batch_norm:subject"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=FOLDER)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "torch BatchNorm" in done.stdout
+
+
+@pytest.mark.framework("flax")
+@pytest.mark.parametrize("name", ["subject", "nnx_subject"])
+def test_flax_has_a_one_pass_variance_and_promotes_half_precision(example, name):
+    module = example("flax_batch_norm")
+    # The photographs are so near to the tolerance that another processor may stay within.
+    some = select(CASES, ["*/offset1000/*", "*/3x4x2x3/*", "*/*float16", "*/8x3/*"])
+    found = check(getattr(module, name), some)
+    assert Counter(result.message for result in found if result.status == EXPECTED) == {
+        module.ONE_PASS: 2,
+        module.PROMOTED: 4,
+    }
+    assert {result.worst.quantity for result in found if result.message == module.ONE_PASS} == {"y"}
+
+
+@pytest.mark.framework("flax")
+def test_flax_is_right_with_the_options_that_its_findings_name(example, monkeypatch):
+    module = example("flax_batch_norm")
+    monkeypatch.setattr(module.subject, "expected_failures", {})
+
+    def passes(pattern, **options):
+        make = module.make
+        monkeypatch.setattr(
+            module.subject, "make", lambda config, dtype: make(config, dtype).clone(**options)
+        )
+        return statuses(module.subject, select(CASES, [pattern])).keys() == {PASSED}
+
+    assert passes("bn/train/offset1000/*", use_fast_variance=False)
+    assert passes("bn/train/photographs/*", use_fast_variance=False)
+    assert passes("bn/*/float16", dtype="float16")
+    assert passes("bn/*/bfloat16", dtype="bfloat16")
+
+
+@pytest.mark.framework("mindspore")
+def test_mindspore_refuses_dtypes_and_stores_too_much(example):
+    module = example("mindspore_batch_norm")
+    found = check(module.subject)
+    assert Counter(result.message for result in found if result.status == EXPECTED) == {module.TOO_MUCH: 4}
+    refused = [result for result in found if result.message == module.NO_DTYPE]
+    assert len(refused) == 30
+    told = [result.worst.message for result in refused if "=False" not in result.case]
+    assert all("must be a type of {Tensor[Float16], Tensor[Float32]}" in message for message in told)
+
+
+@pytest.mark.framework("jittor")
+def test_jittor_has_a_one_pass_variance_and_keeps_neither_float64_nor_float32_where_due(example):
+    module = example("jittor_batch_norm")
+    # Few shapes and options: for every one Jittor compiles kernels when it first meets it.
+    some = select(CASES, ["*/offset1000/*", "*/nan/*", "*/*float16", "*/offset0/8x3/*"])
+    assert reasons(module.subject, some) == {
+        module.ONE_PASS: 1,
+        module.NAN: 2,
+        module.CONSTANTS: 4,
+        module.IN_HALF: 2,
+        module.PROMOTED: 2,
+    }
+
+
+@pytest.mark.framework("jittor")
+def test_jittor_is_right_in_float64_where_its_constants_are_powers_of_two(example, monkeypatch):
+    subject = example("jittor_batch_norm").subject
+    monkeypatch.setattr(subject, "expected_failures", {})
+    exact = "bn/train/offset0/2x4x2x2/eps=0.0009765625,momentum=0.5/float64"
+    assert statuses(subject, select((), [exact])) == {PASSED: 1}
+
+
+def test_the_suite_names_the_mistake_of_a_numpy_function(example):
+    module = example("numpy_function")
+    failed = [
+        result for result in check(module.subject, CASES, on_failure="collect") if result.status == FAILED
+    ]
+    assert len(failed) == 31
+    assert all(result.case.startswith("bn/train/") for result in failed)
+    named = [
+        result
+        for result in failed
+        if "behaves like: The running variance has the other" in str(result.causes)
+    ]
+    assert len(named) == len(failed)
+
+
+def test_the_example_of_a_wrong_layer_says_what_is_wrong_with_it():
+    done = subprocess.run([sys.executable, FOLDER / "numpy_function.py"], capture_output=True, text=True)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert f"31 of {len(CASES)} cases failed" in done.stdout
+    assert "behaves like: The running variance has the other estimator" in done.stdout
