@@ -87,10 +87,10 @@ def all_cases() -> tuple[Case, ...]:
 
 @cache
 def quick_cases() -> tuple[Case, ...]:
-    """The first case of each row on one device: a look in less than a minute."""
+    """The first case of each row, but for float64 and several devices: a look in less than a minute."""
     first: dict[str, Case] = {}
     for case in all_cases():
-        if not case.shares:
+        if not case.shares and case.dtype != "float64":
             first.setdefault(case.group, case)
     return tuple(first.values())
 

@@ -92,7 +92,7 @@ def conform(
         list[str] | None, typer.Option(metavar="PATTERN", help="No cases whose id matches.")
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Run every case with so many sets of numbers.")] = 1,
-    quick: Annotated[bool, typer.Option("--quick", help="One case for each row, in about a minute.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="One case for each row, within a minute.")] = False,
     time_limit: Annotated[float, typer.Option(min=1, help="Seconds that one case may take.")] = 600.0,
     list_cases: Annotated[
         bool, typer.Option("--list", help="Print the ids of the cases, and run none.")

@@ -55,9 +55,9 @@ class MindSporeCell(LayerSubject):
         leaf = tensor(x, self.layout)
         learned = {self.names[name] for name in PARAMETERS if name in self.names}
         weights = {name: weight for name, weight in self.stored().items() if name in learned}
-        y, vjp = ops.vjp(self.layer, leaf, weights=list(weights.values()))
+        y, vjp = ops.vjp(self.layer, leaf, weights=list(weights.values()) or None)
         gradients: Any
-        # Without weights there is no pair, but the gradient of the input alone.
+        # Without weights the input's gradient is not one of a pair.
         pulled = vjp(tensor(cotangent, "channels_last" if self.layout == "channels_last" else ""))
         (dx,), gradients = pulled if weights else (pulled, ())
         named = self.canonical({name: g.asnumpy() for name, g in zip(weights, gradients, strict=True)})

@@ -67,8 +67,9 @@ def test_what_is_no_id_is_refused(wrong):
         parse(wrong)
 
 
-def test_a_quick_run_has_one_case_for_every_row_on_one_device():
-    rows = dict.fromkeys(case.group for case in all_cases() if not case.shares)
+def test_a_quick_run_has_one_case_for_every_row_on_one_device_and_not_in_float64():
+    few = [case for case in all_cases() if not case.shares and case.dtype != "float64"]
+    rows = dict.fromkeys(case.group for case in few)
     assert [case.group for case in quick_cases()] == list(rows)
 
 
