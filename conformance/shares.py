@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import importlib
+import os
 import subprocess
 import sys
 import tempfile
@@ -147,6 +148,14 @@ class Processes:
 def processes(factory: str, world: int, launch: Launcher) -> Processes:
     """The processes of so many devices; they serve every case."""
     return Processes(factory, world, launch)
+
+
+def start(command: Sequence[str | Path], log: Path, **environment: str) -> subprocess.Popen[bytes]:
+    """Start a command in the folder of its log."""
+    with log.open("wb") as file:
+        return subprocess.Popen(
+            command, cwd=log.parent, env=os.environ | environment, stdout=file, stderr=subprocess.STDOUT
+        )
 
 
 def the_same(states: Sequence[State]) -> State:

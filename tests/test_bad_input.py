@@ -98,7 +98,12 @@ def layers(framework):
 def subjects(framework):
     if framework == "reference":
         return [NumpyLayer("reference", Layer)]
-    return [runner.subject(reference) for reference in runner.SUBJECTS[framework]]
+    return [
+        runner.load(reference)
+        for name, references in runner.SUBJECTS.items()
+        for reference in references
+        if name.partition(".")[0] == framework
+    ]
 
 
 @pytest.mark.parametrize(("option", "kind", "text"), OPTIONS, ids=lambda value: str(value)[:24])

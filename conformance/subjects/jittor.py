@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rbn.conformance.cases import LAYERS
-from rbn.conformance.shares import Devices, processes
+from rbn.conformance.shares import Devices, processes, start
 from rbn.conformance.subject import Array, LayerSubject, Outcome, Subject
 from rbn_core.config import Config
 from rbn_core.names import NAMES, PARAMETERS
@@ -120,15 +119,9 @@ def launch(script: list[str], world: int, folder: Path) -> list[subprocess.Popen
     """Start mpirun."""
     if MPIRUN is None:
         raise NotImplementedError("mpirun is not installed")
+    command = [MPIRUN, "--oversubscribe", "-np", str(world), sys.executable, *script]
     as_root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-    return [
-        subprocess.Popen(
-            [MPIRUN, "--oversubscribe", "-np", str(world), sys.executable, *script],
-            env=os.environ | as_root,
-            stdout=(folder / "mpirun.log").open("wb"),
-            stderr=subprocess.STDOUT,
-        )
-    ]
+    return [start(command, folder / "mpirun.log", **as_root)]
 
 
 def device(world: int, folder: Path) -> tuple[int, Subject]:

@@ -20,7 +20,7 @@ from mindspore.communication import get_rank, init
 from rbn.backends.mindspore import BNET, IEBN, RBN, from_numpy, to_numpy
 from rbn.backends.mindspore.weights import stored
 from rbn.conformance.cases import LAYERS
-from rbn.conformance.shares import Devices, processes
+from rbn.conformance.shares import Devices, processes, start
 from rbn.conformance.subject import Array, LayerSubject, Outcome, Subject
 from rbn_core.config import Config
 from rbn_core.names import NAMES, PARAMETERS
@@ -135,15 +135,8 @@ def launch(script: list[str], world: int, folder: Path) -> list[subprocess.Popen
         port = free.getsockname()[1]
     bin = Path(sys.executable).parent
     workers = [f"--worker_num={world}", f"--local_worker_num={world}", f"--master_port={port}"]
-    return [
-        subprocess.Popen(
-            [bin / "msrun", *workers, f"--log_dir={folder}", "--join=True", *script],
-            cwd=folder,
-            env=os.environ | {"PATH": f"{bin}{os.pathsep}{os.environ['PATH']}"},
-            stdout=(folder / "msrun.log").open("wb"),
-            stderr=subprocess.STDOUT,
-        )
-    ]
+    command = [str(bin / "msrun"), *workers, f"--log_dir={folder}", "--join=True", *script]
+    return [start(command, folder / "msrun.log", PATH=f"{bin}{os.pathsep}{os.environ['PATH']}")]
 
 
 def device(world: int, folder: Path) -> tuple[int, Subject]:

@@ -13,7 +13,7 @@ from torch import nn
 
 from rbn.backends.torch import BNET, IEBN, RBN, from_numpy, to_numpy
 from rbn.conformance.cases import LAYERS
-from rbn.conformance.shares import Devices, processes
+from rbn.conformance.shares import Devices, processes, start
 from rbn.conformance.subject import Array, LayerSubject, Outcome, Subject
 from rbn.conformance.subjects.numpy import laid_out
 from rbn_core.config import Config
@@ -105,15 +105,7 @@ class Torch(TorchModule):
 
 def launch(script: list[str], world: int, folder: Path) -> list[subprocess.Popen[bytes]]:
     """Start a process for each rank."""
-    return [
-        subprocess.Popen(
-            [sys.executable, *script],
-            env=os.environ | {"RANK": str(rank)},
-            stdout=(folder / f"{rank}.log").open("wb"),
-            stderr=subprocess.STDOUT,
-        )
-        for rank in range(world)
-    ]
+    return [start([sys.executable, *script], folder / f"{rank}.log", RANK=str(rank)) for rank in range(world)]
 
 
 def device(world: int, folder: Path) -> tuple[int, Subject]:
