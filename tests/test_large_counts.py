@@ -38,7 +38,7 @@ def after_a_large_batch(framework):
         layer = RBN(use_running_average=False)
         y, _ = jax.eval_shape(lambda x: layer.init_with_output(jax.random.key(0), x), x)
         _, running_var = functional.track(
-            (jnp.zeros(2), jnp.ones(2)), 1, mean, var, momentum=0.9, running_var="unbiased", values=VALUES
+            (jnp.zeros(2), jnp.ones(2)), mean, var, 1, momentum=0.9, running_var="unbiased", values=VALUES
         )
         return np.asarray(running_var), (y.shape[0], y.shape[3], *y.shape[1:3])
     if framework == "mindspore":

@@ -89,7 +89,8 @@ def test_flax_is_right_with_the_options_that_its_findings_name(example, monkeypa
 def test_mindspore_refuses_dtypes_and_stores_too_much(example):
     module = example("mindspore_batch_norm")
     found = check(module.subject)
-    assert Counter(result.message for result in found if result.status == EXPECTED) == {module.TOO_MUCH: 4}
+    assert not any(result.status == EXPECTED for result in found)
+    assert sum(result.message == module.TOO_MUCH for result in found) == 4
     refused = [result for result in found if result.message == module.NO_DTYPE]
     assert len(refused) == 30
     told = [result.worst.message for result in refused if "=False" not in result.case]

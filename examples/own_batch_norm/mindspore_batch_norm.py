@@ -39,8 +39,6 @@ subject = MindSporeCell(
         "bn/*/bfloat16": NO_DTYPE,
         "bn/*/channels_last": "takes NHWC on a GPU only",
         "bn/*/2x3x2x3x2/*": "BatchNorm3d stores other names than BatchNorm2d",
-    },
-    expected_failures={
         "bn/*/gamma=False,beta=False/float32": TOO_MUCH,
         "bn/*/track_running_stats=False/float32": TOO_MUCH,
     },
