@@ -59,13 +59,12 @@ class CalibratedNorm(Module):
     def execute(self, x: Var) -> Var:
         """Y, of the shape and dtype of `x`, (N, C, *spatial)."""
         share = distributed.Share(x) if self.is_train and self.sync and jt.in_mpi else None
-        values = x.numel() // self.num_features if share is None else share.values
         check_input(
             x.shape,
             str(x.dtype),
             self.num_features,
             training=self.is_train,
-            values=values,
+            values=None if share is None else share.values,
             spatial_dims=self.spatial_dims,
             layer=self.layer,
         )
@@ -83,6 +82,7 @@ class CalibratedNorm(Module):
                 average=functional.batch_average if share is None else share.average,
             )
             if self.is_train:
+                values = x.numel() // self.num_features if share is None else share.values
                 self._track(mean, var, values)
             return self.transform(y).cast(x.dtype)
 
