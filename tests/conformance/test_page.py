@@ -4,6 +4,7 @@ import io
 import json
 import re
 import shutil
+import time
 from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
@@ -308,6 +309,14 @@ def shown(chrome, selector):
     return chrome.execute_script(script, selector)
 
 
+def wait_for(condition):
+    """A browser tells a page that something was unfolded a moment after it was: wait for what follows."""
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
 def typed(chrome, text):
     chrome.execute_script(
         "const field = document.getElementById('filter');"
@@ -407,9 +416,9 @@ def test_a_cell_leads_to_its_cases_and_a_case_unfolds(chromium, real):
     opened(chromium, real)
     assert shown(chromium, ".case") == 0
     chromium.find_element("css selector", ".matrix td a").click()
-    assert shown(chromium, ".case") > 0
+    wait_for(lambda: shown(chromium, ".case") > 0)
     chromium.find_element("css selector", ".group[open] .case summary").click()
-    assert shown(chromium, ".case table tbody tr") > 5
+    wait_for(lambda: shown(chromium, ".case table tbody tr") > 5)
     assert shown(chromium, ".case .command code") == 1
 
 
@@ -424,7 +433,7 @@ def test_a_row_leads_to_its_cases(chromium, fake):
 def test_an_address_with_a_place_unfolds_it(chromium, real):
     opened(chromium, real, place="#c1")
     assert chromium.execute_script("return document.getElementById('c1').open")
-    assert shown(chromium, "#c1 table") == 1
+    wait_for(lambda: shown(chromium, "#c1 table") == 1)
 
 
 def test_without_scripts_failures_are_readable(chromium, fake):
