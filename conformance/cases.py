@@ -14,7 +14,7 @@ import numpy as np
 from rbn.conformance.data import DATA, EXTREMES, OFFSETS, REAL, REAL_SHAPES, Array, centre, magnitude, numbers
 from rbn_core.config import FLOATING, Config
 from rbn_core.errors import RBNError, RBNValueError
-from rbn_core.weights import State
+from rbn_core.matching import State
 
 LAYERS = ("rbn", "iebn", "bnet", "bn")
 """What a case can be of; "bn" is plain BatchNorm, RBN without its calibrations."""

@@ -12,8 +12,8 @@ import numpy as np
 from rbn.conformance.cases import Case
 from rbn.conformance.subject import Array, Outcome, Subject
 from rbn.conformance.tolerances import tolerances
+from rbn_core.matching import State
 from rbn_core.reference import Layer
-from rbn_core.weights import State
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,8 @@ from rich.progress import track
 
 from rbn.conformance.tolerances import tolerances
 from rbn_core.config import STATISTICS, Config
+from rbn_core.matching import State
 from rbn_core.reference import Array, Layer
-from rbn_core.weights import State
 
 FOLDER = Path(__file__).with_name("golden")
 FORMAT = 1

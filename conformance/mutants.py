@@ -16,8 +16,8 @@ from rbn.conformance.subject import Array, Outcome, Subject
 from rbn.conformance.subjects.numpy import NumpyLayer
 from rbn.conformance.wrong_layers import WRONG_LAYERS
 from rbn_core.config import Config
+from rbn_core.matching import State
 from rbn_core.reference import Layer, Steps, batch_mean_and_variance
-from rbn_core.weights import State
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import numpy as np
 
 from rbn.conformance.subject import Array, Outcome, Subject
 from rbn_core.config import Config
-from rbn_core.weights import State
+from rbn_core.matching import State
 
 Launcher = Callable[[list[str], int, Path], Sequence["subprocess.Popen[bytes]"]]
 """Starts a Python script with its arguments in so many processes, whose logs go to the folder."""

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from rbn.conformance.cases import LAYERS
 from rbn_core.config import Config
 from rbn_core.errors import RBNValueError
-from rbn_core.weights import State
+from rbn_core.matching import State
 
 Array = NDArray[Any]
 

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rbn_core.config import SPATIAL_STATISTICS, Config, Statistic, check_input, refuse_unknown_options
-from rbn_core.weights import State, check_state
+from rbn_core.matching import State, match
 
 Array = NDArray[Any]
 
@@ -82,7 +82,7 @@ class Layer:
         Raises:
             RBNValueError: Names are missing or unexpected, or shapes are wrong; nothing has changed then.
         """
-        arrays = check_state(state, self.config.state_shapes())
+        arrays, _ = match(state, self.config.state_shapes())
         for name, array in arrays.items():
             if name == "num_batches_tracked":
                 self.statistics[name] = int(array)

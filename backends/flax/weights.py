@@ -14,8 +14,8 @@ from flax import traverse_util
 from rbn.backends.flax import functional, nnx
 from rbn.backends.flax.layers import CalibratedNorm
 from rbn_core.errors import RBNTypeError, RBNValueError
+from rbn_core.matching import State, match
 from rbn_core.names import NAMES, PARAMETERS, STATISTICS
-from rbn_core.weights import State, check_state
 
 
 def to_numpy(layer: Mapping[str, Any] | nnx.CalibratedNorm) -> State:
@@ -50,12 +50,12 @@ def from_numpy(layer: CalibratedNorm | nnx.CalibratedNorm, state: Mapping[str, A
     if isinstance(layer, nnx.CalibratedNorm):
         stored = _stored(layer)
         shapes = {canonical: value.shape for canonical, value in to_numpy(layer).items()}
-        for canonical, value in _channels_last(check_state(state, shapes)).items():
+        for canonical, value in _channels_last(match(state, shapes)[0]).items():
             variable = stored[NAMES["flax"][canonical]]
             variable[...] = jnp.asarray(value, variable.dtype)
         return None
     channels = (len(value) for value in (state.get("running_mean"), *state.values()) if np.ndim(value) == 1)
-    arrays = _channels_last(check_state(state, layer.config(next(channels, 1)).state_shapes()))
+    arrays = _channels_last(match(state, layer.config(next(channels, 1)).state_shapes())[0])
     dtypes = dict.fromkeys(PARAMETERS, layer.param_dtype)
     dtypes |= dict.fromkeys(STATISTICS, functional.statistics_dtype(layer.param_dtype))
     dtypes["num_batches_tracked"] = jnp.int32

@@ -9,8 +9,8 @@ import jittor as jt
 
 from rbn.backends.jittor.functional import at_least_float32
 from rbn.backends.jittor.layers import CalibratedNorm
+from rbn_core.matching import State, match
 from rbn_core.names import NAMES
-from rbn_core.weights import State, check_state
 
 
 def to_numpy(layer: CalibratedNorm) -> State:
@@ -34,7 +34,7 @@ def from_numpy(layer: CalibratedNorm, state: Mapping[str, Any]) -> None:
         RBNValueError: Names are missing or unexpected, or shapes are wrong; all are listed, nothing changes.
     """
     shapes = {name: value.shape for name, value in to_numpy(layer).items()}
-    arrays = check_state(state, shapes)
+    arrays, _ = match(state, shapes)
     stored = layer.state_dict()
     for name, value in arrays.items():
         old = stored[NAMES["jittor"][name]]

@@ -9,8 +9,8 @@ import mindspore as ms
 from mindspore import Parameter, Tensor
 
 from rbn.backends.mindspore.layers import CalibratedNorm
+from rbn_core.matching import State, match
 from rbn_core.names import NAMES
-from rbn_core.weights import State, check_state
 
 
 def to_numpy(layer: CalibratedNorm) -> State:
@@ -31,10 +31,11 @@ def from_numpy(layer: CalibratedNorm, state: Mapping[str, Any]) -> None:
     Raises:
         RBNValueError: Names are missing or unexpected, or shapes are wrong; all are listed, nothing changes.
     """
-    arrays = check_state(state, {name: value.shape for name, value in to_numpy(layer).items()})
+    arrays, _ = match(state, {name: value.shape for name, value in to_numpy(layer).items()})
     tensors = {
         parameter: Tensor(arrays[name].reshape(parameter.shape)).astype(parameter.dtype)
         for name, parameter in stored(layer).items()
+        if name in arrays
     }
     for parameter, tensor in tensors.items():
         parameter.set_data(tensor)

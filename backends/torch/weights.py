@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from rbn.backends.torch.layers import CalibratedNorm
+from rbn_core.matching import State, match
 from rbn_core.names import NAMES
-from rbn_core.weights import State, check_state
 
 
 def to_numpy(layer: CalibratedNorm) -> State:
@@ -29,7 +29,7 @@ def from_numpy(layer: CalibratedNorm, state: Mapping[str, Any]) -> None:
         RBNValueError: Names are missing or unexpected, or shapes are wrong; all are listed, nothing changes.
     """
     shapes = {name: value.shape for name, value in to_numpy(layer).items()}
-    arrays = check_state(state, shapes)
+    arrays, _ = match(state, shapes)
     layer.load_state_dict({NAMES["torch"][name]: torch.tensor(value) for name, value in arrays.items()})
 
 

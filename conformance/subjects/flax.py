@@ -23,8 +23,8 @@ from rbn.conformance.cases import LAYERS
 from rbn.conformance.subject import Array, LayerSubject, Outcome, Subject
 from rbn.conformance.suite import OPTION_SHAPE
 from rbn_core.config import Config
+from rbn_core.matching import State
 from rbn_core.names import NAMES
-from rbn_core.weights import State
 
 NO_SWITCH = {"track_running_stats": True}
 """Flax's BatchNorm always keeps running statistics, and so do the layers."""

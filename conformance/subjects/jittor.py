@@ -12,8 +12,8 @@ from rbn.conformance.cases import LAYERS
 from rbn.conformance.shares import Devices, processes, start
 from rbn.conformance.subject import Array, LayerSubject, Outcome, Subject
 from rbn_core.config import Config
+from rbn_core.matching import State
 from rbn_core.names import NAMES, PARAMETERS
-from rbn_core.weights import State
 
 # After NumPy's own start, of which Jittor would change the denormal numbers.
 # isort: split

@@ -23,8 +23,8 @@ from rbn.conformance.cases import LAYERS
 from rbn.conformance.shares import Devices, processes, start
 from rbn.conformance.subject import Array, LayerSubject, Outcome, Subject
 from rbn_core.config import Config
+from rbn_core.matching import State
 from rbn_core.names import NAMES, PARAMETERS
-from rbn_core.weights import State
 
 # MindSpore gives NumPy a "bfloat16" of its own, which knows no arithmetic: the name is the suite's again.
 np.sctypeDict["bfloat16"] = ml_dtypes.bfloat16

@@ -11,8 +11,8 @@ from rbn.conformance.cases import LAYERS
 from rbn.conformance.subject import Array, Momentum, Outcome, Subject, in_convention
 from rbn_core.config import Config
 from rbn_core.fused import TwoPass
+from rbn_core.matching import State
 from rbn_core.reference import Layer
-from rbn_core.weights import State
 
 Step = Callable[[Array, State, Config, bool, Array], tuple[Array, Array, dict[str, Array], State]]
 """(x, state, config, training, cotangent) to (y, dx, gradients of the parameters, state after the step)."""

@@ -17,8 +17,8 @@ from rbn.conformance.shares import Devices, processes, start
 from rbn.conformance.subject import Array, LayerSubject, Outcome, Subject
 from rbn.conformance.subjects.numpy import laid_out
 from rbn_core.config import Config
+from rbn_core.matching import State
 from rbn_core.names import NAMES
-from rbn_core.weights import State
 
 
 class TorchModule(LayerSubject):

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from rbn_core import RBN, RBNValueError
-from rbn_core.names import NAMES, PARAMETERS, STATISTICS
 from rbn_core.weights import load, save
 
 
@@ -30,9 +29,3 @@ def test_a_file_that_is_no_safetensors_file_is_one_clear_error(tmp_path):
     path.write_bytes(b"not a weight file")
     with pytest.raises(RBNValueError, match=r"expected a safetensors file, got .*layer\.safetensors"):
         load(path)
-
-
-def test_the_table_of_names_is_complete_in_every_framework():
-    for framework, names in NAMES.items():
-        assert tuple(names) == PARAMETERS + STATISTICS, framework
-        assert len(set(names.values())) == len(names), framework
