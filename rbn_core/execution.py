@@ -54,6 +54,7 @@ def run(
             if name == "num_batches_tracked"
             else stored[prefix + name].astype(images.dtype)
             for name in node.state_shapes()
+            if prefix + name in stored  # a count of batches may lack
         }
         inputs = [results[name] for name in node.inputs]
         match node:

@@ -25,6 +25,8 @@ Status = Literal[
     "unexpected",
     "wrong shape",
     "wrong dtype",
+    "replaced",
+    "kept",
 ]
 
 FAULTS: tuple[Status, ...] = ("missing", "unexpected", "wrong shape", "wrong dtype")
@@ -36,7 +38,7 @@ COUNTER = "num_batches_tracked"
 
 @dataclass(frozen=True)
 class Row:
-    """One array: its name in the target, what became of it, its name in the source, and more in words."""
+    """One array or layer: its name, what became of it, what it was before, and more in words."""
 
     name: str
     status: Status
@@ -45,8 +47,8 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Match:
-    """Every array of a target and of a source, and what became of it; its text is a table."""
+class Table:
+    """Every array or layer, and what became of it; its text is a table."""
 
     rows: tuple[Row, ...]
 
@@ -75,7 +77,8 @@ def match(
     rename: Mapping[str, str] | None = None,
     transposed: Collection[str] = (),
     strict: bool = True,
-) -> tuple[State, Match]:
+    integers: Collection[str] = (),
+) -> tuple[State, Table]:
     r"""Find what of a state a target takes.
 
     Args:
@@ -86,6 +89,7 @@ def match(
             first pattern that matches counts; a name that none matches stays.
         transposed: The names whose arrays the target lays out in another order of axes.
         strict: Whether anything missing, unexpected or wrong is an error; else it is left out.
+        integers: The names, beside those of counters, whose arrays are integers or truth values.
 
     Returns:
         The arrays to load, under the target's names, and the table of everything.
@@ -105,7 +109,7 @@ def match(
         elif arrays[name].shape != shape:
             detail = f"{arrays[name].shape} where {shape} is needed"
             rows.append(Row(name, "wrong shape", shown, detail))
-        elif arrays[name].dtype.kind not in ("iu" if _counts(name) else "fV"):
+        elif arrays[name].dtype.kind not in ("iu" if _counts(name) else "iub" if name in integers else "fV"):
             rows.append(Row(name, "wrong dtype", shown, f"{arrays[name].dtype}"))
         else:
             taken[name] = arrays[name]
@@ -115,7 +119,7 @@ def match(
         source = sources[name]
         status = "no counterpart" if _counts(name) else "unexpected"
         rows.append(Row(name, status, source if source != name else "", f"{arrays[name].shape}"))
-    found = Match(tuple(rows))
+    found = Table(tuple(rows))
     if strict and found.faults:
         raise RBNValueError(_complaint(found.faults, shapes))
     return taken, found

@@ -188,7 +188,7 @@ def from_own(
     """
     places = {own: _place(framework, own) for own in stored}
     ranks = {place: np.ndim(stored[own]) for own, place in places.items()}
-    known: dict[str, Kind] = {}
+    known: dict[str, Kind] = dict(kinds or {})  # a layer may own nothing but BNET's convolution
     for collection, path, own in ranks:
         if kind := (kinds or {}).get(path) or _told_by(
             framework, collection, own, ranks[collection, path, own]

@@ -91,7 +91,7 @@ class Norm(Node):
             return Config.iebn(self.channels, **self.options)
         if self.layer == "bnet":
             return Config.bnet(self.channels, **self.options)
-        plain = {"centering": None, "scaling": None} if self.layer == "bn" else {}
+        plain: dict[str, Any] = {"centering": None, "scaling": None} if self.layer == "bn" else {}
         return Config(self.channels, **plain, **self.options)
 
     def state_shapes(self) -> dict[str, Shape]:
@@ -278,8 +278,12 @@ class Network:
             nodes = [
                 NODES[node.pop("op")](**node | {"inputs": tuple(node["inputs"])}) for node in read["nodes"]
             ]
-            return cls(read["name"], tuple(nodes), read["in_channels"])
-        except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+            network = cls(read["name"], tuple(nodes), read["in_channels"])
+            for name, shape in network.state_shapes().items():
+                if not all(type(extent) is int and extent > 0 for extent in shape):
+                    raise ValueError(f"{name} of shape {shape}")
+            return network
+        except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError, RecursionError) as error:
             raise RBNValueError(
                 f"Network: expected a network's description, got {text[:60]!r} ({error!r}). "
                 "Write it with Network.to_json."

@@ -4,27 +4,39 @@ The metadata's `format` is "rbn" and its `schema` the version of this descriptio
 what owns the arrays: by dotted path an object with the `kind` (one of `rbn_core.names.KINDS`) and, for RBN,
 IEBN and BNET, the options. `network` holds `rbn_core.networks.Network` as JSON. An optimizer's arrays are
 called "training/SLOT/NAME" and the rest of it is in `training`. All but `format` and `schema` may lack.
+A file whose metadata names no format is taken for arrays under canonical names.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from rbn_core.config import FLOATING
 from rbn_core.errors import RBNTypeError, RBNValueError
 from rbn_core.files import replacing
 from rbn_core.matching import State
+from rbn_core.names import KINDS
 from rbn_core.networks import Network
 
 SCHEMA = 1
 TRAINING = "training/"
+
+DTYPES = ("bool", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)), *FLOATING)
+"""What the arrays of a file may be."""
+
+LONGEST_TEXT = 500_000
+"""How many characters `layers`, `network` and `training` may have each: Python needs up to thirty times as
+much memory for what they say. ResNet-164's have 73,000."""
 
 Layers = dict[str, dict[str, Any]]
 """What owns the arrays: by dotted path an object with its `kind`, and options where it is a layer of ours."""
@@ -69,29 +81,47 @@ def save(
 
     Args:
         path: Where; a file that is there is replaced when the new one is whole.
-        state: Arrays under canonical names.
+        state: Arrays under canonical names, of `DTYPES`.
         layers: What owns them, as a backend's `describe` returns it.
         network: The network they belong to.
         training: The optimizer that goes on with them.
+
+    Raises:
+        RBNTypeError: An array is of another dtype.
+        RBNValueError: A name is one that the file needs itself, or the file cannot be there.
     """
-    arrays = {name: np.asarray(value, order="C") for name, value in state.items()}
+    for name in state:
+        if name == "__metadata__" or name.startswith(TRAINING):
+            raise RBNValueError(
+                f"RBN: expected names that a weight file does not need itself, got {name!r}. "
+                "Rename the array."
+            )
+    arrays = dict(state)
     metadata = {"format": "rbn", "schema": str(SCHEMA)}
     if layers:
         metadata["layers"] = json.dumps(layers)
     if network is not None:
         metadata["network"] = network.to_json()
     if training is not None:
-        known = {
-            "optimizer": training.optimizer,
-            "step": training.step,
-            "learning_rate": training.learning_rate,
-        }
-        metadata["training"] = json.dumps(known)
+        metadata["training"] = json.dumps(
+            {
+                "optimizer": training.optimizer,
+                "step": int(training.step),
+                "learning_rate": float(training.learning_rate),
+            }
+        )
         arrays |= {
-            f"{TRAINING}{slot}/{name}": np.asarray(value, order="C")
+            f"{TRAINING}{slot}/{name}": value
             for slot, values in training.slots.items()
             for name, value in values.items()
         }
+    arrays = {name: np.asarray(value, order="C") for name, value in arrays.items()}
+    if wrong := [
+        f"{name} of {value.dtype}" for name, value in arrays.items() if value.dtype.name not in DTYPES
+    ]:
+        raise RBNTypeError(
+            f"RBN: expected arrays of {', '.join(DTYPES)}, got {', '.join(wrong)}. Convert them first."
+        )
     with replacing(path) as temporary:
         save_file(arrays, temporary, metadata)
 
@@ -100,7 +130,7 @@ def load(path: str | PathLike[str]) -> State:
     """Read a state from a safetensors file.
 
     Raises:
-        RBNValueError: The file is not a whole safetensors file.
+        RBNValueError: As in `read`.
     """
     return read(path).state
 
@@ -120,35 +150,79 @@ def read(path: str | PathLike[str]) -> Weights:
             f"in {path}. Install a later version of rbn."
         )
     try:
-        layers = json.loads(metadata.get("layers", "{}"))
-        network = Network.from_json(metadata["network"]) if "network" in metadata else None
-        known = json.loads(metadata["training"]) if "training" in metadata else None
-        slots: dict[str, State] = {}
-        for name in [name for name in arrays if name.startswith(TRAINING)]:
-            _, slot, parameter = name.split("/", 2)
-            slots.setdefault(slot, {})[parameter] = arrays.pop(name)
-        training = None if known is None else Training(**known, slots=slots)
-        if not all(
-            isinstance(layer, dict) and isinstance(layer.get("kind"), str) for layer in layers.values()
-        ):
-            raise RBNTypeError("layers without a kind")
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        layers = json.loads(_text(metadata, "layers", "{}"))
+        network = Network.from_json(_text(metadata, "network")) if "network" in metadata else None
+        known = json.loads(_text(metadata, "training", "null"))
+        state = {name: array for name, array in arrays.items() if not name.startswith(TRAINING)}
+        training = _training(known, {name: array for name, array in arrays.items() if name not in state})
+        if unknown := [path for path, layer in layers.items() if layer["kind"] not in KINDS]:
+            raise RBNTypeError(f"the kinds of {', '.join(unknown)} are none of {', '.join(KINDS)}")
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
         raise RBNValueError(
             f"RBN: expected a weight file with whole metadata, got {path} ({error}). Write it again."
         ) from error
-    return Weights(arrays, layers, network, training)
+    return Weights(state, layers, network, training)
 
 
 def read_safetensors(path: str | PathLike[str]) -> tuple[State, dict[str, str]]:
     """The arrays of any safetensors file, and its metadata.
 
     Raises:
-        RBNValueError: The file is not a whole safetensors file, or holds a dtype that NumPy lacks.
+        RBNValueError: The file is not a whole safetensors file, has a name twice, or holds a dtype that NumPy
+            lacks.
     """
+    if not Path(path).is_file():
+        raise RBNValueError(
+            f"RBN: expected a safetensors file, got {path}, which is no file. Check the path."
+        )
     try:
-        with safe_open(path, framework="numpy") as opened:
-            return {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
-    except (SafetensorError, TypeError, AttributeError, KeyError) as error:
+        # "pread", not a mapping: half of the memory, and no crash if the file shrinks meanwhile.
+        with safe_open(path, framework="numpy", backend="pread") as opened:
+            arrays = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            metadata = opened.metadata() or {}
+        with open(path, "rb") as file:
+            json.loads(file.read(int.from_bytes(file.read(8), "little")), object_pairs_hook=_refuse_twice)
+    except (SafetensorError, TypeError, AttributeError, KeyError, ValueError) as error:
         raise RBNValueError(
             f"RBN: expected a safetensors file, got {path} ({error}). Write it with rbn_core.weights.save."
         ) from error
+    return arrays, metadata
+
+
+def _refuse_twice(pairs: list[tuple[str, Any]]) -> None:
+    """What JSON makes of an object, for its error alone: the library takes the last of two arrays."""
+    names = [name for name, _ in pairs]
+    if len(set(names)) < len(names):
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is there twice")
+
+
+def _text(metadata: Mapping[str, str], key: str, default: str = "") -> str:
+    """A text of the metadata, if it is no longer than what may be taken apart."""
+    text = metadata.get(key, default)
+    if len(text) > LONGEST_TEXT:
+        raise ValueError(f"{key} has {len(text)} characters where {LONGEST_TEXT} are allowed")
+    return text
+
+
+def _training(known: Any, arrays: Mapping[str, Any]) -> Training | None:
+    """The optimizer of a file's metadata and arrays."""
+    if known is None:
+        if arrays:
+            raise ValueError(f"{', '.join(arrays)} without an optimizer")
+        return None
+    slots: dict[str, State] = {}
+    for name, array in arrays.items():
+        slot, _, parameter = name.removeprefix(TRAINING).partition("/")
+        if not parameter:
+            raise ValueError(f"{name} of no parameter")
+        slots.setdefault(slot, {})[parameter] = array
+    training = Training(**known, slots=slots)
+    if not (
+        type(training.optimizer) is str
+        and type(training.step) is int
+        and training.step >= 0
+        and type(training.learning_rate) is float
+        and math.isfinite(training.learning_rate)
+    ):
+        raise ValueError(f"an optimizer's name, count of steps and learning rate as {known}")
+    return training

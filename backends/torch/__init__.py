@@ -1,7 +1,22 @@
-"""RBN, IEBN and BNET in PyTorch, in place of `torch.nn.BatchNorm1d`, `2d` and `3d`."""
+"""RBN, IEBN and BNET in PyTorch, in place of `torch.nn.BatchNorm1d`, `2d` and `3d`, and whole networks."""
 
 from rbn.backends.torch.layers import BNET, IEBN, RBN
-from rbn.backends.torch.surgery import convert_sync_rbn
-from rbn.backends.torch.weights import from_numpy, to_numpy
+from rbn.backends.torch.networks import Network, network
+from rbn.backends.torch.optimizers import optimizer_from_numpy, optimizer_to_numpy
+from rbn.backends.torch.surgery import convert, convert_sync_rbn
+from rbn.backends.torch.weights import describe, from_numpy, to_numpy
 
-__all__ = ["BNET", "IEBN", "RBN", "convert_sync_rbn", "from_numpy", "to_numpy"]
+__all__ = [
+    "BNET",
+    "IEBN",
+    "RBN",
+    "Network",
+    "convert",
+    "convert_sync_rbn",
+    "describe",
+    "from_numpy",
+    "network",
+    "optimizer_from_numpy",
+    "optimizer_to_numpy",
+    "to_numpy",
+]

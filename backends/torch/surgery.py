@@ -2,14 +2,101 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from collections.abc import Mapping
+from typing import Any, NamedTuple, TypeVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.utils import parametrize
 
-from rbn.backends.torch.layers import CalibratedNorm
+from rbn.backends.torch.layers import BNET, CalibratedNorm
+from rbn.backends.torch.networks import LAYERS
+from rbn.backends.torch.weights import config_of, to_numpy, to_tensor, unwrapped
+from rbn_core import conversion
+from rbn_core.config import check_choice
+from rbn_core.errors import RBNTypeError
+from rbn_core.matching import Row, State, Table
+from rbn_core.names import NAMES, STATISTICS
 
 Model = TypeVar("Model", bound=nn.Module)
+
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+"""PyTorch's own, by the number of spatial axes minus one."""
+
+KEPT = (
+    "num_features",
+    "eps",
+    "momentum",
+    "affine",
+    "track_running_stats",
+    "bias",
+    "device",
+    "dtype",
+    "sync",
+    "process_group",
+)
+"""What a layer takes over from the one before, so that it is no option of a conversion."""
+
+
+def convert(
+    model: nn.Module, to: str = "rbn", *, where: str | None = None, preserve: bool = False, **options: Any
+) -> Table:
+    r"""Replace BatchNorm by RBN, IEBN or BNET in any model, or those by BatchNorm, in place.
+
+    The new layers have the old ones' parameters (the very objects, so that an optimizer goes on with them),
+    statistics, eps, momentum, dtype, device, mode and hooks; half-precision statistics become float32.
+    `nn.SyncBatchNorm` is `sync=True`. Convert before wrapping a model in `DistributedDataParallel`, which
+    does not learn of new parameters, and before building an optimizer for them.
+
+    Args:
+        model: Any model; `nn.DataParallel` and the like are looked through.
+        to: "rbn", "iebn" or "bnet" replace every `nn.BatchNorm*d` and `nn.SyncBatchNorm`; "bn" replaces every
+            RBN, IEBN and BNET whose calibration is inert.
+        where: A regular expression for whole dotted paths of layers; all by default.
+        preserve: Whether the model must give what it gave before: gamma is divided by R(w_b), and BNET's
+            kernel is gamma in its centre. "bn" always does.
+        options: The new layers', such as `scaling="channel_std"` or `kernel_size=5`; for "bn" there is
+            `spatial_dims`, 2 by default, of layers that never were a BatchNorm.
+
+    Returns:
+        A row for each layer that was "replaced", or "kept" and why.
+
+    Raises:
+        RBNError: `to`, `where` or an option is refused, or the model itself is what is to be replaced;
+            nothing has changed.
+    """
+    chosen = conversion.chooser(to, where)
+    model = unwrapped(model)
+    replaceable = CalibratedNorm if to == "bn" else _BatchNorm
+    _check_options(to, options)
+    if isinstance(model, replaceable):
+        raise RBNTypeError(
+            f"convert: expected a model with layers inside, got a {type(model).__name__} itself, which "
+            "cannot be replaced in place. Put it into nn.Sequential."
+        )
+    found = [
+        (path, module)
+        for path, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, replaceable)
+    ]
+    hit = {id(module) for path, module in found if chosen.fullmatch(path)}
+    planned: dict[int, _Replacement | str] = {}
+    for _, module in found:
+        if id(module) in hit and id(module) not in planned:
+            planned[id(module)] = _plan(module, to, preserve, options)
+    rows = []
+    for path, module in found:
+        plan = planned.get(id(module))
+        if isinstance(plan, _Replacement):
+            parent, _, name = path.rpartition(".")
+            setattr(model.get_submodule(parent), name, plan.carry_out())
+            rows.append(Row(path, "replaced", type(module).__name__, type(plan.layer).__name__))
+        elif plan is not None:
+            rows.append(Row(path, "kept", type(module).__name__, plan))
+    return Table(tuple(rows))
 
 
 def convert_sync_rbn(model: Model, process_group: ProcessGroup | None = None) -> Model:
@@ -29,3 +116,128 @@ def convert_sync_rbn(model: Model, process_group: ProcessGroup | None = None) ->
         if isinstance(module, CalibratedNorm):
             module.sync, module.process_group = True, process_group
     return model
+
+
+class _Replacement(NamedTuple):
+    """A new layer, which has the old one's tensors, and what those are to become."""
+
+    layer: nn.Module
+    values: Mapping[str, Tensor]
+
+    def carry_out(self) -> nn.Module:
+        """The layer with its values, which until now the old one may have had."""
+        with torch.no_grad():
+            for name, value in self.values.items():
+                self.layer.get_parameter(name).copy_(value)
+        return self.layer
+
+
+def _check_options(to: str, options: Mapping[str, Any]) -> None:
+    """Refuse options that no layer could be built with, whether there is one or not."""
+    if kept := [name for name in options if name in KEPT]:
+        raise RBNTypeError(
+            f"convert: expected options that the layer before has not, got {', '.join(kept)}. "
+            "These stay as they are: set them on the layers afterwards."
+        )
+    if to != "bn":
+        LAYERS[to](1, device="meta", **options)
+        return
+    if unknown := set(options) - {"spatial_dims"}:
+        raise RBNTypeError(
+            f"convert: expected no option but spatial_dims for 'bn', got {', '.join(sorted(unknown))}. "
+            "Leave it out."
+        )
+    check_choice("spatial_dims", options.get("spatial_dims", 2), (1, 2, 3), "convert")
+
+
+def _plan(module: nn.Module, to: str, preserve: bool, options: Mapping[str, Any]) -> _Replacement | str:
+    """What takes a module's place, or why nothing does; nothing changes yet."""
+    if parametrize.is_parametrized(module):
+        return "has parametrizations: remove them first"
+    if isinstance(module, LazyModuleMixin):
+        return "has not seen an input yet: run the model once"
+    if type(module) not in (*BATCH_NORMS, nn.SyncBatchNorm, *LAYERS.values()):
+        return "is a class of its own"
+    if to == "bn":
+        return _batch_norm(module, options)
+    if module._modules or set(module._parameters) | set(module._buffers) != {"weight", "bias", *STATISTICS}:
+        return "has more parameters, buffers or modules than a BatchNorm"
+    return _calibrated(module, to, preserve, options)
+
+
+def _calibrated(norm: _BatchNorm, to: str, preserve: bool, options: Mapping[str, Any]) -> _Replacement | str:
+    """The RBN, IEBN or BNET that takes a BatchNorm's place."""
+    sync = isinstance(norm, nn.SyncBatchNorm)
+    known = _common(norm) | {"sync": sync, "process_group": norm.process_group if sync else None}
+    if to == "bnet":
+        known["spatial_dims"] = 2 if sync else BATCH_NORMS.index(type(norm)) + 1
+    else:
+        known |= {"affine": norm.weight is not None, "bias": norm.bias is not None}
+    layer = LAYERS[to](norm.num_features, **known | dict(options))
+    state = conversion.from_batch_norm(config_of(layer), to_numpy(norm), True) if preserve else {}
+    if isinstance(state, str):
+        return state
+    if not sync:
+        layer.batch_norm = type(norm)  # what "bn" makes of it again
+    if isinstance(layer, BNET):
+        _learn_alike(layer.conv, norm)
+    return _taking_over(layer, norm, state)
+
+
+def _batch_norm(module: CalibratedNorm, options: Mapping[str, Any]) -> _Replacement | str:
+    """The BatchNorm that takes a layer's place."""
+    config = config_of(module)
+    state = conversion.to_batch_norm(config, to_numpy(module))
+    if isinstance(state, str):
+        return state
+    dims = config.spatial_dims if isinstance(module, BNET) else options.get("spatial_dims", 2)
+    kind, known = getattr(module, "batch_norm", BATCH_NORMS[dims - 1]), _common(module)
+    if module.sync:
+        kind, known["process_group"] = nn.SyncBatchNorm, module.process_group
+    layer = kind(module.num_features, affine="gamma" in state, **known)
+    if "beta" not in state:
+        layer.register_parameter("bias", None)
+    if isinstance(module, BNET):
+        _learn_alike(layer, module.conv)
+    return _taking_over(layer, module, state)
+
+
+def _common(old: nn.Module) -> dict[str, Any]:
+    """The options that are the same in a layer and in the one that takes its place."""
+    tensors = [tensor for tensor in (*old.parameters(), *old.buffers()) if tensor.is_floating_point()]
+    return {
+        "eps": old.eps,
+        "momentum": old.momentum,
+        "track_running_stats": old.running_mean is not None,
+        "device": tensors[0].device if tensors else None,
+        "dtype": tensors[0].dtype if tensors else None,
+    }
+
+
+def _taking_over(layer: nn.Module, old: nn.Module, state: State) -> _Replacement:
+    """A new layer with an old one's tensors, mode and hooks, and the state that it is to have."""
+    for name in ("weight", "bias"):
+        if old._parameters.get(name) is not None and layer._parameters.get(name) is not None:
+            layer._parameters[name] = old._parameters[name]
+    for name in STATISTICS:
+        buffer = old._buffers.get(name)
+        if buffer is not None:
+            half = buffer.dtype in (torch.float16, torch.bfloat16)
+            layer._buffers[name] = buffer.float() if half else buffer
+    for name, value in vars(old).items():
+        if "_hook" in name:  # the dictionaries themselves, so that a hook's handle still removes it
+            vars(layer)[name] = value
+    layer.track_running_stats = old.track_running_stats
+    layer.train(old.training)
+    arrays = {NAMES["torch"][name]: array for name, array in state.items()}
+    return _Replacement(
+        layer, {name: to_tensor(arrays[name]) for name, _ in layer.named_parameters() if name in arrays}
+    )
+
+
+def _learn_alike(new: nn.Module, old: nn.Module) -> None:
+    """Let weight and bias be learned if those before them were."""
+    for name in ("weight", "bias"):
+        before, after = getattr(old, name), getattr(new, name)
+        if before is not None and after is not None:
+            after.requires_grad_(before.requires_grad)

@@ -36,6 +36,16 @@ def test_a_counter_of_batches_may_lack_and_may_come_alone(changes):
     assert statuses(found)[lone] == "no counterpart"
 
 
+def test_integers_are_taken_where_the_target_has_them():
+    shapes, indices = {"table.index": (2,)}, {"table.index": np.array([1, 0])}
+    taken, _ = match(indices, shapes, integers={"table.index"})
+    np.testing.assert_array_equal(taken["table.index"], [1, 0])
+    with pytest.raises(RBNValueError, match=r"table\.index of dtype int64"):
+        match(indices, shapes)
+    with pytest.raises(RBNValueError, match=r"table\.index of dtype float64"):
+        match({"table.index": np.ones(2)}, shapes, integers={"table.index"})
+
+
 def test_patterns_rename():
     arrays = {f"stem.{name}": value for name, value in state().items()}
     taken, found = match(arrays, SHAPES, rename={r"stem\.(a|n)\.(.*)": r"\1.\2", r"stem\..*": "never"})

@@ -82,3 +82,15 @@ def test_a_layer_alone_has_no_path():
         own = to_own(framework, state, {"": "norm"})
         assert own.keys() == {names[name] for name in state}
         assert from_own(framework, own)[0].keys() == state.keys()
+
+
+@pytest.mark.parametrize("framework", NAMES)
+def test_the_parameters_of_bnet_alone_are_known_by_what_is_said(framework):
+    state = {"n.conv_weight": np.ones((2, 1, 3, 3)), "n.conv_bias": np.ones(2)}
+    own = to_own(framework, state, {"n": "norm"})
+    back, found = from_own(framework, own, {"n": "norm"})
+    assert {name: value.shape for name, value in back.items()} == {
+        "n.conv_weight": (2, 1, 3, 3),
+        "n.conv_bias": (2,),
+    }
+    assert found == {"n": "norm"}

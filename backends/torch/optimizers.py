@@ -1,0 +1,165 @@
+"""Where a PyTorch optimizer stands, to and from what every framework has."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, AdamW, Optimizer
+
+from rbn.backends.torch.weights import places, to_array, to_tensor
+from rbn_core.errors import RBNTypeError, RBNValueError
+from rbn_core.matching import match
+from rbn_core.weights import Training
+
+SLOTS: dict[str, dict[str, str]] = {
+    "sgd": {"momentum": "momentum_buffer"},
+    "adam": {"first_moment": "exp_avg", "second_moment": "exp_avg_sq"},
+}
+"""What an optimizer keeps for every parameter, and what PyTorch calls it."""
+
+REFUSED = {
+    "maximize": "its arrays are those of the negated gradient",
+    "dampening": "its momentum leaves a part of every gradient out",
+    "amsgrad": "it goes by the largest second moment so far, which has no place elsewhere",
+}
+"""Options that give the arrays another meaning, and which."""
+
+
+def optimizer_to_numpy(optimizer: Optimizer, model: nn.Module, *, step: int = 0) -> Training:
+    """Where an optimizer stands.
+
+    SGD's momentum is b of b <- mu b + g, p <- p - lr b, also with Nesterov's look-ahead, and Adam's moments
+    are those of its paper, without the correction of their bias: as PyTorch stores them.
+
+    Args:
+        optimizer: `torch.optim.SGD`, `Adam` or `AdamW`.
+        model: What it trains.
+        step: How many updates it has made: PyTorch's SGD does not count them. Adam does.
+
+    Returns:
+        Copies under canonical names; a parameter that has had no gradient yet has zeros.
+
+    Raises:
+        RBNTypeError: It is another optimizer.
+        RBNValueError: An option gives its arrays another meaning, its groups or parameters differ in their
+            learning rates or steps, or it trains parameters that are not the model's.
+    """
+    kind, slots = _kind(optimizer)
+    parameters = _parameters(optimizer, model)
+    states = {name: optimizer.state.get(parameter, {}) for name, parameter in parameters.items()}
+    arrays = {
+        slot: {
+            name: to_array(_slot(states[name].get(own), parameter)) for name, parameter in parameters.items()
+        }
+        for slot, own in slots.items()
+    }
+    if kind == "adam":
+        step = _one("step", [int(state["step"]) for state in states.values() if "step" in state] or [0])
+    rate = _one("learning rate", [float(group["lr"]) for group in optimizer.param_groups])
+    return Training(kind, step, rate, arrays)
+
+
+def optimizer_from_numpy(optimizer: Optimizer, model: nn.Module, training: Training) -> None:
+    """Let an optimizer go on from where another one stands, in place; its other options stay its own.
+
+    Args:
+        optimizer: `torch.optim.SGD`, `Adam` or `AdamW`.
+        model: What it trains.
+        training: Where it is to stand, with an array for every parameter that it trains.
+
+    Raises:
+        RBNTypeError: It is another optimizer.
+        RBNValueError: It is not of the kind of the training, or the arrays do not fit; nothing has changed.
+    """
+    kind, slots = _kind(optimizer)
+    if training.optimizer != kind:
+        raise RBNValueError(
+            f"RBN: expected where an optimizer of kind {kind!r} stands, got {training.optimizer!r}. "
+            "Build the optimizer that the training was made with."
+        )
+    _check_numbers(training)
+    parameters = _parameters(optimizer, model)
+    shapes = {f"{slot}/{name}": tuple(p.shape) for slot in slots for name, p in parameters.items()}
+    given = {f"{slot}/{name}": value for slot, own in training.slots.items() for name, value in own.items()}
+    arrays, _ = match(given, shapes)
+    tensors = {name: to_tensor(array) for name, array in arrays.items()}
+    stored = optimizer.state_dict()
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    stored["state"] = {}
+    for group, own_group in zip(stored["param_groups"], optimizer.param_groups, strict=True):
+        rate = group["lr"]
+        group["lr"] = (
+            torch.full_like(rate, training.learning_rate) if torch.is_tensor(rate) else training.learning_rate
+        )
+        for index, parameter in zip(group["params"], own_group["params"], strict=True):
+            state: dict[str, Tensor] = {
+                own: tensors[f"{slot}/{names[id(parameter)]}"] for slot, own in slots.items()
+            }
+            if kind == "adam":
+                state["step"] = torch.tensor(float(training.step))
+            stored["state"][index] = state
+    optimizer.load_state_dict(stored)  # which casts and moves everything as each parameter needs it
+
+
+def _kind(optimizer: Optimizer) -> tuple[str, Mapping[str, str]]:
+    """What an optimizer is called, and the slots in use, if both mean here what they mean elsewhere."""
+    if not isinstance(optimizer, SGD | Adam | AdamW):
+        raise RBNTypeError(
+            "RBN: expected torch.optim.SGD, Adam or AdamW, which every framework has, "
+            f"got {type(optimizer).__name__}. Train with one of these, or move the weights alone."
+        )
+    for group in optimizer.param_groups:
+        for option, reason in REFUSED.items():
+            if group.get(option):
+                raise RBNValueError(
+                    f"RBN: expected an optimizer that means the same everywhere, got {option}="
+                    f"{group[option]!r}: {reason}. Train without it, or move the weights alone."
+                )
+    if not isinstance(optimizer, SGD):
+        return "adam", SLOTS["adam"]
+    uses_momentum = _one("use of momentum", [bool(group["momentum"]) for group in optimizer.param_groups])
+    return "sgd", SLOTS["sgd"] if uses_momentum else {}
+
+
+def _parameters(optimizer: Optimizer, model: nn.Module) -> dict[str, Tensor]:
+    """What an optimizer trains, under canonical names; a parameter with two has the first."""
+    names: dict[int, str] = {}
+    for place, tensor in places(model).items():
+        names.setdefault(id(tensor), place.full_name)
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if strange := [tuple(parameter.shape) for parameter in trained if id(parameter) not in names]:
+        raise RBNValueError(
+            f"RBN: expected an optimizer of the model's parameters, got one of others, of shapes {strange}. "
+            "Build it with model.parameters()."
+        )
+    return {names[id(parameter)]: parameter for parameter in trained}
+
+
+def _slot(stored: Tensor | None, parameter: Tensor) -> Tensor:
+    """What is stored for a parameter, or the zeros that it starts from."""
+    return torch.zeros_like(parameter) if stored is None else stored
+
+
+def _one(what: str, values: list[Any]) -> Any:
+    """The value of all groups or parameters."""
+    if len(set(values)) > 1:
+        raise RBNValueError(
+            f"RBN: expected one {what} for all parameters, got {', '.join(map(str, sorted(set(values))))}. "
+            "Move the weights alone, or train all parameters alike."
+        )
+    return values[0]
+
+
+def _check_numbers(training: Training) -> None:
+    step, rate = training.step, training.learning_rate
+    whole = isinstance(step, int | np.integer) and not isinstance(step, bool) and step >= 0
+    if not whole or not isinstance(rate, int | float | np.number) or not math.isfinite(rate):
+        raise RBNValueError(
+            f"RBN: expected a number of steps and a finite learning rate, got {step!r} and {rate!r}. "
+            "Write the training's state again."
+        )

@@ -1,0 +1,111 @@
+"""BatchNorm's weights as those of RBN, IEBN and BNET, and back."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from rbn_core import reference
+from rbn_core.config import Config, check_choice
+from rbn_core.errors import RBNTypeError, RBNValueError
+from rbn_core.matching import State
+
+LAYERS = ("bn", "rbn", "iebn", "bnet")
+"""What a layer can be converted to."""
+
+
+def chooser(to: str, where: str | None) -> re.Pattern[str]:
+    """What the path of a layer must match to be converted.
+
+    Args:
+        to: What the caller wants the layers to be; one of `LAYERS`.
+        where: A regular expression for whole dotted paths; every path without it.
+
+    Raises:
+        RBNError: `to` is unknown, or `where` is no regular expression.
+    """
+    check_choice("to", to, LAYERS, "convert")
+    if not isinstance(where, str | None):
+        raise RBNTypeError(
+            f"convert: expected where to be a regular expression, got {where!r}. "
+            r"Pass for example r'layer[14]\..*', which matches whole dotted paths."
+        )
+    try:
+        return re.compile(".*" if where is None else where)
+    except re.error as error:
+        raise RBNValueError(
+            f"convert: expected where to be a regular expression, got {where!r} ({error}). "
+            "See Python's re module; a dot in a path is \\."
+        ) from error
+
+
+def from_batch_norm(config: Config, state: Mapping[str, Any], preserve: bool) -> State | str:
+    """The state of a layer that takes the place of a BatchNorm.
+
+    Y = X_s R gamma + beta, with R = R(w_b) the same everywhere as long as w_v = 0: gamma / R(w_b) gives what
+    gamma gave before. BNET takes gamma as its centre tap and beta as its bias.
+
+    Args:
+        config: The layer's options.
+        state: The BatchNorm's, under canonical names.
+        preserve: Whether the layer must give what the BatchNorm gave.
+
+    Returns:
+        The layer's state, without what the BatchNorm has nothing for when it need not be preserved (BNET's
+        convolution); or in words why nothing can be preserved.
+    """
+    arrays = {name: np.asarray(value) for name, value in state.items()}
+    fresh = reference.Layer(config).state()
+    taken = {name: arrays.get(name, start) for name, start in fresh.items()}
+    if config.kernel_size is not None:
+        if not preserve:
+            return {name: value for name, value in taken.items() if not name.startswith("conv_")}
+        centre = (slice(None), 0, *(config.kernel_size // 2,) * config.spatial_dims)
+        taken["conv_weight"][centre] = arrays.get("gamma", 1.0)
+        taken["conv_bias"] = arrays.get("beta", fresh["conv_bias"])
+    elif preserve and config.scaling is not None:
+        if not config.gamma:
+            return "has no gamma that could make up for R(w_b)"
+        taken["gamma"] = taken["gamma"].astype(np.float64) / restriction(config, taken["scale_bias"])
+    return taken
+
+
+def to_batch_norm(config: Config, state: Mapping[str, Any]) -> State | str:
+    """The state of the BatchNorm that gives what a layer gives, or in words why there is none.
+
+    There is one where the calibration is inert: w_m = 0 and w_v = 0, and every tap of BNET's kernels but the
+    centre is 0.
+
+    Args:
+        config: The layer's options.
+        state: Its arrays, under canonical names.
+    """
+    arrays = {name: np.asarray(value) for name, value in state.items()}
+    for name in ("center_weight", "scale_weight"):
+        if name in arrays and np.any(arrays[name] != 0):
+            return f"{name} is not 0 everywhere (largest {np.max(np.abs(arrays[name])):.3g})"
+    kept = {
+        name: value for name, value in arrays.items() if name.startswith(("gamma", "beta", "running", "num"))
+    }
+    if config.kernel_size is not None:
+        centre = (slice(None), 0, *(config.kernel_size // 2,) * config.spatial_dims)
+        others = arrays["conv_weight"].copy()
+        others[centre] = 0
+        if np.any(others != 0):
+            return f"conv_weight is not 0 beside its centre (largest {np.max(np.abs(others)):.3g})"
+        return kept | {"gamma": arrays["conv_weight"][centre], "beta": arrays["conv_bias"]}
+    if config.scaling is not None:
+        gamma = arrays.get("gamma", np.ones(config.num_features)).astype(np.float64)
+        kept["gamma"] = gamma * restriction(config, arrays["scale_bias"])
+        if not config.gamma:
+            kept.setdefault("beta", np.zeros(config.num_features))
+    return kept
+
+
+def restriction(config: Config, scale_bias: Any) -> Any:
+    """R(w_b) of eq. 9, as it is where w_v = 0."""
+    restrict = reference.sigmoid if config.restrict == "sigmoid" else reference.hard_sigmoid
+    return restrict(np.asarray(scale_bias, np.float64))

@@ -1,0 +1,510 @@
+"""PyTorch's files are read whole or refused, whatever is in them."""
+
+import io
+import os
+import pickle
+import random
+import tarfile
+import time
+import zipfile
+from collections import OrderedDict
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from rbn.backends.torch import BNET, IEBN, RBN, checkpoints, describe, from_numpy, network, to_numpy
+from rbn_core import RBNError, RBNTypeError, RBNValueError
+from rbn_core.names import from_own, to_own
+
+FORMS = {"zip": True, "legacy": False}
+
+
+@pytest.fixture(params=FORMS)
+def save(request, tmp_path):
+    """Save in one of PyTorch's two forms, and return the path."""
+
+    def saved(something):
+        path = tmp_path / "checkpoint.pth"
+        torch.save(something, path, _use_new_zipfile_serialization=FORMS[request.param])
+        return path
+
+    return saved
+
+
+def model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), RBN(4), BNET(4), IEBN(4))
+
+
+def same(stored, expected):
+    assert stored.keys() == expected.keys()
+    for name, value in expected.items():
+        value = value.detach().numpy() if isinstance(value, torch.Tensor) else value
+        np.testing.assert_array_equal(stored[name], value, err_msg=name)
+        assert stored[name].dtype == value.dtype
+
+
+def test_a_state_dictionary_is_read_in_both_forms(save):
+    state = model().state_dict()
+    same(checkpoints.read(save(state)), state)
+
+
+def test_every_plain_dtype_and_layout_is_kept(save):
+    names = ["float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "bool"]
+    state = {name: torch.arange(6).reshape(2, 3).to(getattr(torch, name)) for name in names}
+    state |= {"transposed": torch.arange(6.0).reshape(2, 3).T, "part": torch.arange(9.0)[2:7:2]}
+    state |= {"empty": torch.empty(0, 3), "scalar": torch.tensor(3), "parameter": nn.Parameter(torch.ones(2))}
+    path = save(state | {"half": torch.tensor([1.5, -2.0]).bfloat16()})
+    stored = checkpoints.read(path)
+    np.testing.assert_array_equal(stored["half"], np.array([1.5, -2.0], ml_dtypes.bfloat16))
+    assert stored.pop("half").dtype == ml_dtypes.bfloat16
+    same(stored, state)
+    path.unlink()
+    stored["float32"][0, 0] = 7  # a copy, which outlives the file
+
+
+@pytest.mark.parametrize("key", ["state_dict", "model", "net", "anything"])
+def test_the_network_stands_beside_other_entries(save, key):
+    net = model()
+    optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)
+    net(torch.randn(2, 3, 5, 5)).sum().backward()
+    optimizer.step()
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [3, 4])
+    beside = {"epoch": 3, "arch": "x", "best_acc1": 76.1, "args": None, "optimizer": optimizer.state_dict()}
+    checkpoint = beside | {key: net.state_dict(), "scheduler": schedule.state_dict()}
+    same(checkpoints.read(save(checkpoint)), net.state_dict())
+    best = {"best_acc1": torch.tensor(76.1)} if key != "anything" else {}
+    same(checkpoints.read(save(checkpoint | best)), net.state_dict())
+    same(checkpoints.read(save({"model": {"state_dict": net.state_dict()}})), net.state_dict())
+
+
+def test_of_several_networks_the_known_one_is_read(save):
+    state = model().state_dict()
+    other = {"weight": torch.ones(2)}
+    same(checkpoints.read(save({"state_dict_ema": other, "state_dict": state})), state)
+    with pytest.raises(RBNValueError, match="it holds several networks: generator, critic"):
+        checkpoints.read(save({"generator": other, "critic": other}))
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_a_prefix_of_every_name_goes(save, prefix, tmp_path):
+    state = model().state_dict()
+    prefixed = {prefix + name: value for name, value in state.items()}
+    same(checkpoints.read(save(prefixed)), state)
+    checkpoints.write(tmp_path / "x.safetensors", {name: value.numpy() for name, value in prefixed.items()})
+    same(checkpoints.read(tmp_path / "x.safetensors"), state)
+    some = {"module.a": torch.ones(1), "b": torch.ones(1)}
+    same(checkpoints.read(save(some)), some)
+
+
+def published(net):
+    """A model's state as the published code of the three papers has it."""
+    state = OrderedDict()
+    for name, value in net.state_dict().items():
+        if name.endswith(("center_weight", "scale_weight", "scale_bias")):
+            value = value.reshape(1, -1, 1, 1)
+        for ours, theirs in (
+            ("2.conv", "2.bnconv"),
+            ("3.scale_weight", "3.weight_readjust"),
+            ("3.scale_bias", "3.bias_readjust"),
+        ):
+            name = name.replace(ours, theirs)
+        state[name] = value
+    return state
+
+
+def test_published_checkpoints_load_as_they_are(save):
+    net = model()
+    theirs = published(net)
+    assert {"2.bnconv.weight", "3.weight_readjust", "3.bias_readjust"} <= theirs.keys()
+    assert theirs["1.center_weight"].shape == (1, 4, 1, 1)
+    theirs = {f"module.{name}": value for name, value in theirs.items() if "tracked" not in name}
+    path = save({"epoch": 90, "state_dict": theirs})
+    state, _ = from_own("torch", checkpoints.read(path))
+    other = nn.Sequential(nn.Conv2d(3, 4, 3), RBN(4), BNET(4), IEBN(4))
+    from_numpy(other, state)
+    for name, value in net.state_dict().items():
+        assert torch.equal(other.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+@pytest.mark.parametrize("described", [True, False])
+def test_the_published_form_is_written(tmp_path, suffix, described):
+    net = model()
+    path = tmp_path / f"x.{suffix}"
+    stored = {name: value.numpy() for name, value in net.state_dict().items()}
+    layers = describe(net) if described else None
+    checkpoints.write(path, stored, layout="published", layers=layers)
+    if suffix == "pth":
+        written = torch.load(path, weights_only=True)
+        assert list(written) == list(published(net))
+        assert all(torch.equal(written[name], value) for name, value in published(net).items())
+    same(checkpoints.read(path), stored)
+
+
+def test_an_rbn_without_centering_is_told_from_an_iebn_by_what_is_said(tmp_path):
+    net = nn.Sequential(RBN(3, centering=None), IEBN(3))
+    stored = {name: value.numpy() for name, value in net.state_dict().items()}
+    checkpoints.write(tmp_path / "x.pth", stored, layout="published", layers=describe(net))
+    written = torch.load(tmp_path / "x.pth", weights_only=True)
+    assert {"0.scale_weight", "1.weight_readjust"} <= written.keys()
+
+
+def test_a_users_own_bnconv_keeps_its_name(save):
+    state = {"bnconv.weight": torch.ones(2, 2, 3, 3), "neck.bnconv.weight": torch.ones(2, 2, 3, 3)}
+    same(checkpoints.read(save(state)), state)
+    kept = {"a.scale_weight": torch.ones(2, 3), "b.scale_bias": torch.ones(4)}
+    same(checkpoints.read(save(kept)), kept)
+
+
+def test_ours_and_the_published_names_together_are_refused(save):
+    with pytest.raises(RBNValueError, match="expected a checkpoint of one form"):
+        checkpoints.read(save({"scale_weight": torch.ones(2), "weight_readjust": torch.ones(1, 2, 1, 1)}))
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_what_is_written_is_read(tmp_path, suffix):
+    path = tmp_path / f"x.{suffix}"
+    arrays = {
+        "a": np.arange(6.0).reshape(2, 3).T,
+        "b": np.array(3),
+        "c": np.ones(2, ml_dtypes.bfloat16),
+        "d": np.ones((2, 2), np.float16)[::-1],
+    }
+    arrays["a"].flags.writeable = False
+    checkpoints.write(path, arrays)
+    same(checkpoints.read(path), arrays)
+    if suffix == "pth":
+        assert list(torch.load(path, weights_only=True)) == list(arrays)
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "x.pth"
+    checkpoints.write(path, {"a": np.ones(2)})
+
+    def interrupted(tensors, destination):
+        destination.write_bytes(b"PK")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "save", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoints.write(path, {"a": np.ones(3)})
+    for arrays, layout in (({"a": np.array(["x"])}, "own"), ({"a": np.ones(3)}, "other")):
+        with pytest.raises(RBNError):
+            checkpoints.write(path, arrays, layout=layout)
+    same(checkpoints.read(path), {"a": np.ones(2)})
+    assert os.listdir(tmp_path) == ["x.pth"]
+
+
+def test_a_torchvision_style_resnet50_loads_quickly(tmp_path):
+    torch.manual_seed(0)
+    source = network("resnet50")
+    torch.save({f"module.{name}": value for name, value in source.state_dict().items()}, tmp_path / "x.pth")
+    start = time.perf_counter()
+    state, kinds = from_own("torch", checkpoints.read(tmp_path / "x.pth"))
+    took = time.perf_counter() - start
+    target = network("resnet50")
+    table = from_numpy(target, state, strict=True)
+    assert {row.status for row in table.rows} == {"matched"}
+    assert all(torch.equal(target.state_dict()[n], v) for n, v in source.state_dict().items())
+    assert to_own("torch", to_numpy(source), kinds).keys() == source.state_dict().keys()
+    assert took < 5  # 0.2 s on an idle machine
+
+
+class Reduced:
+    """Something that a pickle calls."""
+
+    def __init__(self, function, *arguments):
+        self.reduced = function, arguments
+
+    def __reduce__(self):
+        return self.reduced
+
+
+def archive(path, contents, *storages, compression=zipfile.ZIP_STORED, more=()):
+    """A zip as torch.save writes it, with this pickle and these storages."""
+    with zipfile.ZipFile(path, "w", compression) as opened:
+        opened.writestr("archive/data.pkl", contents)
+        opened.writestr("archive/byteorder", "little")
+        for key, storage in enumerate(storages):
+            opened.writestr(f"archive/data/{key}", storage)
+        opened.writestr("archive/version", "3\n")
+        for name, content in more:
+            opened.writestr(name, content)
+    return path
+
+
+class Pickler(pickle.Pickler):
+    """Writes a `Storage` as torch.save does."""
+
+    def persistent_id(self, item):
+        return item.reduced if isinstance(item, Storage) else None
+
+
+class Storage(Reduced):
+    pass
+
+
+def pickled(something):
+    buffer = io.BytesIO()
+    Pickler(buffer, protocol=2).dump(something)
+    return buffer.getvalue()
+
+
+def storage(count=4, kind=torch.FloatStorage, key="0", location="cpu"):
+    made = Storage(None)
+    made.reduced = ("storage", kind, key, location, count)
+    return made
+
+
+def tensor(size=(4,), stride=(1,), offset=0, count=4, **options):
+    rebuild = torch._utils._rebuild_tensor_v2
+    return Reduced(rebuild, storage(count, **options), offset, size, stride, False, OrderedDict())
+
+
+def test_the_hand_made_archive_is_a_checkpoint(tmp_path):
+    as_python_2_wrote_it = Reduced(OrderedDict, [["a", tensor()]])
+    for something in ({"a": tensor()}, as_python_2_wrote_it):
+        path = archive(tmp_path / "x.pt", pickled(something), np.arange(4, dtype=np.float32).tobytes())
+        same(checkpoints.read(path), {"a": np.arange(4, dtype=np.float32)})
+
+
+HUGE = 2**40
+NESTED = b"\x80\x02})" + b"\x85" * 30_000 + b"Ns."
+HOSTILE = {
+    "code": (Reduced(os.system, "touch stolen"), "it holds posix.system"),
+    "code in an entry": ({"a": tensor(), "b": Reduced(exec, "1 / 0")}, "it holds __builtin__.exec"),
+    "a module": (nn.Linear(2, 2), "it holds torch.nn.modules.linear.Linear"),
+    "memory": ({"a": Reduced(bytearray, HUGE)}, "it holds __builtin__.bytearray"),
+    "a tensor's memory": ({"a": Reduced(torch.Tensor, HUGE)}, "it holds torch.Tensor"),
+    "a storage that is too short": ({"a": tensor((HUGE,), count=HUGE)}, "storage '0' is not as long"),
+    "a storage that is not there": ({"a": tensor(key="1")}, "storage '1' is not as long"),
+    "a storage that is too long": ({"a": tensor((3,), count=3)}, "storage '0' is not as long"),
+    "two lengths": ({"a": tensor(), "b": tensor(count=5)}, "it says two things of storage '0'"),
+    "two dtypes": ({"a": tensor(), "b": tensor(kind=torch.IntStorage)}, "it says two things of storage '0'"),
+    "a tensor that is too large": ({"a": tensor((HUGE,))}, "beyond its storage"),
+    "a step that is too large": ({"a": tensor((2,), (4,))}, "beyond its storage"),
+    "an offset that is too large": ({"a": tensor((2,), offset=3)}, "beyond its storage"),
+    "an offset of nothing": ({"a": tensor((0,), offset=HUGE)}, "beyond its storage"),
+    "a negative offset": ({"a": tensor(offset=-1)}, "with a negative size"),
+    "a negative step": ({"a": tensor((2,), (-1,), 1)}, "with a negative size"),
+    "a size that is no number": ({"a": tensor(("4",))}, "with a negative size"),
+    "sizes without steps": ({"a": tensor((2, 2), (1,))}, "without a storage or a shape"),
+    "too many axes": ({"a": tensor((1,) * 100, (1,) * 100)}, "without a storage or a shape"),
+    "one number as a trillion": ({"a": tensor((HUGE,), (0,))}, f"its tensors have {4 * HUGE} bytes"),
+    "a sparse tensor": ({"a": torch.ones(2).to_sparse()}, "it holds torch._utils._rebuild_sparse_tensor"),
+    "another device": ({"a": tensor(location=3)}, "a storage without a type or a name"),
+    "complex numbers": ({"a": tensor(kind=torch.ComplexFloatStorage)}, "it holds torch.ComplexFloatStorage"),
+    "a key that is no name": ({3: tensor()}, "it holds a tensor under 3, which is no name"),
+    "a list": ([tensor()], "it holds no dictionary but a list"),
+    "a list in the dictionary": ({"a": tensor(), "b": [1]}, "'b' is no tensor but a list"),
+    "no tensors": ({"a": 3}, "it holds no tensors"),
+    "attributes": (Reduced(nn.Parameter, 3), "it holds torch.nn.parameter.Parameter"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_pickles_are_refused(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    something, message = HOSTILE[name]
+    path = archive(tmp_path / "x.pt", pickled(something), bytes(16))
+    with pytest.raises(
+        RBNValueError, match="RBN: expected a PyTorch checkpoint of plain tensors, got "
+    ) as raised:
+        checkpoints.read(path)
+    assert message in str(raised.value)
+    assert "Save the network alone: torch.save(model.state_dict(), path)." in str(raised.value)
+    assert os.listdir(tmp_path) == ["x.pt"]
+
+
+@pytest.mark.parametrize(
+    ("contents", "message"),
+    [
+        (NESTED, "keys that are neither texts nor numbers"),
+        (b"\x80\x02]" + b"]a" * 30_000 + b".", "it holds no dictionary but a list"),
+        (b"\x80\x02" + b"]" * 200_000 + b".", "longer than the file's size accounts for"),
+        (b"\x80\x02" + b"(" * 200_000 + b".", "longer than the file's size accounts for"),
+        (b"\x80\x02X\xff\xff\xff\xffabc.", "its pickle is truncated"),
+        (
+            b"\x80\x02N\x96\xff\xff\xff\xff\xff\xff\xff\x7f.",
+            "KeyError: 150",
+        ),  # BYTEARRAY8, which PyTorch lacks
+        (b"\x80\x02Nr\xff\xff\xff\xff.", "it holds no dictionary but a NoneType"),
+        (b"\x80\x02}q\x00X\x01\x00\x00\x00ah\x00s.", "it holds no tensors"),  # a dictionary inside of itself
+        (
+            b"\x80\x02ccollections\nOrderedDict\n)R}(X\x01\x00\x00\x00aNX\x01\x00\x00\x00bNub.",
+            "it sets attributes",
+        ),
+        (b"\x80\x02ccollections\nCounter\n]N\x85aR.", "it calls something without arguments"),
+        (b"", "its pickle is truncated"),
+        (b"\x80\x02}(K\x01NK\x01Nu.", "a dictionary with one key twice"),
+        (b"\x80\x02}K\x01NsK\x01Ns.", "a dictionary with one key twice"),
+        (b"\x80\x02ccollections\nOrderedDict\n](K\x01N\x86K\x01N\x86e\x85R.", "with one key twice"),
+        (b"\x80\x02]K\x01Ns.", "it sets items of something else"),
+    ],
+)
+def test_hostile_opcodes_are_refused(contents, message, tmp_path):
+    path = archive(tmp_path / "x.pt", contents)
+    start = time.perf_counter()
+    with pytest.raises(RBNValueError, match="expected a PyTorch checkpoint of plain tensors") as raised:
+        checkpoints.read(path)
+    assert message in str(raised.value)
+    assert time.perf_counter() - start < 5
+
+
+def test_dictionaries_that_share_dictionaries_are_looked_at_once(tmp_path):
+    inner = {str(i): None for i in range(3000)}
+    middle = {str(i): inner for i in range(3000)}
+    path = archive(tmp_path / "x.pt", pickled({str(i): middle for i in range(3000)}))
+    start = time.perf_counter()
+    with pytest.raises(RBNValueError, match="it holds no tensors"):
+        checkpoints.read(path)
+    assert time.perf_counter() - start < 10
+
+
+def test_hostile_archives_are_refused(tmp_path):
+    good, data = pickled({"a": tensor()}), bytes(16)
+    path = tmp_path / "x.pt"
+    expect = {
+        "its zip is compressed": lambda: archive(path, good, bytes(10**7), compression=zipfile.ZIP_DEFLATED),
+        "it is a TorchScript archive": lambda: archive(
+            path, good, data, more=[("archive/constants.pkl", b"")]
+        ),
+        "two entries of one name": lambda: archive(path, good, data, more=[("archive/DATA.pkl", b"")]),
+        "no item named 'archive/data.pkl'": lambda: path.write_bytes(
+            archive(path, good, data).read_bytes().replace(b"data.pkl", b"date.pkl")
+        ),
+        "more entries than": lambda: archive(path, good, data, more=[(f"{i}", b"") for i in range(5000)]),
+        "claims more than the file holds": lambda: overlapping(path, good, data),
+        "its zip is truncated": lambda: path.write_bytes(archive(path, good, data).read_bytes() + b" "),
+        "Bad CRC-32": lambda: path.write_bytes(
+            archive(path, good, data).read_bytes().replace(data, b"\1" * 16, 1)
+        ),
+        "is behind something else": lambda: path.write_bytes(
+            b"PK\3\4" + archive(path, good, data).read_bytes()
+        ),
+    }
+    for message, make in expect.items():
+        make()
+        with pytest.raises(RBNValueError, match="expected a PyTorch checkpoint of plain tensors") as raised:
+            checkpoints.read(path)
+        assert message in str(raised.value), (message, str(raised.value))
+
+
+def overlapping(path, contents, data):
+    """An archive whose directory has one entry's contents under many names."""
+    archive(path, contents, data, more=[("archive/data/big", bytes(10_000))])
+    with zipfile.ZipFile(path, "a") as opened:
+        big = opened.getinfo("archive/data/big")
+        for i in range(20):
+            info = zipfile.ZipInfo(f"archive/data/big{i}")
+            info.file_size = info.compress_size = big.file_size
+            info.CRC, info.header_offset = big.CRC, big.header_offset
+            opened.filelist.append(info)
+        opened._didModify = True
+
+
+def test_the_legacy_forms_storages_are_held_against_the_file(tmp_path):
+    path = tmp_path / "x.pt"
+    torch.save({"a": torch.ones(4)}, path, _use_new_zipfile_serialization=False)
+    whole = path.read_bytes()
+    count = whole.index(b"K\x04", whole.index(b"cpu"))
+    cases = {
+        "is not as long as it should be": [
+            whole[:-1],
+            whole[:-24] + (2**60).to_bytes(8, "little") + whole[-16:],
+            whole[:count] + b"J\xff\xff\xff\x7f" + whole[count + 2 :],
+        ],
+        "a storage without a size": [whole[:count] + b"J\xff\xff\xff\xff" + whole[count + 2 :]],
+        "are not those of its tensors": [whole.replace(b"]q\x00X", b"]q\x00NaX")],
+        "no file of torch.save": [b"", b"\x80\x02K\x01.", b"PK", whole[1:], b"{}", bytes(100)],
+    }
+    for message, files in cases.items():
+        for content in files:
+            path.write_bytes(content)
+            with pytest.raises(RBNValueError, match="expected a PyTorch checkpoint") as raised:
+                checkpoints.read(path)
+            assert message in str(raised.value)
+
+
+def test_the_tar_form_is_refused(tmp_path):
+    path = tmp_path / "x.pt"
+    with tarfile.open(path, "w") as opened:
+        opened.addfile(tarfile.TarInfo("../storages"))
+    with pytest.raises(RBNValueError, match=r"no file of torch\.save"):
+        checkpoints.read(path)
+
+
+def test_a_safetensors_file_that_is_damaged_is_refused(tmp_path):
+    path = tmp_path / "x.safetensors"
+    for content in (b"\xff" * 7 + b"\x7f{}", b"\x10\0\0\0\0\0\0\0{", (2**50).to_bytes(8, "little") + b"{}"):
+        path.write_bytes(content)
+        with pytest.raises(RBNValueError, match="expected a safetensors file"):
+            checkpoints.read(path)
+
+
+def test_what_is_no_file_is_refused(tmp_path):
+    for path in (tmp_path / "x.pth", tmp_path):
+        with pytest.raises(RBNValueError, match=r"expected a PyTorch checkpoint, got .*, which is no file"):
+            checkpoints.read(path)
+
+
+def test_a_file_without_checksums_is_read(tmp_path):
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"a": torch.ones(4)}, tmp_path / "x.pth")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    same(checkpoints.read(tmp_path / "x.pth"), {"a": np.ones(4, np.float32)})
+
+
+@pytest.mark.parametrize("form", ["zip", "zip without checksums", "legacy", "safetensors"])
+def test_damaged_files_are_read_or_are_one_error(form, tmp_path):
+    path = tmp_path / "x.pth"
+    state = {"state_dict": nn.Sequential(nn.Conv2d(1, 2, 1), RBN(2)).state_dict(), "epoch": 3}
+    torch.serialization.set_crc32_options(form == "zip")
+    try:
+        torch.save(state, path, _use_new_zipfile_serialization=form != "legacy")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    if form == "safetensors":
+        checkpoints.write(tmp_path / "x.safetensors", checkpoints.read(path))
+        path = tmp_path / "x.safetensors"
+    whole, rng, refused = path.read_bytes(), random.Random(0), 0
+    for _ in range(500):
+        path.write_bytes(damaged(whole, rng))
+        try:
+            checkpoints.read(path)
+        except RBNValueError:
+            refused += 1
+    assert refused > 200
+
+
+def damaged(whole, rng):
+    """A file with some bytes gone, changed, copied or inserted."""
+    content, at = bytearray(whole), rng.randrange(len(whole))
+    match rng.randrange(4):
+        case 0:
+            return content[:at]
+        case 1:
+            for _ in range(rng.choice((1, 1, 3, 30))):
+                content[rng.randrange(len(content))] ^= rng.randrange(1, 256)
+        case 2:
+            other, length = rng.randrange(len(whole)), rng.choice((1, 2, 4, 8, 30))
+            content[at : at + length] = content[other : other + length]
+        case 3:
+            content[at : at + rng.choice((0, 4, 8))] = rng.choice(
+                (b"\xff" * 4, b"\xff" * 7 + b"\x7f", b"\0\1")
+            )
+    return content
+
+
+def test_the_layout_is_own_or_published(tmp_path):
+    with pytest.raises(RBNValueError, match="expected layout to be one of 'own', 'published', got 'theirs'"):
+        checkpoints.write(tmp_path / "x.pth", {}, layout="theirs")
+    with pytest.raises(RBNTypeError):
+        checkpoints.write(tmp_path / "x.pth", {}, layout=None)
