@@ -2,6 +2,22 @@
 
 from rbn.backends.flax import nnx
 from rbn.backends.flax.layers import BNET, IEBN, RBN
-from rbn.backends.flax.weights import from_numpy, to_numpy
+from rbn.backends.flax.networks import Network, network
+from rbn.backends.flax.optimizers import optimizer_from_numpy, optimizer_to_numpy
+from rbn.backends.flax.surgery import convert
+from rbn.backends.flax.weights import describe, from_numpy, to_numpy
 
-__all__ = ["BNET", "IEBN", "RBN", "from_numpy", "nnx", "to_numpy"]
+__all__ = [
+    "BNET",
+    "IEBN",
+    "RBN",
+    "Network",
+    "convert",
+    "describe",
+    "from_numpy",
+    "network",
+    "nnx",
+    "optimizer_from_numpy",
+    "optimizer_to_numpy",
+    "to_numpy",
+]

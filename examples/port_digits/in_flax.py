@@ -33,6 +33,6 @@ def logits(state: State, images: np.ndarray) -> np.ndarray:
         variables["params"][name] = {"kernel": state[f"{name}.weight"].transpose(2, 3, 1, 0)}
     variables["params"]["head"] = {"kernel": state["head.weight"].T, "bias": state["head.bias"]}
     for name in ("norm1", "norm2"):
-        for collection, values in from_numpy(RBN(), part(state, name)).items():
+        for collection, values in from_numpy(RBN(), part(state, name))[0].items():
             variables[collection][name] = values
     return np.asarray(Network().apply(variables, images.transpose(0, 2, 3, 1)))

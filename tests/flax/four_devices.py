@@ -42,7 +42,7 @@ def linen_step(name: str, options: dict[str, Any], state: Any) -> tuple[Step, An
         )
         return (y, dx), dparams, stats
 
-    return step, from_numpy(layer, state)
+    return step, from_numpy(layer, state)[0]
 
 
 def nnx_step(name: str, options: dict[str, Any], state: Any) -> tuple[Step, Any]:

@@ -1,0 +1,155 @@
+"""BatchNorm to RBN, IEBN and BNET in an NNX model, and back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flax import nnx
+from flax.nnx import rnglib
+
+from rbn.backends.flax.networks import redescribed
+from rbn.backends.flax.nnx import layers
+from rbn.backends.flax.nnx.layers import CalibratedNorm
+from rbn.backends.flax.nnx.networks import Network
+from rbn.backends.flax.nnx.weights import Path, config, from_numpy, modules, to_numpy
+from rbn_core import conversion
+from rbn_core.config import Config
+from rbn_core.errors import RBNTypeError
+from rbn_core.matching import Row, State, Table
+
+KEPT = ("scale", "bias", "mean", "var")
+"""The variables that BatchNorm and the layers have in common; the objects stay."""
+
+
+def convert(
+    model: nnx.Module,
+    to: str = "rbn",
+    *,
+    where: str | None = None,
+    preserve: bool = False,
+    rngs: rnglib.Rngs | None = None,
+    **options: Any,
+) -> Table:
+    """Make every BatchNorm of a model an RBN, IEBN or BNET, or the other way round, in place.
+
+    Weights, statistics, epsilon, momentum, axis, dtypes, mode and the variables themselves stay, so that what
+    selects or shards them still does; an optimizer has to be built anew. The running variance stays biased,
+    as BatchNorm's is in Flax, unless `running_var` says otherwise.
+
+    Args:
+        model: Any NNX module that holds such layers, in attributes, lists or dictionaries.
+        to: "rbn", "iebn" or "bnet"; or "bn", for layers whose calibration is inert.
+        where: A regular expression for the whole dotted paths of the layers; every path by default.
+        preserve: Whether the outputs must stay: gamma is divided by R(w_b), and BNET starts as BatchNorm.
+        rngs: The random keys that new kernels of BNET are drawn from, unless the outputs stay.
+        options: Options of the new layers, such as `scaling=` and `kernel_size=`.
+
+    Returns:
+        Every layer that could have been converted, by its path: "replaced", or "kept" with the reason.
+
+    Raises:
+        RBNTypeError: The model itself is such a layer, or an option is unknown.
+        RBNValueError: `to`, `where` or an option is wrong. Nothing has changed then.
+    """
+    pattern = conversion.chooser(to, where)
+    source = CalibratedNorm if to == "bn" else nnx.BatchNorm
+    if isinstance(model, source):
+        raise RBNTypeError(
+            f"convert: expected a model that holds layers, got a {type(model).__name__}, which cannot be "
+            "replaced in place. Pass the model that holds it."
+        )
+    rngs = rngs or nnx.Rngs(0)
+    found: dict[int, tuple[nnx.Module, list[Path]]] = {}
+    for path, module in modules(model):
+        if isinstance(module, source):
+            found.setdefault(id(module), (module, []))[1].append(path)
+    rows, planned = [], []
+    for old, paths in found.values():
+        names = [".".join(map(str, path)) for path in paths]
+        if not any(pattern.fullmatch(name) for name in names):
+            continue
+        new, state = _converted(old, to, preserve, options, rngs)
+        if isinstance(state, str):
+            rows += [Row(name, "kept", type(old).__name__, state) for name in names]
+            continue
+        _check_holders(model, paths)
+        planned.append((old, new, state, paths))
+        rows += [Row(name, "replaced", type(old).__name__, type(new).__name__) for name in names]
+    for old, new, state, paths in planned:
+        for name in KEPT:
+            if getattr(old, name, None) is not None and getattr(new, name, None) is not None:
+                setattr(new, name, getattr(old, name))
+        from_numpy(new, state, strict=False)
+        for path in paths:
+            _put(model, path, new)
+    if isinstance(model, Network):
+        converted = {
+            ".".join(map(str, path)): (to, _config(new)) for _, new, _, paths in planned for path in paths
+        }
+        model.description = redescribed(model.description, converted)
+    return Table(tuple(rows))
+
+
+def _converted(
+    old: Any, to: str, preserve: bool, options: dict[str, Any], rngs: rnglib.Rngs
+) -> tuple[Any, State | str]:
+    """The layer that takes the place of another, and its state, or why it cannot."""
+    if isinstance(old.axis, tuple | list) and len(old.axis) != 1:
+        return None, f"has channels on the axes {tuple(old.axis)}"
+    common = {
+        "use_running_average": old.use_running_average,
+        "axis": old.axis if isinstance(old.axis, int) else old.axis[0],
+        "momentum": old.momentum,
+        "epsilon": old.epsilon,
+        "dtype": old.dtype,
+        "param_dtype": old.param_dtype,
+        "axis_name": old.axis_name,
+        "axis_index_groups": old.axis_index_groups,
+    }
+    state = to_numpy(old)
+    if to == "bn":
+        if old.momentum is None:
+            return None, "averages all batches, which Flax's BatchNorm does not"
+        given = conversion.to_batch_norm(config(old), state)
+        affine = {"use_scale": "gamma" in given, "use_bias": "beta" in given, "use_fast_variance": False}
+        return nnx.BatchNorm(old.num_features, **common | affine | options, rngs=rngs), given
+    common["running_var"] = "biased"
+    if to != "bnet":
+        common |= {"use_scale": old.scale is not None, "use_bias": old.bias is not None}
+    new = getattr(layers, to.upper())(old.num_features, **common | options, rngs=rngs)
+    return new, conversion.from_batch_norm(config(new), state, preserve)
+
+
+def _config(layer: Any) -> Config:
+    """The options of a layer, of Flax's BatchNorm, too."""
+    if isinstance(layer, CalibratedNorm):
+        return config(layer)
+    affine: dict[str, Any] = {"gamma": layer.use_scale, "beta": layer.use_bias}
+    return Config(layer.num_features, layer.epsilon, layer.momentum, centering=None, scaling=None, **affine)
+
+
+def _check_holders(model: nnx.Module, paths: list[Path]) -> None:
+    for path in paths:
+        if isinstance(_at(model, path[:-1]), tuple):
+            raise RBNTypeError(
+                "convert: expected layers in attributes, lists and dictionaries, got "
+                f"{'.'.join(map(str, path))} in a tuple, which cannot be changed in place. Make it a list."
+            )
+
+
+def _put(model: nnx.Module, path: Path, new: nnx.Module) -> None:
+    holder = _at(model, path[:-1])
+    if isinstance(holder, nnx.List | nnx.Dict | list | dict):
+        holder[path[-1]] = new
+    else:
+        setattr(holder, path[-1], new)
+
+
+def _at(model: Any, path: Path) -> Any:
+    for key in path:
+        model = (
+            model[key]
+            if isinstance(model, nnx.List | nnx.Dict | list | tuple | dict)
+            else getattr(model, key)
+        )
+    return model

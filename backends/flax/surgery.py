@@ -1,0 +1,375 @@
+"""BatchNorm to RBN, IEBN and BNET in a linen model, and back; for NNX see `rbn.backends.flax.nnx.convert`."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import core, traverse_util
+from jax import Array
+
+from rbn.backends.flax import layers, places
+from rbn.backends.flax.layers import CalibratedNorm
+from rbn.backends.flax.networks import Network, batch_norm_options, norm_options, redescribed
+from rbn.backends.flax.networks import layer as layer_of
+from rbn.backends.flax.weights import Init, Variables, flat, traced
+from rbn_core import conversion
+from rbn_core.config import Config
+from rbn_core.errors import RBNTypeError, RBNValueError
+from rbn_core.matching import Row, State, Table
+from rbn_core.names import own_name, to_layout
+from rbn_core.networks import Norm
+
+Path = tuple[str, ...]
+Options = tuple[tuple[str, Any], ...]
+
+TAKEN_OVER = (
+    "use_running_average",
+    "axis",
+    "momentum",
+    "epsilon",
+    "dtype",
+    "param_dtype",
+    "axis_name",
+    "axis_index_groups",
+)
+"""The options that BatchNorm and the layers have in common."""
+
+
+def convert(
+    model: nn.Module,
+    variables: Mapping[str, Any],
+    to: str = "rbn",
+    *,
+    init: Init | None = None,
+    where: str | None = None,
+    preserve: bool = False,
+    key: Array | None = None,
+    **options: Any,
+) -> tuple[nn.Module, Variables, Table]:
+    """Make every BatchNorm of a linen model an RBN, IEBN or BNET, or the other way round.
+
+    A linen module cannot be changed: this returns another one, with variables of its own. For a `Network` of
+    this package that is a `Network`; any other model comes back as a `Converted`, which runs it and lets the
+    new layers answer in the place of the old ones, under the same names. Weights, statistics, epsilon,
+    momentum, axis, dtypes and modes stay. The running variance stays biased, as BatchNorm's is in Flax,
+    unless `running_var` says otherwise.
+
+    Args:
+        model: Any linen module that holds such layers.
+        variables: Its variables; not changed.
+        to: "rbn", "iebn" or "bnet"; or "bn", for layers whose calibration is inert.
+        init: A function without arguments that initialises the model, such as
+            `lambda: net.init(key, x, train=False)`, which is traced and not run. Without it a BatchNorm is
+            told by the names of its variables, and of layers to turn into BatchNorm only those of a `Network`
+            or a `Converted` are known.
+        where: A regular expression for the whole dotted paths of the layers; every path by default.
+        preserve: Whether the outputs must stay: gamma is divided by R(w_b), and BNET starts as BatchNorm.
+        key: The random key that new kernels of BNET are drawn from, unless the outputs stay.
+        options: Options of the new layers, such as `scaling=` and `kernel_size=`.
+
+    Returns:
+        The model, its variables, and every layer that could have been converted, by its path: "replaced", or
+        "kept" with the reason.
+
+    Raises:
+        RBNTypeError: The model itself is such a layer, or an option is unknown.
+        RBNValueError: `to`, `where` or an option is wrong, or `init` is needed.
+    """
+    pattern = conversion.chooser(to, where)
+    if isinstance(model, nn.BatchNorm | CalibratedNorm):
+        raise RBNTypeError(
+            f"convert: expected a model that holds layers, got a {type(model).__name__}. "
+            "Build the other layer in its place."
+        )
+    if not isinstance(model, nn.Module) or not isinstance(variables, Mapping):
+        raise RBNTypeError(
+            f"convert: expected a linen module and its variables, got {type(model).__name__} and "
+            f"{type(variables).__name__}. For an NNX module call rbn.backends.flax.nnx.convert."
+        )
+    stored = flat(core.unfreeze(variables))
+    key = jax.random.key(0) if key is None else key
+    rows, converted = [], {}
+    for path, found in _layers(model, stored, init).items():
+        if found.is_batch_norm == (to == "bn") or not pattern.fullmatch(".".join(path)):
+            continue
+        new = _converted(found, _below(stored, path), to, preserve, options)
+        if isinstance(new, str):
+            rows.append(Row(".".join(path), "kept", found.name, new))
+            continue
+        converted[path] = new
+        key, used = jax.random.split(key)
+        stored = _with_state(stored, path, new, used)
+        rows.append(Row(".".join(path), "replaced", found.name, type(new.layer).__name__))
+    return (
+        _model(model, to, converted),
+        traverse_util.unflatten_dict(stored, sep="/"),
+        Table(tuple(rows)),
+    )
+
+
+class Converted(nn.Module):
+    """A linen model in which other layers answer in the place of some of its normalizations.
+
+    It is called as the model is; other methods are called with `run`. The new layers have the names and the
+    scopes of the old ones.
+
+    Attributes:
+        model: The model.
+        answers: By the path of a layer, what answers: "bn", "rbn", "iebn" or "bnet", with its options.
+    """
+
+    model: nn.Module
+    answers: tuple[tuple[Path, str, Options], ...]
+
+    def setup(self) -> None:
+        """Let the model's variables keep their names."""
+        nn.share_scope(self, self.model)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the model returns."""
+        return self.run("__call__", *args, **kwargs)
+
+    def run(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        """What another method of the model returns: `apply(variables, "encode", x, method="run")`."""
+        answers = {path: (to, dict(options)) for path, to, options in self.answers}
+        made: list[nn.Module] = []
+        with nn.intercept_methods(functools.partial(_answer, len(self.scope.path), answers, made)):
+            return getattr(self.model, method)(*args, **kwargs)
+
+
+def _answer(
+    depth: int,
+    answers: Mapping[Path, tuple[str, dict[str, Any]]],
+    made: list[nn.Module],
+    following: Any,
+    args: Any,
+    kwargs: Any,
+    context: Any,
+) -> Any:
+    """Call a layer, or what answers in its place.
+
+    Args:
+        depth: The length of the model's own path.
+        answers: What answers, by the path below the model.
+        made: The layers that have answered, which are called themselves.
+        following: Calls the layer.
+        args: What it is called with.
+        kwargs: What it is called with.
+        context: Which it is.
+    """
+    old = context.module
+    if context.method_name != "__call__" or not isinstance(old, nn.BatchNorm | CalibratedNorm):
+        return following(*args, **kwargs)
+    answer = answers.get(old.scope.path[depth:])
+    if answer is None or any(old is new for new in made):
+        return following(*args, **kwargs)
+    if kwargs.pop("mask", None) is not None:
+        raise RBNTypeError(
+            f"convert: expected a call of {'.'.join(old.scope.path)} without a mask, which only "
+            "BatchNorm takes. Leave the layer out with where=."
+        )
+    made.append(_make(*answer, _taken_over(old), old.scope))
+    return made[-1](*args, **kwargs)
+
+
+def _make(to: str, options: Mapping[str, Any], common: Mapping[str, Any], scope: Any = None) -> Any:
+    """A layer; in a scope where there is one."""
+    if to == "bn":
+        return nn.BatchNorm(**{"use_fast_variance": False} | dict(common) | dict(options), parent=scope)
+    given = {"running_var": "biased"} | dict(common) | dict(options)
+    return getattr(layers, to.upper())(**given, parent=scope)
+
+
+def _taken_over(layer: nn.Module) -> dict[str, Any]:
+    """The options that stay."""
+    common = {name: getattr(layer, name) for name in TAKEN_OVER}
+    if not isinstance(common["axis"], int):
+        if len(common["axis"]) != 1:
+            raise RBNValueError(
+                f"convert: expected one channel axis, got {tuple(common['axis'])} in "
+                f"{'.'.join(layer.scope.path)}. Leave the layer out with where=."
+            )
+        common["axis"] = common["axis"][0]
+    return common
+
+
+# What is there
+
+
+@dataclass(frozen=True)
+class Found:
+    """A normalization of a model.
+
+    Args:
+        name: What it is called.
+        common: Its options that stay, as far as they are known.
+        config: Makes the options of a layer of ours; `None` for BatchNorm.
+    """
+
+    name: str
+    common: Mapping[str, Any]
+    config: Any = None
+
+    @property
+    def is_batch_norm(self) -> bool:
+        """Whether it is Flax's."""
+        return self.config is None
+
+
+def _found(layer: nn.Module) -> Found:
+    ours = isinstance(layer, CalibratedNorm)
+    common = {name: getattr(layer, name) for name in TAKEN_OVER}
+    return Found(type(layer).__name__, common, layer.config if ours else None)
+
+
+def _layers(model: nn.Module, stored: Mapping[str, Any], init: Init | None) -> dict[Path, Found]:
+    """The normalizations of a model by their paths."""
+    if isinstance(model, Network):
+        return {
+            tuple(node.name.split(".")): _found(layer_of(node))
+            for node in model.description.nodes
+            if isinstance(node, Norm)
+        }
+    if init is not None:
+        _, owners = traced(init)
+        return {path: _found(owner.norm) for path, owner in owners.items() if owner.norm is not None}
+    known = {}
+    if isinstance(model, Converted):
+        known = {path: _found(_make(to, dict(options), {})) for path, to, options in model.answers}
+    found = {}
+    for own in stored:
+        collection, *path, last = own.split("/")
+        if (collection, last) == ("batch_stats", "mean"):
+            names = set(_below(stored, tuple(path)))
+            plain = names <= {"gamma", "beta", "running_mean", "running_var"}
+            found[tuple(path)] = known.get(tuple(path)) or Found(
+                "BatchNorm" if plain else "RBN", {}, None if plain else _unknown
+            )
+    return found
+
+
+def _unknown(num_features: int) -> Config:
+    raise RBNValueError(
+        "convert: expected to know the layers of the model, got its variables alone, which do not say their "
+        "options. Pass init=, for example lambda: net.init(key, x, train=False)."
+    )
+
+
+def _below(stored: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """A normalization's arrays under canonical names."""
+    own = {}
+    for name, leaf in stored.items():
+        collection, *parts = name.split("/")
+        if tuple(parts[: len(path)]) == path:
+            own["/".join((collection, *parts[len(path) :]))] = np.asarray(nn.unbox(leaf))
+    return places.canonical(own, {"": "norm"})[0]
+
+
+# What comes in its place
+
+
+@dataclass(frozen=True)
+class New:
+    """A layer that takes another's place.
+
+    Args:
+        layer: The layer, unbound.
+        options: What it has beside the options that stay.
+        config: All its options in the project's terms.
+        state: Its arrays under canonical names; what is missing is drawn.
+    """
+
+    layer: Any
+    options: Options
+    config: Config
+    state: State
+
+
+def _converted(found: Found, state: State, to: str, preserve: bool, options: Mapping[str, Any]) -> New | str:
+    """What takes a layer's place, or why nothing can."""
+    channels = len(state["running_mean"])
+    axis = found.common.get("axis", -1)
+    if not isinstance(axis, int) and len(axis) != 1:
+        return f"has channels on the axes {tuple(axis)}"
+    common = dict(found.common) | {"axis": axis if isinstance(axis, int) else axis[0]}
+    if to == "bn":
+        if found.common.get("momentum", 0.9) is None:
+            return "averages all batches, which Flax's BatchNorm does not"
+        given = conversion.to_batch_norm(found.config(channels), state)
+        if isinstance(given, str):
+            return given
+        affine: dict[str, Any] = {"gamma": "gamma" in given, "beta": "beta" in given}
+        own = {"use_scale": affine["gamma"], "use_bias": affine["beta"]} | dict(options)
+        layer = _make(to, own, common)
+        config = Config(channels, layer.epsilon, layer.momentum, centering=None, scaling=None, **affine)
+        given.pop("num_batches_tracked", None)
+    else:
+        affine = {"use_scale": "gamma" in state, "use_bias": "beta" in state}
+        own = (affine if to != "bnet" else {}) | dict(options)
+        layer = _make(to, own, common)
+        config = layer.config(channels)
+        given = conversion.from_batch_norm(config, state, preserve)
+        if isinstance(given, str):
+            return given
+    return New(layer, tuple(own.items()), config, given)
+
+
+def _with_state(stored: Mapping[str, Any], path: Path, new: New, key: Array) -> dict[str, Any]:
+    """Variables with those of a new layer in the place of the old one's."""
+
+    def inside(own: str) -> bool:
+        return tuple(own.split("/")[1 : len(path) + 1]) == path
+
+    params = [leaf for own, leaf in stored.items() if inside(own) and own.startswith("params/")]
+    param_dtype = nn.unbox(params[0]).dtype if params else jnp.float32
+    arrays = {
+        own_name("flax", "", name, "norm"): to_layout("flax", name, "norm", value)
+        for name, value in new.state.items()
+    }
+    if "conv_weight" in new.config.state_shapes() and "conv_weight" not in new.state:
+        x = jnp.ones((1, *(1,) * new.config.spatial_dims, new.config.num_features))
+        drawn = new.layer.clone(use_running_average=True, axis=-1).init(key, x)["params"]
+        arrays |= {own: array for own, array in flat({"params": drawn}).items() if "/conv/" in own}
+    result = {own: leaf for own, leaf in stored.items() if not inside(own)}
+    for own, array in arrays.items():
+        collection, _, name = own.partition("/")
+        place = "/".join((collection, *path, name))
+        old = stored.get(place)
+        if old is not None:
+            dtype = nn.unbox(old).dtype
+        elif name == "num_batches_tracked":
+            dtype = jnp.int32
+        else:
+            dtype = param_dtype
+        value = jnp.asarray(array, dtype)
+        result[place] = old.replace_boxed(value) if isinstance(old, nn.meta.AxisMetadata) else value
+    return result
+
+
+def _model(model: nn.Module, to: str, converted: Mapping[Path, New]) -> nn.Module:
+    """The model with its new layers."""
+    if not converted:
+        return model
+    if isinstance(model, Network):
+        for path, new in converted.items():
+            node = Norm(".".join(path), (), new.config.num_features, to)
+            known = batch_norm_options(node) if to == "bn" else norm_options(node)
+            if unknown := [name for name, _ in new.options if name not in known]:
+                raise RBNTypeError(
+                    f"convert: expected options that a description of a network has, got "
+                    f"{', '.join(unknown)}. Choose from {', '.join(known)}."
+                )
+        named = {".".join(path): (to, new.config) for path, new in converted.items()}
+        return Network(redescribed(model.description, named))
+    answers = (
+        {} if not isinstance(model, Converted) else {path: (path, *rest) for path, *rest in model.answers}
+    )
+    answers |= {path: (path, to, new.options) for path, new in converted.items()}
+    return Converted(model.model if isinstance(model, Converted) else model, tuple(answers.values()))
