@@ -63,7 +63,7 @@ def from_batch_norm(config: Config, state: Mapping[str, Any], preserve: bool) ->
     if config.kernel_size is not None:
         if not preserve:
             return {name: value for name, value in taken.items() if not name.startswith("conv_")}
-        centre = (slice(None), 0, *(config.kernel_size // 2,) * config.spatial_dims)
+        centre: Any = (slice(None), 0, *(config.kernel_size // 2,) * config.spatial_dims)
         taken["conv_weight"][centre] = arrays.get("gamma", 1.0)
         taken["conv_bias"] = arrays.get("beta", fresh["conv_bias"])
     elif preserve and config.scaling is not None:
@@ -91,7 +91,7 @@ def to_batch_norm(config: Config, state: Mapping[str, Any]) -> State | str:
         name: value for name, value in arrays.items() if name.startswith(("gamma", "beta", "running", "num"))
     }
     if config.kernel_size is not None:
-        centre = (slice(None), 0, *(config.kernel_size // 2,) * config.spatial_dims)
+        centre: Any = (slice(None), 0, *(config.kernel_size // 2,) * config.spatial_dims)
         others = arrays["conv_weight"].copy()
         others[centre] = 0
         if np.any(others != 0):

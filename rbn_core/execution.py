@@ -142,4 +142,4 @@ def _padded(x: Array, padding: int, value: float = 0.0) -> Array:
 
 def _windows(x: Array, size: int, stride: int) -> Array:
     """(N, C, H', W', size, size), without a copy."""
-    return sliding_window_view(x, (size, size), axis=(2, 3))[:, :, ::stride, ::stride]
+    return sliding_window_view(x, (1, 1, size, size))[:, :, ::stride, ::stride, 0, 0]

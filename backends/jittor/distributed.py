@@ -1,4 +1,9 @@
-"""Batch statistics over all processes of a run under MPI."""
+"""Batch statistics over all processes of a run under MPI.
+
+A process that raises alone does not end: Jittor's exit waits in MPI for the others, which wait for it.
+`os._exit` or `mpirun --timeout` ends them all. A first step of minutes is no such wait: Jittor compiles, one
+process at a time, and everything again for a Python of another name (python, python3).
+"""
 
 from __future__ import annotations
 

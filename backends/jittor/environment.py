@@ -1,4 +1,4 @@
-"""What Jittor reads from the environment when it is first imported."""
+"""What Jittor reads from the environment when it is first imported, and what it leaves behind at the end."""
 
 from __future__ import annotations
 
@@ -32,6 +32,19 @@ def prepare() -> None:
         os.environ.setdefault("use_mkl", "0")  # or the import would download oneDNN
     if "OMPI_COMM_WORLD_SIZE" in os.environ:  # by which Jittor, too, knows mpirun
         _find_mpicc()
+
+
+def end_compilers() -> None:
+    """Let the processes that compile Jittor itself end on their own, before its exit sends them SIGTERM.
+
+    They inherit the handler that a script or a tool had set before the import. One that does not end them at
+    once leaves that exit waiting for ever, and under MPI every other process with it.
+    """
+    import jittor_utils
+
+    if pool := getattr(jittor_utils, "p", None):  # none if nothing had to be compiled
+        pool.close()
+        pool.join()
 
 
 def _is_nvcc_without_runtime() -> bool:

