@@ -23,6 +23,10 @@ LAYOUTS = ("channels_first", "channels_last", "strided", "expanded")
 """How the framework's input lies in memory: contiguous with the channels first or last, every second value of
 a larger array, or one image repeated with stride 0."""
 
+WAYS = ("vmap", "pmap", "shard_map", "shard_map_unchecked", "jit")
+"""How devices share a batch in a framework that knows more than one way: JAX's transformations over a named
+axis, of which `shard_map` has a check of its own that can be off, and `jit` on a sharded array."""
+
 LARGE = 10**6
 """From so many values on a case has one step."""
 
@@ -45,6 +49,7 @@ class Case:
         dtype: The input's dtype.
         layout: How the input lies in memory, one of `LAYOUTS`.
         shares: How many images of the batch each of several devices has; empty on a single device.
+        way: How these share their statistics, one of `WAYS`; empty is the subject's usual one.
         variant: Which of the many sets of numbers; what `--seeds` counts.
     """
 
@@ -55,6 +60,7 @@ class Case:
     dtype: str
     layout: str = "channels_first"
     shares: tuple[int, ...] = ()
+    way: str = ""
     variant: int = 0
 
     @property
@@ -86,6 +92,7 @@ class Case:
             self.dtype,
             "" if self.layout == "channels_first" else self.layout,
             f"shares={'+'.join(map(str, self.shares))}" if self.shares else "",
+            self.way,
             f"seed={self.variant}" if self.variant else "",
         ]
         return "/".join(filter(None, parts))
@@ -93,6 +100,8 @@ class Case:
     @property
     def group(self) -> str:
         """The row of the report that the case belongs to."""
+        if self.way:
+            return f"{self.layer}/{self.mode}/shares/{self.way}"
         if self.shares:
             return f"{self.layer}/{self.mode}/shares={'+'.join(map(str, self.shares))}"
         if self.dtype not in ("float32", "float64"):
@@ -128,7 +137,7 @@ class Case:
             "layout": self.layout,
             "spatial axes": len(self.shape) - 2,
             "data": self.data,
-            "devices": len(self.shares) or 1,
+            "devices": f"{len(self.shares) or 1}{self.way and f' by {self.way}'}",
             "centering": c.centering,
             "scaling": c.scaling,
             "restrict": c.restrict,
@@ -226,6 +235,8 @@ def parse(case_id: str) -> Case:
         if rest and rest[0].startswith("shares="):
             shares = rest.pop(0).removeprefix("shares=").split("+")
             case = replace(case, shares=tuple(int(images) for images in shares))
+            if rest and rest[0] in WAYS:
+                case = replace(case, way=rest.pop(0))
         if rest:
             case = replace(case, variant=int(rest.pop(0).removeprefix("seed=")))
     except (ValueError, IndexError, TypeError, RBNError) as error:

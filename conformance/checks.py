@@ -99,7 +99,7 @@ def run_checks(
     cases = tuple(all_cases() if cases is None else cases)
     diagnosis = Diagnosis()
     for case in cases:
-        if case.layer in subject.layers:
+        if subject.takes(case):
             yield check_case(subject, case, expected_failures, diagnosis)
     yield from wrong_declarations(subject, cases, expected_failures)
 

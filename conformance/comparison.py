@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -94,6 +95,7 @@ def deviations(subject: Subject, case: Case, outcomes: list[Outcome] | None = No
         outcomes: Receives what the subject gave at every step.
     """
     state = case.state()
+    subject = subject.through(case.way) if case.way else subject
     subject = subject.spread(case.shares) if case.shares else subject
     ignored = () if subject.counts_batches else ("num_batches_tracked",)
     subject.build(case.config, {name: value.copy() for name, value in state.items()}, case.dtype, case.layout)
@@ -101,7 +103,7 @@ def deviations(subject: Subject, case: Case, outcomes: list[Outcome] | None = No
     for step in due(case):
         outcome = subject.run(step.x.copy(), case.training, step.cotangent.copy())
         if outcomes is not None:
-            outcomes.append(outcome)
+            outcomes.append(copy.deepcopy(outcome))  # the next step may change what a view shows
         due_now = replace(step.outcome, state=without(step.outcome.state, ignored))
         yield from compare_outcomes(outcome, due_now, step.tolerances, case.dtype)
 
@@ -162,11 +164,24 @@ def worst_of_each(found: Iterable[Deviation]) -> Iterator[Deviation]:
     yield from worst.values()
 
 
-def are_alike(case: Case, some: Sequence[Outcome], others: Sequence[Outcome]) -> bool:
-    """Whether two implementations, right or wrong, gave the same in a case, to its tolerances."""
+def are_alike(
+    case: Case, some: Sequence[Outcome], others: Sequence[Outcome], counts: Callable[[str], bool]
+) -> bool:
+    """Whether two implementations, right or wrong, gave the same in a case, to its tolerances.
+
+    Args:
+        case: What they ran.
+        some: What one of them gave, step by step.
+        others: What the other gave.
+        counts: Which quantities are compared.
+    """
     return all(
         (one.y.dtype, one.dx.dtype) == (other.y.dtype, other.dx.dtype)
-        and all(each.ratio <= 1.0 for each in compare_outcomes(one, other, step.tolerances))
+        and all(
+            each.ratio <= 1.0
+            for each in compare_outcomes(one, other, step.tolerances)
+            if counts(each.quantity)
+        )
         for one, other, step in zip(some, others, due(case), strict=True)
     )
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
 from rbn.conformance.cases import Case
@@ -12,14 +13,22 @@ from rbn.conformance.mutants import MUTANTS, Mutant
 from rbn.conformance.subject import Outcome
 
 ALIKE = 3
-"""How many mistakes are named that fail in the same quantities."""
+"""How many mistakes are named that fail in much the same way."""
+
+MUCH = math.log(10)
+"""Up to which distance that is so: a factor of ten between the errors."""
+
+WORST = 1e9
+"""How many times the tolerance an error counts at most."""
+
+COUNTER = "num_batches_tracked"
 
 
 class Diagnosis:
     """Finds the causes of one subject's failures.
 
     A mistake that gives the very numbers that the subject gave is its cause, or one that nothing tells apart
-    from it. Failing that, mistakes that fail in the same quantities are where to look.
+    from it. Failing that, mistakes that fail in the same quantities, or by about as much, are where to look.
     """
 
     def __init__(self) -> None:
@@ -35,35 +44,68 @@ class Diagnosis:
         """
         if len(outcomes) < case.steps:
             return ()
-        wrong = quantities_beyond(found)
+        wrong = beyond(found)
+
+        def counts(quantity: str) -> bool:
+            """Whether a quantity tells mistakes apart."""
+            if quantity == COUNTER:  # it may or may not be wrong along with the statistics
+                return wrong.keys() == {COUNTER}
+            # The gradients of a wrong output may be its own, as automatic differentiation finds them, or not.
+            return "y" not in wrong or not is_gradient(quantity)
+
         # What explained an earlier case is tried alone at first: one mistake fails in many cases.
         for mutants in (self.likely, MUTANTS):
             behaviours = [(mutant, *behaviour(mutant, case)) for mutant in mutants]
             same = [
-                m
-                for m, theirs, failing in behaviours
-                if failing and theirs and are_alike(case, outcomes, theirs)
+                mutant
+                for mutant, theirs, failing in behaviours
+                if failing and theirs and are_alike(case, outcomes, theirs, counts)
             ]
             if same:
                 self.likely = same
                 return tuple(f"behaves like: {mutant.mistake}" for mutant in same)
-        alike = [mutant.mistake for mutant, _, failing in behaviours if failing == wrong]
-        return tuple(f"fails in the same quantities as: {mistake}" for mistake in alike[:ALIKE])
+        alike = sorted(
+            (distance(wrong, failing), mutant.mistake)
+            for mutant, _, failing in behaviours
+            if much_the_same(wrong, failing)
+        )
+        return tuple(f"fails in much the same way as: {mistake}" for _, mistake in alike[:ALIKE])
 
 
 @lru_cache(maxsize=2 * len(MUTANTS))
-def behaviour(mutant: Mutant, case: Case) -> tuple[list[Outcome], frozenset[str]]:
-    """What a mutant gives in a case, nothing where it raises, and which quantities are wrong."""
+def behaviour(mutant: Mutant, case: Case) -> tuple[list[Outcome], Mapping[str, float]]:
+    """What a mutant gives in a case, nothing where it raises, and which quantities are wrong by how much."""
     outcomes: list[Outcome] = []
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # a mistake may overflow, or average nothing
             found = list(worst_of_each(deviations(mutant.subject(), case, outcomes)))
     except Exception:  # a mistake may make a layer refuse what it should take
-        return [], frozenset({"raised"})
-    return outcomes, quantities_beyond(found)
+        return [], {"raised": math.inf}
+    return outcomes, beyond(found)
 
 
-def quantities_beyond(found: Sequence[Deviation]) -> frozenset[str]:
-    """Which quantities are beyond their tolerance."""
-    return frozenset(deviation.quantity for deviation in found if deviation.ratio > 1.0)
+def beyond(found: Sequence[Deviation]) -> Mapping[str, float]:
+    """Which quantities are beyond their tolerance, and how many times."""
+    return {deviation.quantity: deviation.ratio for deviation in found if deviation.ratio > 1.0}
+
+
+def much_the_same(some: Mapping[str, float], others: Mapping[str, float]) -> bool:
+    """Whether two fail in the same quantities, or in some of them and in all by about as much."""
+    if some.keys() == others.keys():
+        return True
+    return not some.keys().isdisjoint(others) and distance(some, others) <= MUCH
+
+
+def distance(some: Mapping[str, float], others: Mapping[str, float]) -> float:
+    """How differently two fail: the factor between their errors, as a logarithm, on average."""
+    logarithms = [
+        abs(math.log(min(some.get(name, 1.0), WORST)) - math.log(min(others.get(name, 1.0), WORST)))
+        for name in {*some, *others}
+    ]
+    return sum(logarithms) / max(len(logarithms), 1)
+
+
+def is_gradient(quantity: str) -> bool:
+    """Whether a quantity is of the backward pass."""
+    return quantity in ("dx", "gradients") or quantity.startswith("d ")

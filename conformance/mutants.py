@@ -7,7 +7,7 @@ class's docstring says the mistake, as somebody might make it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -157,22 +157,20 @@ class OwnStatistics(Sharing):
     """Every device normalizes with the statistics of its own share; nothing is synchronized."""
 
     class Wrong(SharingLayer):
-        def statistics_of(self, x_cm: Array, training: bool) -> tuple[Array, Array]:
-            mean, var = super().statistics_of(x_cm, training)
-            if len(self.parts(x_cm)) == 1:
-                return mean, var
-            moments = [(batch_mean_and_variance(part), len(part)) for part in self.parts(x_cm)]
-            self.each = [
-                np.repeat(np.stack([m[i] for m, _ in moments]), [n for _, n in moments], 0) for i in (0, 1)
+        def forward(self, x: Any, training: bool) -> Array:
+            self.layers = [Layer(self.config) for _ in self.parts(x)]
+            for layer in self.layers:
+                layer.load(self.state())
+            outputs = [
+                layer.forward(part, training) for layer, part in zip(self.layers, self.parts(x), strict=True)
             ]
-            return mean, var
+            self.statistics = self.layers[0].statistics
+            return np.concatenate(outputs)
 
-        def standardize(self, x_cm: Array, mean: Array, var: Array) -> tuple[Array, Array]:
-            if len(self.parts(x_cm)) == 1:
-                return super().standardize(x_cm, mean, var)
-            mean, var = (np.reshape(each, (*each.shape, *(1,) * (x_cm.ndim - 2))) for each in self.each)
-            inverse_std = 1.0 / np.sqrt(var + self.config.eps)
-            return (x_cm - mean) * inverse_std, inverse_std
+        def backward(self, dy: Any) -> tuple[Array, dict[str, Array]]:
+            each = [layer.backward(part) for layer, part in zip(self.layers, self.parts(dy), strict=True)]
+            gradients = {name: np.sum([own[name] for _, own in each], axis=0) for name in each[0][1]}
+            return np.concatenate([dx for dx, _ in each]), gradients
 
     wrong = Wrong
 
@@ -222,6 +220,11 @@ class GradientOfOwnShare(Sharing):
             )
             values = dx_s.size // dx_s.shape[1]
             return dx_cm - mean / values - s.x_s * variance / values
+
+        def calibrate_centering_backward(self, dx_cm: Array, s: Steps, gradients: dict[str, Array]) -> Array:
+            # The sum of dX_cm is not 0, and all of K_m counts.
+            constant = replace(s, batch_statistics=False)
+            return super().calibrate_centering_backward(dx_cm, constant, gradients)
 
     wrong = Wrong
 

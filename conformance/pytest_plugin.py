@@ -39,7 +39,7 @@ def parametrize_with_checks(
             pytest.param(subject, _check(case), id=f"{subject.name}-{case.id}")
             for subject in subjects
             for case in chosen
-            if case.layer in subject.layers
+            if subject.takes(case)
         ],
     )
 
@@ -88,7 +88,7 @@ class _Subject(pytest.Collector):
 
         subject = load(self.name)
         for case in all_cases():
-            if case.layer in subject.layers:
+            if subject.takes(case):
                 yield _Case.from_parent(self, name=case.id, subject=subject, check=_check(case))
 
 

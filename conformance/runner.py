@@ -117,7 +117,8 @@ def run(
         try:
             while waiting or active:
                 while waiting and len(active) < (os.cpu_count() or 1):
-                    active.append(_Process(waiting.pop(0), Path(folder), time_limit))
+                    # The last first: Jittor takes longest, and would else run alone in the end.
+                    active.append(_Process(waiting.pop(), Path(folder), time_limit))
                 wait([process.receiver for process in active], timeout=0.2)
                 active = [process for process in active if process.attend()]
                 progress(runs)
@@ -177,7 +178,7 @@ class _Process:
         self.run.stage, self.run.versions = "checking", found
 
     def on_subject(self, counted: int) -> None:
-        """Another subject begins, which has not the layers of so many cases."""
+        """Another subject begins, which does not take so many cases."""
         self.run.total -= counted
 
     def on_case(self, current: tuple[str, Case]) -> None:
@@ -247,7 +248,7 @@ def _work(todo: Sequence[tuple[str, Sequence[Case]]], sender: Connection, log: P
         send("ready", _versions())
         for subject, cases in subjects:
             diagnosis = Diagnosis()
-            mine = [case for case in cases if case.layer in subject.layers]
+            mine = [case for case in cases if subject.takes(case)]
             send("subject", len(cases) - len(mine))
             for case in mine:
                 send("case", (subject.name, case))

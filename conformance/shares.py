@@ -8,12 +8,13 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from functools import cache
 from multiprocessing.connection import Client, Connection, Listener, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -23,6 +24,12 @@ from rbn_core.matching import State
 
 Launcher = Callable[[list[str], int, Path], Sequence["subprocess.Popen[bytes]"]]
 """Starts a Python script with its arguments in so many processes, whose logs go to the folder."""
+
+TIME_LIMIT = 400.0
+"""Seconds for the devices to start, and for each answer; less than a case has, which could not say why."""
+
+PATIENCE = 10.0
+"""Seconds for a process to end."""
 
 
 class Devices(Subject):
@@ -78,22 +85,37 @@ class Processes:
 
     def __init__(self, factory: str, world: int, launch: Launcher) -> None:
         self.world = world
+        self.launched: Sequence[subprocess.Popen[bytes]] = ()
+        self.connections: list[Connection] = []
         self.folder = tempfile.TemporaryDirectory()
         folder = Path(self.folder.name)
-        with Listener(str(folder / "socket"), "AF_UNIX", backlog=world) as listener:
-            command = [__file__, factory, str(world), str(folder)]
-            self.launched = launch(command, world, folder)
-            atexit.register(self.stop)
-            self.connections: list[Connection] = self.accept(listener)
+        atexit.register(self.stop)
+        try:
+            with Listener(str(folder / "socket"), "AF_UNIX", backlog=world) as listener:
+                command = [__file__, factory, str(world), str(folder)]
+                self.launched = launch(command, world, folder)
+                self.connections = self.accept(listener)
+        except BaseException:
+            self.stop(patience=0)
+            raise
 
     def accept(self, listener: Listener) -> list[Connection]:
-        """The connections of all devices, in the order of their ranks."""
+        """The connections of all devices, in the order of their ranks.
+
+        Raises:
+            RuntimeError: A device died or hangs before it could be asked anything.
+        """
         connections: dict[int, Connection] = {}
+        deadline = time.monotonic() + TIME_LIMIT
         # A process that dies before it calls would be waited for forever: look in between.
         listener._listener._socket.settimeout(0.5)  # type: ignore[attr-defined]
         while len(connections) < self.world:
             if any(process.poll() for process in self.launched):
                 raise RuntimeError(f"a device's process ended before its first step:\n{self.log()}")
+            if time.monotonic() > deadline:
+                raise RuntimeError(
+                    f"{len(connections)} of {self.world} devices started in time:\n{self.log()}"
+                )
             try:
                 connection = listener.accept()
             except TimeoutError:
@@ -105,23 +127,25 @@ class Processes:
         """Send every device its message, and return their answers.
 
         Raises:
-            RuntimeError: A device raised or died. The others may wait for it, so all are stopped.
+            RuntimeError: A device raised, died or hangs. The others may wait for it, so all are stopped.
         """
         for connection, message in zip(self.connections, messages, strict=True):
             connection.send(message)
         answers: dict[int, Any] = {}
         while len(answers) < self.world:
-            waiting = [c for rank, c in enumerate(self.connections) if rank not in answers]
-            for ready in wait(waiting):
+            missing = [rank for rank in range(self.world) if rank not in answers]
+            found = wait([self.connections[rank] for rank in missing], TIME_LIMIT)
+            if not found:
+                self.fail(f"devices {missing} of {self.world} gave no answer in time:\n{self.log()}")
+            for ready in found:
                 assert isinstance(ready, Connection)
                 rank = self.connections.index(ready)
                 try:
                     kind, answers[rank] = ready.recv()
                 except EOFError:
-                    kind, answers[rank] = "raised", f"its process ended:\n{self.log()}"
+                    self.fail(f"device {rank} of {self.world}: its process ended:\n{self.log()}")
                 if kind == "raised":
-                    self.stop()
-                    raise RuntimeError(f"device {rank} of {self.world}: {answers[rank]}")
+                    self.fail(f"device {rank} of {self.world}: {answers[rank]}")
         return [answers[rank] for rank in range(self.world)]
 
     def log(self) -> str:
@@ -133,12 +157,24 @@ class Processes:
         ]
         return "\n".join(lines)
 
-    def stop(self) -> None:
-        """End the processes."""
+    def fail(self, what: str) -> NoReturn:
+        """Stop all processes at once, and raise a RuntimeError."""
+        self.stop(patience=0)
+        raise RuntimeError(what)
+
+    def stop(self, patience: float = PATIENCE) -> None:
+        """Let the processes end on their own, and by force those that have not within `patience` seconds."""
         processes.cache_clear()
         atexit.unregister(self.stop)
-        for process in self.launched:
-            process.terminate()
+        for connection in self.connections:
+            connection.close()
+        for end, seconds in ((subprocess.Popen.terminate, patience), (subprocess.Popen.kill, PATIENCE)):
+            deadline = time.monotonic() + seconds
+            for process in self.launched:
+                try:
+                    process.wait(max(0, deadline - time.monotonic()))
+                except subprocess.TimeoutExpired:
+                    end(process)
         for process in self.launched:
             process.wait()
         self.folder.cleanup()
@@ -154,7 +190,12 @@ def start(command: Sequence[str | Path], log: Path, **environment: str) -> subpr
     """Start a command in the folder of its log."""
     with log.open("wb") as file:
         return subprocess.Popen(
-            command, cwd=log.parent, env=os.environ | environment, stdout=file, stderr=subprocess.STDOUT
+            command,
+            cwd=log.parent,
+            env=os.environ | environment,
+            stdin=subprocess.DEVNULL,  # mpirun would take the terminal's input
+            stdout=file,
+            stderr=subprocess.STDOUT,
         )
 
 
@@ -189,4 +230,9 @@ def serve(factory: str, world: int, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]))
+    try:
+        serve(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]))
+    except Exception:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)  # an orderly exit from MPI would wait for the other devices

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from rbn.conformance.cases import LAYERS
+from rbn.conformance.cases import LAYERS, Case
 from rbn_core.config import Config
 from rbn_core.errors import RBNValueError
 from rbn_core.matching import State
@@ -52,6 +52,7 @@ class Subject(ABC):
         counts_batches: Whether it stores the number of batches it was trained on. Without, that number is not
             compared, and the average over all batches, momentum=None, is absent.
         devices: On how many devices it can share its statistics; cases of more are absent.
+        ways: In which of `cases.WAYS` it can do so, besides its usual one; cases of others are not run.
         absent: Cases it cannot run, declared as {pattern of case ids: reason}. A declaration that matches no
             case, and one whose case would pass, fail the run.
         expected_failures: Cases in which it is known to differ, declared in the same way.
@@ -62,6 +63,7 @@ class Subject(ABC):
     fixed: Mapping[str, Any] = {}
     counts_batches: bool = True
     devices: int = 1
+    ways: Collection[str] = ()
     absent: Mapping[str, str] = {}
     expected_failures: Mapping[str, str] = {}
 
@@ -93,6 +95,18 @@ class Subject(ABC):
     @abstractmethod
     def state(self) -> State:
         """Everything the layer stores now, under canonical names."""
+
+    def takes(self, case: Case) -> bool:
+        """Whether the case is about something that it has: the layer, and the way to share statistics."""
+        return case.layer in self.layers and case.way in ("", *self.ways)
+
+    def through(self, way: str) -> Subject:
+        """The same implementation that shares its statistics in another way.
+
+        Args:
+            way: One of `ways`.
+        """
+        raise NotImplementedError
 
     def spread(self, shares: tuple[int, ...]) -> Subject:
         """The same implementation on several devices, each with its share of the batch, as one subject.

@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import cache
 from typing import Any
 
-from rbn.conformance.cases import LAYERS, Case, config_of, parse
+from rbn.conformance.cases import LAYERS, WAYS, Case, config_of, parse
 from rbn.conformance.data import EXTREMES, OFFSETS, REAL, REAL_SHAPES
 from rbn_core.config import STATISTICS
 from rbn_core.errors import RBNValueError
@@ -33,7 +33,7 @@ LARGE_SHAPE = (1, 1, 1100, 1100)
 """Planes of 5 MB in float32, more than a processor's own caches hold."""
 
 OPTION_SHAPE = (3, 4, 2, 3)
-"""The shape on which every combination of options runs."""
+"""The shape on which every combination of options runs, and numbers near a dtype's ends."""
 
 CALIBRATIONS: tuple[dict[str, Any], ...] = tuple(
     {"centering": centering, "scaling": scaling}
@@ -73,6 +73,9 @@ FEW: tuple[tuple[str, tuple[int, ...]], ...] = (
 
 SHARES = ((2, 2), (3, 1), (4, 0), (1, 1, 1, 1), (2, 0, 1, 1))
 """Images on each of two and four devices: equal, unequal, and none on one of them."""
+
+WAY_SHARES = (2, 2, 2, 2)
+"""The same where a framework knows several ways; in some of them all shares must be equal."""
 
 
 @cache
@@ -147,7 +150,9 @@ def _rbn() -> Iterator[Case]:
     for training, data, dtype in itertools.product(MODES, REAL, DTYPES):
         yield _case(layer, training, data, REAL_SHAPES[data], dtype)
     for training, data, dtype in itertools.product(MODES, EXTREMES, DTYPES):
-        yield _case(layer, training, data, (3, 4, 2, 3), dtype)
+        yield _case(layer, training, data, OPTION_SHAPE, dtype)
+    for training in MODES:  # more values than a processor takes at once
+        yield _case(layer, training, "nan", (2, 5, 7, 7), "float32")
     yield from _options(layer, (*CALIBRATIONS, *MORE_OPTIONS[layer], *OPTIONS))
     halves = (("offset0", (2, 5, 7, 7)), ("offset10", (2, 3, 5)), ("digits", REAL_SHAPES["digits"]))
     for training, (data, shape), dtype in itertools.product(MODES, halves, HALF_DTYPES):
@@ -164,8 +169,9 @@ def _relative(layer: str) -> Iterator[Case]:
     if layer == "bn":
         for training, shape in itertools.product(MODES, OTHER_SHAPES):
             yield _case(layer, training, "offset0", shape, "float32")
-        for training, data, dtype in itertools.product(MODES, ("offset1000", "nan", "constant"), DTYPES):
-            yield _case(layer, training, data, (3, 4, 2, 3), dtype)
+        for training, data, dtype in itertools.product(MODES, ("offset1000", "constant"), DTYPES):
+            yield _case(layer, training, data, OPTION_SHAPE, dtype)
+    yield from _not_finite(layer)
     yield from _options(layer, (*MORE_OPTIONS[layer], *OPTIONS))
     for training, dtype in itertools.product(MODES, HALF_DTYPES):
         yield _case(layer, training, "offset0", (2, 5, 7, 7), dtype)
@@ -179,11 +185,19 @@ def _bnet() -> Iterator[Case]:
             yield _case("bnet", training, "offset0", shape, dtype, {"kernel_size": kernel_size})
     for training, data, dtype in itertools.product(MODES, REAL, DTYPES):
         yield _case("bnet", training, data, REAL_SHAPES[data], dtype)
+    yield from _not_finite("bnet")
     yield from _options("bnet", OPTIONS)
     for training, dtype in itertools.product(MODES, HALF_DTYPES):
         yield _case("bnet", training, "offset0", (2, 5, 7, 7), dtype)
     for training in MODES:
         yield _case("bnet", training, "offset0", (2, 5, 7, 7), "float32", layout="channels_last")
+
+
+def _not_finite(layer: str) -> Iterator[Case]:
+    # An infinite mean saturates IEBN's attention: what is finite then depends on the order of operations.
+    values = ("nan",) if layer == "iebn" else ("inf", "nan")
+    for training, data, dtype in itertools.product(MODES, values, DTYPES):
+        yield _case(layer, training, data, OPTION_SHAPE, dtype)
 
 
 def _options(layer: str, choices: Iterable[dict[str, Any]]) -> Iterator[Case]:
@@ -200,6 +214,12 @@ def _shared() -> Iterator[Case]:
         yield _case("rbn", True, "offset0", (4, 3, 4, 3), "float32", options, shares=(3, 1))
     yield _case("rbn", True, "offset1000", (4, 3, 4, 3), "float64", shares=(3, 1))
     yield _case("bnet", True, "offset0", (4, 3, 4, 3), "float32", shares=(3, 1))
+    spatial = {"centering": "spatial_mean", "scaling": "spatial_std"}
+    yield _case("rbn", True, "offset0", (4, 3, 4, 3), "float32", spatial, shares=(2, 2))
+    yield _case("bnet", True, "offset0", (4, 3, 4, 3), "float32", shares=(2, 2))
+    for way in WAYS:
+        yield _case("rbn", True, "offset10", (8, 3, 4, 3), "float32", shares=WAY_SHARES, way=way)
+        yield _case("iebn", True, "offset0", (8, 3, 4, 3), "float32", shares=WAY_SHARES, way=way)
 
 
 def _case(

@@ -108,6 +108,11 @@ class StatisticsWithoutGradient(Layer):
     def standardize_backward(self, dx_s: Array, s: Steps) -> Array:
         return dx_s * s.inverse_std
 
+    def calibrate_centering_backward(self, dx_cm: Array, s: Steps, gradients: dict[str, Array]) -> Array:
+        # Without that gradient sum dX_cm is not 0, and all of K_m counts.
+        constant = replace(s, batch_statistics=False)
+        return super().calibrate_centering_backward(dx_cm, constant, gradients)
+
 
 class VarianceWithoutGradient(Layer):
     """The gradient flows through the batch's E but not through its Var."""
@@ -166,6 +171,13 @@ class BatchStatisticsInEvaluation(Layer):
         return super().statistics_of(x_cm, training) if training else batch_mean_and_variance(x_cm)
 
 
+class ModeIgnored(Layer):
+    """Evaluation does what training does: it normalizes with the batch's statistics and accumulates them."""
+
+    def forward(self, x: Any, training: bool) -> Array:
+        return super().forward(x, training or x.size > x.shape[1])  # training refuses one value per channel
+
+
 class EvaluationAccumulates(Layer):
     """Evaluation updates the running statistics too."""
 
@@ -207,7 +219,8 @@ class RunningDeviation(Layer):
     """The running variance accumulates standard deviations."""
 
     def accumulate(self, mean: Array, var: Array, values: int) -> None:
-        super().accumulate(mean, np.sqrt(var), values)
+        bessel = values / (values - 1) if self.config.running_var == "unbiased" else 1.0
+        super().accumulate(mean, np.sqrt(var * bessel) / bessel, values)
 
 
 class InputModified(Layer):

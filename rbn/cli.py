@@ -7,8 +7,9 @@ import platform
 import shlex
 import signal
 import sys
+from collections import Counter
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import typer
@@ -152,3 +153,95 @@ def conform(
         write_junit(junit, runs)
     if not all(each.passed for each in runs):
         raise typer.Exit(1)
+
+
+@app.command()
+def port(
+    source: Annotated[Path, typer.Argument(help="The file, or the folder of Orbax, to read.")],
+    destination: Annotated[Path, typer.Argument(help="What to write; what is there is replaced.")],
+    source_format: Annotated[
+        str | None,
+        typer.Option(
+            "--from",
+            metavar="FORMAT",
+            help="canonical, torch, flax, mindspore or jittor; by default told by the suffix.",
+        ),
+    ] = None,
+    destination_format: Annotated[
+        str | None,
+        typer.Option("--to", metavar="FORMAT", help="The same; a .safetensors file is canonical by default."),
+    ] = None,
+    network: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="The network the weights must be of, such as resnet50."),
+    ] = None,
+    norm: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LAYER",
+            help="Its normalization: bn, rbn, iebn, bnet, or JSON such as "
+            """'{"layer": "rbn", "stages": [1, 4]}'; by default told by the names.""",
+        ),
+    ] = None,
+    num_classes: Annotated[
+        int | None, typer.Option(help="Its classes; by default told by its shape.")
+    ] = None,
+    map_file: Annotated[
+        Path | None, typer.Option("--map", metavar="FILE", help="TOML with the tables [rename] and [kinds].")
+    ] = None,
+    layout: Annotated[
+        str | None, typer.Option(help="published with --to torch; linen or nnx with --to flax.")
+    ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Run both networks on photographs, and compare their logits.")
+    ] = False,
+) -> None:
+    """Write the weights of one framework's file as another's, or as the canonical file, or from it.
+
+    Exit status: 0 when it is done, 1 when the networks differ (--verify), 2 when it cannot be done.
+    """
+    # Not needed by the other commands, and slow to import.
+    from rbn import porting
+    from rbn_core import RBNError
+
+    console = _console()
+    try:
+        rename, kinds = porting.read_map(map_file) if map_file else ({}, {})
+        choices: dict[str, Any] = {
+            "source_format": source_format,
+            "destination_format": destination_format,
+            "network": network,
+            "norm": None if norm is None else porting.parse_norm(norm),
+            "num_classes": num_classes,
+            "rename": rename,
+            "kinds": kinds,
+        }
+        with console.status("") as status:
+
+            def progress(step: str) -> None:
+                status.update(escape(step))
+
+            found = porting.port(source, destination, **choices, layout=layout, progress=progress)
+            difference = None
+            if verify:
+                from rbn import verification
+
+                difference = verification.verify(source, destination, **choices, progress=progress)
+    except RBNError as error:
+        Console(stderr=True).print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(2) from None
+    table = Table("status", "array", "in the source", "shape and dtype")
+    for row in found.rows:
+        table.add_row(*(escape(text) for text in (row.status, row.name, row.source, row.detail)))
+    console.print(table)
+    counts = Counter(row.status for row in found.rows)
+    console.print(", ".join(f"{count} {status}" for status, count in counts.items()), highlight=False)
+    if difference is not None:
+        console.print(
+            f"largest difference of the logits, {difference.source} and {difference.destination}: "
+            f"{difference.largest:.1e}, {difference.relative:.1e} of the largest "
+            f"({'rounding' if difference.allowed else 'NOT the same network'})",
+            highlight=False,
+        )
+        if not difference.allowed:
+            raise typer.Exit(1)

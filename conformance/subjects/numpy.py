@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from rbn.conformance.cases import LAYERS
+from rbn.conformance.cases import LAYERS, WAYS
 from rbn.conformance.subject import Array, Momentum, Outcome, Subject, in_convention
 from rbn_core.config import Config
 from rbn_core.fused import TwoPass
@@ -72,6 +72,7 @@ class NumpyLayer(Subject):
     """A NumPy layer with the interface of `rbn_core.reference.Layer`."""
 
     devices = 4
+    ways: Collection[str] = WAYS
 
     def __init__(self, name: str, layer_class: type[Layer]) -> None:
         self.name = name
@@ -95,6 +96,10 @@ class NumpyLayer(Subject):
         """The layer's state."""
         return self.layer.state()
 
+    def through(self, way: str) -> Subject:
+        """The layer itself, likewise."""
+        return self
+
     def spread(self, shares: tuple[int, ...]) -> Subject:
         """The layer itself: one process has the whole batch."""
         return self
@@ -103,6 +108,7 @@ class NumpyLayer(Subject):
 class Numpy(NumpyLayer):
     """The reference's two-pass form: NumPy against NumPy, by two derivations."""
 
+    ways = ()
     absent: Mapping[str, str] = {"rbn/*=spatial_*": "statistics over the channels have no two-pass form"}
 
     def __init__(self) -> None:

@@ -18,7 +18,6 @@ ONE_PASS = (
 PROMOTED = "Y is float32, because the parameters are; with dtype= these cases pass"
 FINDINGS = {
     "bn/train/offset1000/*": ONE_PASS,
-    "bn/train/photographs/*/float32": ONE_PASS,  # the smallest: 1.1 times the tolerance
     "bn/*/float16": PROMOTED,
     "bn/*/bfloat16": PROMOTED,
 }

@@ -6,7 +6,7 @@ import itertools
 import numpy as np
 import pytest
 
-from rbn.conformance.cases import LAYERS, LAYOUTS, Case, config_of, parse
+from rbn.conformance.cases import LAYERS, LAYOUTS, WAYS, Case, config_of, parse
 from rbn.conformance.data import DATA, EXTREMES, OFFSETS
 from rbn.conformance.suite import (
     DTYPES,
@@ -14,6 +14,7 @@ from rbn.conformance.suite import (
     MODES,
     SHAPES,
     SHARES,
+    WAY_SHARES,
     all_cases,
     quick_cases,
     select,
@@ -58,6 +59,8 @@ def test_an_id_that_is_not_in_the_suite_makes_a_case_too():
         "rbn/train/offset0/2x3/centering=mean/float32",
         "rbn/train/offset0/2x3/float32/upside_down",
         "rbn/train/offset0/2x3/float32/shares=2+1",
+        "rbn/train/offset0/2x3/float32/pmap",
+        "rbn/train/offset0/2x3/float32/shares=1+1/ring",
         "rbn/train/digits/2x3/float32",
         "rbn/train/offset0/2x3/float32/seed=x",
     ],
@@ -81,6 +84,7 @@ def test_every_combination_that_the_suite_promises_has_a_case():
 
     for layer, mode, dtype in itertools.product(LAYERS, ("train", "eval"), (*DTYPES, *HALF_DTYPES)):
         assert has(layer=layer, mode=mode, dtype=dtype)
+        assert has(layer=layer, mode=mode, dtype="float32", data="nan")
     for mode, dtype, data in itertools.product(("train", "eval"), DTYPES, DATA):
         assert has(layer="rbn", mode=mode, dtype=dtype, data=data)
     for mode, dtype, centering, scaling in itertools.product(
@@ -100,7 +104,9 @@ def test_every_combination_that_the_suite_promises_has_a_case():
     shapes = {(case.mode, case.dtype, case.data, case.shape) for case in all_cases() if case.layer == "rbn"}
     for mode, dtype, data, shape in itertools.product(("train", "eval"), DTYPES, OFFSETS, SHAPES):
         assert (mode, dtype, data, shape) in shapes
-    assert {case.shares for case in all_cases()} == {(), *SHARES}
+    assert {case.shares for case in all_cases()} == {(), *SHARES, WAY_SHARES}
+    for layer, way in itertools.product(("rbn", "iebn"), WAYS):
+        assert has(layer=layer, devices=f"4 by {way}")
     assert MODES == (True, False)
 
 

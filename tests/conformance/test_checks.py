@@ -246,6 +246,12 @@ def test_a_case_on_more_devices_than_a_subject_has_is_absent():
     }
 
 
+def test_a_case_of_a_way_to_share_that_a_subject_does_not_know_is_not_run():
+    cases = select(all_cases(), ["*/pmap"])
+    assert collect(Numpy(), cases) == []
+    assert [result.status for result in collect(Reference(), cases)] == [PASSED] * len(cases)
+
+
 def test_a_plain_function_is_a_subject():
     def step(x, state, config, training, cotangent):
         layer = Layer(config)

@@ -5,6 +5,7 @@ from collections import defaultdict
 import numpy as np
 import pytest
 
+from rbn.conformance.cases import parse
 from rbn.conformance.checks import FAILED, check, check_case
 from rbn.conformance.diagnosis import behaviour
 from rbn.conformance.kills import kills
@@ -12,6 +13,7 @@ from rbn.conformance.mutants import MUTANTS
 from rbn.conformance.subject import Outcome
 from rbn.conformance.subjects.numpy import NumpyLayer
 from rbn.conformance.suite import all_cases, select
+from rbn.conformance.wrong_layers import OnePassVariance, ScalingStatisticOfX, TrainingDoesNotAccumulate
 from rbn_core.reference import Layer
 
 
@@ -89,6 +91,28 @@ def test_the_cause_is_found_through_the_rounding_of_another_implementation():
     }
 
 
+class Live(Float32Flipped):
+    """One that hands out the very arrays that its next step changes."""
+
+    def state(self):
+        return self.live
+
+    def run(self, x, training, cotangent):
+        outcome = super().run(x, training, cotangent)
+        for name, value in self.layer.state().items():
+            self.live[name][...] = value
+        return outcome
+
+    def build(self, *arguments):
+        super().build(*arguments)
+        self.live = self.layer.state()
+
+
+def test_the_cause_is_found_where_states_are_views_of_what_the_next_step_changes():
+    (result,) = check(Live(), [parse("rbn/train/offset0/2x5x7x7/float32")], on_failure="collect")
+    assert result.causes == ("behaves like: The momentum weighs the new value instead of the old.",)
+
+
 def test_two_mistakes_at_once_are_told_where_to_look():
     class Both(Layer):
         def accumulate(self, mean, var, values):
@@ -100,7 +124,49 @@ def test_two_mistakes_at_once_are_told_where_to_look():
         on_failure="collect",
     )
     assert result.causes
-    assert all(cause.startswith("fails in the same quantities as:") for cause in result.causes)
+    assert all(cause.startswith("fails in much the same way as:") for cause in result.causes)
+
+
+class OwnGradients(NumpyLayer):
+    """K_s of X, with the gradients of that and not of eq. 9, as automatic differentiation finds them."""
+
+    def __init__(self):
+        super().__init__("mine", ScalingStatisticOfX)
+
+    def run(self, x, training, cotangent):
+        outcome = super().run(x, training, cotangent)
+        gradients = {name: 2.0 * value for name, value in outcome.gradients.items()}
+        return Outcome(**{**vars(outcome), "dx": outcome.dx + cotangent, "gradients": gradients})
+
+
+def test_the_cause_of_a_wrong_output_is_found_whatever_its_gradients():
+    (result,) = check(OwnGradients(), [parse("rbn/train/offset0/2x5x7x7/float32")], on_failure="collect")
+    assert result.causes == ("behaves like: K_s is taken from X instead of X_s.",)
+
+
+def test_statistics_that_stand_still_are_found_whether_or_not_batches_are_counted():
+    class Counts(TrainingDoesNotAccumulate):
+        def accumulate(self, mean, var, values):
+            self.statistics["num_batches_tracked"] += 1
+
+    for layer in (TrainingDoesNotAccumulate, Counts):
+        (result,) = check(
+            NumpyLayer("mine", layer), [parse("rbn/train/offset0/2x5x7x7/float32")], on_failure="collect"
+        )
+        assert result.causes == ("behaves like: Training leaves the running statistics as they are.",)
+
+
+def test_a_mistake_of_rounding_is_found_by_the_size_of_its_errors():
+    class OnePass(OnePassVariance):
+        """The same mistake with other roundings."""
+
+        def statistics_of(self, x_cm, training):
+            return super().statistics_of(x_cm[:, :, ::-1], training)
+
+    (result,) = check(
+        NumpyLayer("mine", OnePass), [parse("bn/train/offset1000/2x5x7x7/float32")], on_failure="collect"
+    )
+    assert result.causes[0].startswith("fails in much the same way as: The variance is E[X^2] - E[X]^2")
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)

@@ -1,0 +1,79 @@
+"""The processes of several devices: one that raises, dies or hangs ends them all and is heard."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from rbn.conformance import shares
+
+pytestmark = pytest.mark.timeout(120)  # what sleeps in troubled.py sleeps longer
+
+
+class Devices:
+    """Two devices of troubled.py, and their processes."""
+
+    def __init__(self):
+        self.launched = []
+
+    def launch(self, script, world, folder):
+        here = str(Path(__file__).parent)
+        self.launched += [
+            shares.start([sys.executable, *script], folder / f"{rank}.log", RANK=str(rank), PYTHONPATH=here)
+            for rank in range(world)
+        ]
+        return self.launched
+
+    def start(self, factory="device"):
+        return shares.processes(f"troubled:{factory}", 2, self.launch)
+
+    def ended(self):
+        return [process.returncode for process in self.launched]
+
+
+@pytest.fixture
+def devices():
+    return Devices()
+
+
+def test_idle_devices_end_on_their_own(devices):
+    processes = devices.start()
+    assert processes.call([("name", ())] * 2) == ["device 0", "device 1"]
+    assert devices.start() is processes
+    processes.stop()
+    assert devices.ended() == [0, 0]
+    assert not Path(processes.folder.name).exists()
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        ("raises", "device 1 of 2: (.|\n)*ValueError: out of order"),
+        ("dies", "device 1 of 2: its process ended"),
+        ("hangs", r"devices \[1\] of 2 gave no answer in time:(.|\n)*device 1 was here"),
+    ],
+)
+def test_a_device_in_trouble_ends_them_all(devices, monkeypatch, task, message):
+    processes = devices.start()
+    if task == "hangs":
+        monkeypatch.setattr(shares, "TIME_LIMIT", 2)
+    with pytest.raises(RuntimeError, match=message):
+        processes.call([(task, ())] * 2)
+    assert None not in devices.ended()
+    assert shares.processes.cache_info().currsize == 0  # the next case gets new ones
+
+
+@pytest.mark.parametrize(
+    ("factory", "message"),
+    [
+        ("device_that_cannot_start", "ended before its first step:(.|\n)*ValueError: out of order"),
+        ("device_that_hangs_at_its_start", "0 of 2 devices started in time"),
+    ],
+)
+def test_a_device_that_does_not_start_ends_them_all(devices, monkeypatch, factory, message):
+    if factory == "device_that_hangs_at_its_start":
+        monkeypatch.setattr(shares, "TIME_LIMIT", 2)
+    with pytest.raises(RuntimeError, match=message):
+        devices.start(factory)
+    assert len(devices.ended()) == 2
+    assert None not in devices.ended()

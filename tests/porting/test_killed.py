@@ -1,0 +1,31 @@
+"""Writing is all or nothing, whenever the writer is killed."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+KILLS = {
+    "canonical": 500,
+    "torch_safetensors": 50,
+    "pth": 50,
+    "msgpack": 50,
+    "orbax": 4,
+    "ckpt": 50,
+    "pkl": 50,
+}
+"""Orbax's writers are new processes, which take seconds each; the others are forks."""
+
+
+@pytest.mark.parametrize("name", KILLS)
+def test_a_file_is_whole_whenever_its_writer_is_killed(name, tmp_path):
+    script = Path(__file__).with_name("killed.py")
+    command = [sys.executable, script, name, str(KILLS[name]), "0", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["kills"] == KILLS[name]
+    assert found["whole"] >= 0.8 * KILLS[name]
+    assert found["left"] >= 0.2 * KILLS[name]  # so many were killed while they wrote
