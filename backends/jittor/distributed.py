@@ -1,8 +1,10 @@
 """Batch statistics over all processes of a run under MPI.
 
 A process that raises alone does not end: Jittor's exit waits in MPI for the others, which wait for it.
-`os._exit` or `mpirun --timeout` ends them all. A first step of minutes is no such wait: Jittor compiles, one
-process at a time, and everything again for a Python of another name (python, python3).
+`os._exit` or `mpirun --timeout` ends them all.
+
+A step of minutes is no such wait: all processes of Jittor on a machine take turns at one lock, to compile and
+to load what is compiled. For a Python of another name (python, python3) they compile everything again.
 """
 
 from __future__ import annotations

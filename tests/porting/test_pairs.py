@@ -15,6 +15,7 @@ from rbn.backends.frameworks import FRAMEWORKS
 from rbn.verification import ALLOWED
 from rbn_core import execution, weights
 from rbn_core.architectures import ARCHITECTURES, network
+from rbn_core.matching import COUNTER
 from rbn_core.names import STATISTICS
 from rbn_core.networks import INPUT, Activation, Convolution, Linear, Network, Norm, Pooling
 
@@ -64,16 +65,19 @@ def processes(tmp_path_factory):
         process.close()
 
 
-def trained(description, seed=0):
-    """A state with statistics and parameters that all differ from where they start."""
-    rng = np.random.default_rng(seed)
-    state = execution.initial_state(description, seed)
+def trained(description, size=32):
+    """A state with parameters that differ from where they start, and the statistics of some noise."""
+    rng = np.random.default_rng(0)
+    state = execution.initial_state(description)
     for name, value in state.items():
-        if name.endswith("running_var"):
-            state[name] = rng.uniform(0.5, 1.5, value.shape).astype(np.float32)
-        elif value.ndim == 1:
+        if value.ndim == 1:
             state[name] = (value + rng.normal(0, 0.1, value.shape)).astype(np.float32)
-        elif value.ndim == 0:
+    noise = rng.normal(size=(8, description.in_channels, size, size)).astype(np.float32)
+    _, after = execution.run(description, state, noise, training=True)
+    for name in state:
+        if name.rpartition(".")[2] in ("running_mean", "running_var"):  # of which a step takes over a tenth
+            state[name] = ((after[name] - 0.9 * state[name]) / 0.1).astype(np.float32)
+        elif name.endswith(COUNTER):
             state[name] = np.array(12, np.int64)
     return state
 
@@ -114,20 +118,23 @@ def test_every_network_moves_between_every_pair(processes, tmp_path, name, norm)
     """B loads by itself what was ported from A's own file: the same arrays, bit for bit, and logits."""
     described = network(name, norm, 7)
     start = tmp_path / "start.safetensors"
-    weights.save(start, trained(described))
     size = 16 if name.startswith("cifar_") else 32
+    weights.save(start, trained(described, size))
     images = np.random.default_rng(1).normal(size=(2, 3, size, size)).astype(np.float32)
     native = {framework: tmp_path / f"native{suffix}" for framework, suffix in SUFFIXES.items()}
     for framework, path in native.items():
         processes[framework].ask("save", described.to_json(), start, path, images)
     logits = {framework: processes[framework].answer() for framework in FRAMEWORKS}
     expected, _ = execution.run(described, weights.load(start), images)
+    plain = [node.name for node in described.nodes if isinstance(node, Norm) and node.layer == "bn"]
+    uncounted = {f"{name}.{COUNTER}" for name in plain}  # PyTorch's BatchNorm alone counts batches
     for framework in FRAMEWORKS:
         assert close(logits[framework], expected) < ALLOWED, framework
     for source, target in PAIRS:
         ported = tmp_path / f"ported{SUFFIXES[target]}"
         processes["porter"].ask("port", native[source], ported).answer()
-        assert processes[target].ask("load", ported, start).answer() == [], (source, target)
+        wrong = set(processes[target].ask("load", ported, start).answer())
+        assert wrong <= uncounted, (source, target)
         ported.unlink()
     for framework in FRAMEWORKS:
         processes[framework].ask("run", images)
