@@ -17,7 +17,7 @@ from rbn_core import execution, weights
 from rbn_core.architectures import ARCHITECTURES, network
 from rbn_core.matching import COUNTER
 from rbn_core.names import STATISTICS
-from rbn_core.networks import INPUT, Activation, Convolution, Linear, Network, Norm, Pooling
+from rbn_core.networks import INPUT, Activation, Add, Convolution, Linear, Network, Norm, Pooling
 
 SUFFIXES = {"torch": ".pth", "flax": ".msgpack", "mindspore": ".ckpt", "jittor": ".pkl"}
 PAIRS = list(itertools.permutations(FRAMEWORKS, 2))
@@ -66,12 +66,20 @@ def processes(tmp_path_factory):
 
 
 def trained(description, size=32):
-    """A state with parameters that differ from where they start, and the statistics of some noise."""
+    """A state with parameters that differ from where they start, and the statistics of some noise.
+
+    What is added to a shortcut is small beside it, as in trained networks: roundings do not grow from block
+    to block then.
+    """
     rng = np.random.default_rng(0)
     state = execution.initial_state(description)
     for name, value in state.items():
         if value.ndim == 1:
             state[name] = (value + rng.normal(0, 0.1, value.shape)).astype(np.float32)
+    for node in description.nodes:
+        for name in node.inputs if isinstance(node, Add) else ():
+            for scale in {f"{name}.gamma", f"{name}.conv_weight"} & state.keys():
+                state[scale] *= np.float32(0.1)
     noise = rng.normal(size=(8, description.in_channels, size, size)).astype(np.float32)
     _, after = execution.run(description, state, noise, training=True)
     for name in state:
