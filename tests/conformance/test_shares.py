@@ -45,6 +45,17 @@ def test_idle_devices_end_on_their_own(devices):
     assert not Path(processes.folder.name).exists()
 
 
+def test_a_launcher_that_is_absent_leaves_nothing_behind():
+    def launch(script, world, folder):
+        folders.append(folder)
+        raise NotImplementedError("no launcher")
+
+    folders = []
+    with pytest.raises(NotImplementedError, match="no launcher"):
+        shares.processes("troubled:device", 2, launch)
+    assert not folders[0].exists()
+
+
 @pytest.mark.parametrize(
     ("task", "message"),
     [
