@@ -83,8 +83,11 @@ def trained(description, size=32):
     noise = rng.normal(size=(8, description.in_channels, size, size)).astype(np.float32)
     _, after = execution.run(description, state, noise, training=True)
     for name in state:
-        if name.rpartition(".")[2] in ("running_mean", "running_var"):  # of which a step takes over a tenth
-            state[name] = ((after[name] - 0.9 * state[name]) / 0.1).astype(np.float32)
+        batch = (after[name] - 0.9 * state[name]) / 0.1  # of which a step has taken over a tenth
+        if name.endswith(".running_mean"):
+            state[name] = batch.astype(np.float32)
+        elif name.endswith(".running_var"):  # with a floor, so that no channel's roundings are enlarged
+            state[name] = (batch + np.mean(batch)).astype(np.float32)
         elif name.endswith(COUNTER):
             state[name] = np.array(12, np.int64)
     return state
