@@ -1,4 +1,7 @@
-"""Every ordered pair of the four frameworks, each in a process of its own: networks, gradients, training."""
+"""Every ordered pair of the four frameworks, each in a process of its own: networks, gradients, training.
+
+Takes some ten minutes, so that it is not part of `make test`: pytest tests/porting/pairs.py
+"""
 
 import itertools
 import subprocess
