@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import cache
 from typing import Any
 
-from rbn.conformance.cases import LAYERS, WAYS, Case, config_of, parse
+from rbn.conformance.cases import LAYERS, LAYOUTS, WAYS, Case, config_of, parse
 from rbn.conformance.data import EXTREMES, OFFSETS, REAL, REAL_SHAPES
 from rbn_core.config import STATISTICS
 from rbn_core.errors import RBNValueError
@@ -70,6 +70,18 @@ FEW: tuple[tuple[str, tuple[int, ...]], ...] = (
     *REAL_SHAPES.items(),
 )
 """What the relatives run on that share RBN's steps, which all the shapes check."""
+
+MIXED_DTYPES = (*DTYPES, *HALF_DTYPES, "float16")
+MIXED_LAYOUTS = (*LAYOUTS, "channels_first")
+MIXED_SHAPES = ((8, 3), (2, 3, 5), OPTION_SHAPE, (2, 3, 2, 3, 2), (3, 1, 2, 3))
+MIXED_OPTIONS: tuple[dict[str, Any], ...] = (
+    {},
+    {"running_var": "biased"},
+    {"momentum": None},
+    {"gamma": False, "beta": False},
+    {"restrict": "hard_sigmoid"},
+)
+"""What is mixed, up to five choices of each kind."""
 
 SHARES = ((2, 2), (3, 1), (4, 0), (1, 1, 1, 1), (2, 0, 1, 1))
 """Images on each of two and four devices: equal, unequal, and none on one of them."""
@@ -161,6 +173,8 @@ def _rbn() -> Iterator[Case]:
         yield _case(layer, training, "offset0", shape, dtype, layout="channels_last")
     for training, layout in itertools.product(MODES, ("strided", "expanded")):
         yield _case(layer, training, "offset10", (3, 2, 4, 5), "float32", layout=layout)
+    calibrations = [[{name: value} for value in STATISTICS] for name in ("centering", "scaling")]
+    yield from _mixed(layer, MIXED_SHAPES, *calibrations, MIXED_OPTIONS)
 
 
 def _relative(layer: str) -> Iterator[Case]:
@@ -177,6 +191,8 @@ def _relative(layer: str) -> Iterator[Case]:
         yield _case(layer, training, "offset0", (2, 5, 7, 7), dtype)
     for training in MODES:
         yield _case(layer, training, "offset0", (2, 5, 7, 7), "float32", layout="channels_last")
+    if layer != "bn":  # RBN without its calibrations is mixed with the others
+        yield from _mixed(layer, MIXED_SHAPES, MIXED_OPTIONS[:4])
 
 
 def _bnet() -> Iterator[Case]:
@@ -191,6 +207,26 @@ def _bnet() -> Iterator[Case]:
         yield _case("bnet", training, "offset0", (2, 5, 7, 7), dtype)
     for training in MODES:
         yield _case("bnet", training, "offset0", (2, 5, 7, 7), "float32", layout="channels_last")
+    kernels = [{"kernel_size": size} for size in (3, 5, 7)]
+    yield from _mixed("bnet", MIXED_SHAPES[1:], MIXED_OPTIONS[:3], kernels)
+
+
+def _mixed(
+    layer: str, shapes: Sequence[tuple[int, ...]], *options: Sequence[dict[str, Any]]
+) -> Iterator[Case]:
+    """25 cases in which every two choices of two kinds meet.
+
+    The columns i, j, i + j, i + 2j, ... modulo 5 of all rows (i, j) are an orthogonal array: any two of them
+    have each of the 25 pairs once. A kind of fewer than five choices has some of them twice.
+    """
+    kinds = (shapes, MIXED_DTYPES, MIXED_LAYOUTS, *options)
+    for i, j in itertools.product(range(5), repeat=2):
+        columns = (i, j, *((i + factor * j) % 5 for factor in range(1, 5)))
+        shape, dtype, layout, *chosen = (
+            kind[column % len(kind)] for kind, column in zip(kinds, columns, strict=False)
+        )
+        merged: dict[str, Any] = {name: value for choice in chosen for name, value in choice.items()}
+        yield _case(layer, (i + j) % 2 == 0, "offset0", shape, dtype, merged, layout=layout)
 
 
 def _not_finite(layer: str) -> Iterator[Case]:

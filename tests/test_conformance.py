@@ -1,6 +1,7 @@
 """Each framework's layers on some cases of the suite, in the process of its tests."""
 
 import importlib
+import itertools
 
 import pytest
 
@@ -22,6 +23,25 @@ def subjects(framework):
         for reference in references
         if name.partition(".")[0] == framework
     ]
+
+
+@pytest.mark.parametrize("layer", ["rbn", "iebn", "bnet"])
+def test_every_two_choices_meet_in_a_case(layer):
+    """Mode, dtype, layout, rank, statistics and kernel in pairs, and each of them with every option."""
+    crossed = {"mode", "dtype", "layout", "spatial axes", "centering", "scaling", "kernel_size"}
+    options = {"restrict", "running_var", "gamma and beta", "momentum"}
+    mine = (layer, "bn") if layer == "rbn" else (layer,)
+    covered = [case.features for case in all_cases() if case.layer in mine]
+    values = {name: {case[name] for case in covered} for name in crossed | options}
+    values["momentum"] -= {"0.0", "1.0"}  # as any other number between them
+    for one, other in itertools.combinations(sorted(values), 2):
+        if {one, other} <= options:
+            continue
+        met = {(case[one], case[other]) for case in covered}
+        assert set(itertools.product(values[one], values[other])) <= met, (one, other)
+    assert len(values["dtype"]) == len(values["layout"]) == 4
+    assert len(values["spatial axes"]) == (3 if layer == "bnet" else 4)
+    assert len(values["centering"]) == len(values["scaling"]) == (5 if layer == "rbn" else 1)
 
 
 @pytest.mark.framework("torch", "flax", "mindspore")  # Jittor compiles for minutes: `make conform` runs it
