@@ -6,14 +6,18 @@ Everything here runs in PyNative and is compiled in graph mode, whose parser tak
 from __future__ import annotations
 
 import math
+import traceback
 from collections.abc import Callable, Mapping
 
 import mindspore as ms
 import numpy as np
-from mindspore import Parameter, Tensor, ops
+from mindspore import Parameter, Tensor, nn, ops
+from mindspore.common.api import _pynative_executor
+from mindspore.ops.composite.base import _pynative_forward_run
 from numpy.lib.stride_tricks import sliding_window_view
 
 from rbn_core.config import SPATIAL_STATISTICS, Statistic
+from rbn_core.errors import RBNError
 
 Average = Callable[[Tensor], Tensor]
 
@@ -71,6 +75,51 @@ def rbn(
     else:
         y, mean, var = two_pass(x, parameters, running, eps, centering, scaling, restrict, average)
     return y, mean, var
+
+
+def differentiable_once(y: Tensor) -> Tensor:
+    """Y, whose second gradients are refused in PyNative.
+
+    There MindSpore's are silently wrong: a reshape behind a product, for one, stops them.
+    """
+    if ops.functional.isconstant(y):  # as everything is in PyNative, and no result in a graph
+        return DifferentiableOnce()(y)
+    return y
+
+
+class DifferentiableOnce(nn.Cell):
+    """The identity; see `differentiable_once`."""
+
+    def construct(self, y: Tensor) -> Tensor:
+        """Y itself."""
+        return y
+
+    def bprop(self, y: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor]:
+        """The gradient of Y.
+
+        Raises:
+            RBNError: It is to be differentiated in turn.
+        """
+        refuse_second_gradients()
+        return (dout,)
+
+
+def refuse_second_gradients() -> None:
+    """Raise where the gradient that runs in PyNative is part of what another gradient is taken of.
+
+    That is recorded then. But an exception inside a gradient leaves MindSpore's recording on, so that only a
+    function being recorded further up the stack tells.
+
+    Raises:
+        RBNError: It is.
+    """
+    if _pynative_executor.grad_flag() and any(
+        frame.f_code is _pynative_forward_run.__code__ for frame, _ in traceback.walk_stack(None)
+    ):
+        raise RBNError(
+            "RBN: expected a first gradient in PyNative mode, got the gradient of a gradient, which "
+            "MindSpore computes wrongly there. Compile what is differentiated twice: ms.grad(ms.jit(loss))."
+        )
 
 
 def two_pass(

@@ -140,7 +140,7 @@ class CalibratedNorm(nn.Cell):
         )
         if batch_statistics:
             self._track(mean, var, values)
-        return self.transform(y)
+        return functional.differentiable_once(self.transform(y))
 
     def transform(self, y: Tensor) -> Tensor:
         """What follows on (N, C) coefficients; nothing but in BNET."""

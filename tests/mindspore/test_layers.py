@@ -10,9 +10,10 @@ import mindspore as ms
 import numpy as np
 import pytest
 from mindspore import Tensor, nn, ops
+from mindspore.common.api import _pynative_executor
 
 from rbn.backends.mindspore import BNET, IEBN, RBN, from_numpy, to_numpy
-from rbn_core import RBNTypeError, RBNValueError
+from rbn_core import RBNError, RBNTypeError, RBNValueError
 
 rng = np.random.default_rng(0)
 
@@ -208,7 +209,6 @@ def test_a_compiled_layer_follows_set_train() -> None:
 
 
 def test_gradients_of_gradients_of_a_compiled_function() -> None:
-    # In PyNative MindSpore's own second gradient of square(sum(x)) is wrong; compiled it is right.
     layer = training(RBN(2, dtype=ms.float64))
     from_numpy(layer, {name: value + 1 for name, value in to_numpy(layer).items()})
     x, weight, direction = (rng.normal(size=(3, 2, 2, 2)) for _ in range(3))
@@ -225,6 +225,44 @@ def test_gradients_of_gradients_of_a_compiled_function() -> None:
     step = 1e-6 * direction
     expected = (gradient(Tensor(x + step)) - gradient(Tensor(x - step))) / 2e-6
     np.testing.assert_allclose(ms.grad(slope)(Tensor(x)).asnumpy(), expected.asnumpy(), atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", [RBN, IEBN, BNET])
+@pytest.mark.parametrize("of", ["input", "parameters"])
+def test_gradients_of_gradients_are_refused_in_pynative(kind, of) -> None:
+    layer = training(kind(2))
+    x = images(3, 2, 2, 2)
+    weights = list(layer.trainable_params()) if of == "parameters" else None
+
+    def loss(x):
+        return ops.square(layer(x)).sum()
+
+    def slope(x):
+        gradient = ms.grad(loss, None, weights)(x) if weights else (ms.grad(loss)(x),)
+        return sum(ops.square(part).sum() for part in gradient)
+
+    with pytest.raises(RBNError, match=r"the gradient of a gradient(.|\n)*ms\.jit"):
+        ms.grad(slope)(x)
+    assert np.isfinite(ms.grad(loss)(x).asnumpy()).all()
+
+
+def test_an_exception_inside_a_gradient_leaves_the_next_first_gradient_alone() -> None:
+    layer, x = training(RBN(3)), images()
+
+    def raises(x):
+        raise RuntimeError("out of order")
+
+    def loss(x):
+        return ops.square(layer(x)).sum()
+
+    expected = ms.grad(loss)(x)
+    try:
+        with pytest.raises(RuntimeError, match="out of order"):
+            ms.grad(raises)(x)
+        assert _pynative_executor.grad_flag()  # MindSpore goes on recording
+        assert_close(ms.grad(loss)(x), expected)
+    finally:
+        _pynative_executor.clear_res()
 
 
 def test_the_input_is_not_changed(mode) -> None:
