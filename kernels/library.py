@@ -1,0 +1,180 @@
+"""Calls into the compiled loops, on addresses: whoever has memory, of any framework, can use them.
+
+The library is compiled when the package is installed and there is a C++ compiler; where it is not there, the
+layers compute in their framework's operations, and `problem()` says why.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.machinery
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from rbn_core.config import Statistic
+
+DTYPES = ("float32", "float64", "float16", "bfloat16")
+STATISTICS = (None, "channel_mean", "channel_std", "input_mean")
+RESTRICTIONS = ("sigmoid", "hard_sigmoid")
+INSTRUCTIONS = ("the compiler's default", "AVX2", "AVX-512")
+PARAMETERS = ("gamma", "beta", "center_weight", "scale_weight", "scale_bias")
+
+
+class _Layer(ctypes.Structure):
+    """`rbn_layer` of rbn_kernels.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("images", "channels", "positions")),
+        *((name, ctypes.c_int32) for name in ("dtype", "channels_last", "centering", "scaling")),
+        *((name, ctypes.c_int32) for name in ("restriction", "batch_statistics", "threads")),
+        ("eps", ctypes.c_double),
+    )
+
+
+class _Parameters(ctypes.Structure):
+    """`rbn_parameters` of rbn_kernels.h."""
+
+    _fields_ = tuple((name, ctypes.c_void_p) for name in (*PARAMETERS, "running_mean", "running_var"))
+
+
+class _Gradients(ctypes.Structure):
+    """`rbn_gradients` of rbn_kernels.h."""
+
+    _fields_ = tuple((name, ctypes.c_void_p) for name in PARAMETERS)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a layer is and on what it runs.
+
+    Args:
+        images: N.
+        channels: C.
+        positions: M, the values of a plane.
+        dtype: Of X, Y and their gradients, one of `DTYPES`; all else is float32, or float64 beside float64.
+        channels_last: Whether X lies as (N, M, C) and not as (N, C, M); without gaps in either.
+        centering: K_m of eq. 5.
+        scaling: K_s of eq. 9.
+        restrict: R of eq. 9.
+        batch_statistics: Whether E and Var are the batch's.
+        threads: How many threads take part.
+        eps: epsilon of eq. 1.
+    """
+
+    images: int
+    channels: int
+    positions: int
+    dtype: str
+    channels_last: bool
+    centering: Statistic | None
+    scaling: Statistic | None
+    restrict: str
+    batch_statistics: bool
+    threads: int
+    eps: float
+
+    @functools.cached_property
+    def structure(self) -> _Layer:
+        """As the library takes it."""
+        return _Layer(
+            self.images,
+            self.channels,
+            self.positions,
+            DTYPES.index(self.dtype),
+            self.channels_last,
+            STATISTICS.index(self.centering),
+            STATISTICS.index(self.scaling),
+            RESTRICTIONS.index(self.restrict),
+            self.batch_statistics,
+            self.threads,
+            self.eps,
+        )
+
+
+def forward(
+    plan: Plan, parameters: Mapping[str, int], x: int, y: int, mu: int, v: int, mean: int, var: int
+) -> None:
+    """Y of eq. 12, on addresses.
+
+    Args:
+        plan: The layer.
+        parameters: gamma, beta, center_weight, scale_weight, scale_bias, and without batch statistics
+            running_mean and running_var, (C,) each, as far as the layer has them.
+        x: The input; read.
+        y: Of the same kind; written.
+        mu: (N, C), the mean of every plane; written, for `backward`.
+        v: (N, C), its biased variance; written, for `backward`.
+        mean: (C,), E of the batch; written with batch statistics.
+        var: (C,), biased Var of the batch; written with batch statistics.
+
+    Raises:
+        MemoryError: There is no memory for (N, C) numbers.
+    """
+    stored = _Parameters(**parameters)
+    if _library().rbn_forward(ctypes.byref(plan.structure), ctypes.byref(stored), x, y, mu, v, mean, var):
+        raise MemoryError
+
+
+def backward(
+    plan: Plan,
+    parameters: Mapping[str, int],
+    dy: int,
+    x: int,
+    mu: int,
+    v: int,
+    dx: int | None,
+    gradients: Mapping[str, int],
+) -> None:
+    """The gradients of X and of the parameters, on addresses.
+
+    Args:
+        plan: As in `forward`.
+        parameters: As in `forward`.
+        dy: The gradient of Y, laid out as X; read.
+        x: The input; read.
+        mu: As `forward` wrote it; read.
+        v: As `forward` wrote it; read.
+        dx: The gradient of X; written, unless `None`.
+        gradients: Of the parameters, (C,) each; written, those that are there.
+
+    Raises:
+        MemoryError: There is no memory for (N, C) numbers.
+    """
+    stored, wanted = _Parameters(**parameters), _Gradients(**gradients)
+    if _library().rbn_backward(
+        ctypes.byref(plan.structure), ctypes.byref(stored), dy, x, mu, v, dx, ctypes.byref(wanted)
+    ):
+        raise MemoryError
+
+
+def problem() -> str:
+    """Why the loops cannot be used here; empty where they can."""
+    try:
+        _library()
+    except OSError as error:
+        return str(error)
+    return ""
+
+
+def instructions() -> str:
+    """The instruction set that the loops use on this processor."""
+    return INSTRUCTIONS[_library().rbn_instructions()]
+
+
+def limit_instructions(level: int) -> int:
+    """Use at most one of `INSTRUCTIONS`, by its number; returns the one in use. For tests."""
+    return int(_library().rbn_limit_instructions(level))
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    folder = Path(__file__).parent
+    names = [f"rbn_kernels{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES]
+    found = next((folder / name for name in names if (folder / name).exists()), None)
+    if found is None:
+        raise OSError("the loops were not compiled: install g++ and install rbn again")
+    library = ctypes.CDLL(str(found))
+    library.rbn_forward.argtypes = library.rbn_backward.argtypes = (ctypes.c_void_p,) * 8
+    return library

@@ -1,0 +1,17 @@
+"""The compiled loops; all else about the package is in pyproject.toml."""
+
+from setuptools import Extension, setup
+
+setup(
+    ext_modules=[
+        Extension(
+            "rbn.kernels.rbn_kernels",  # a plain library that is loaded by its path
+            sources=["kernels/rbn_kernels.cpp"],
+            depends=["kernels/loops.h", "kernels/rbn_kernels.h"],
+            extra_compile_args=["-O3", "-std=c++17", "-fopenmp"],
+            extra_link_args=["-fopenmp"],
+            language="c++",
+            optional=True,  # without a compiler the layers run in their framework's operations
+        )
+    ]
+)
