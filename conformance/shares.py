@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import atexit
+import ctypes
 import importlib
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -212,8 +214,16 @@ def the_same(states: Sequence[State]) -> State:
     return states[0]
 
 
+def end_with_parent() -> None:
+    """End this process when the launcher is killed: a device that waits for the others may never notice."""
+    if sys.platform == "linux":
+        set_signal_of_parents_death = 1  # PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(set_signal_of_parents_death, signal.SIGKILL)
+
+
 def serve(factory: str, world: int, folder: Path) -> None:
     """The body of a device's process: make and run layers until the connection ends."""
+    end_with_parent()
     module, function = factory.split(":")
     rank, subject = getattr(importlib.import_module(module), function)(world, folder)
     with Client(str(folder / "socket"), "AF_UNIX") as connection:

@@ -1,6 +1,7 @@
 """The processes of several devices: one that raises, dies or hangs ends them all and is heard."""
 
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,24 @@ def test_a_launcher_that_is_absent_leaves_nothing_behind():
     with pytest.raises(NotImplementedError, match="no launcher"):
         shares.processes("troubled:device", 2, launch)
     assert not folders[0].exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process of its parent's death")
+def test_devices_end_when_their_launcher_is_killed(tmp_path):
+    body = "import subprocess, sys; subprocess.run([sys.executable, *sys.argv[1:]])"
+    script = [shares.__file__, "troubled:device_that_hangs_at_its_start", "1", str(tmp_path)]
+    here = str(Path(__file__).parent)
+    log = tmp_path / "launcher.log"
+    launcher = shares.start([sys.executable, "-c", body, *script], log, RANK="0", PYTHONPATH=here)
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children")
+    while "hanging" not in log.read_text():
+        assert launcher.poll() is None
+        time.sleep(0.1)
+    device = children.read_text().strip()
+    launcher.kill()
+    launcher.wait()
+    while Path("/proc", device).exists():  # the timeout of this file is what fails
+        time.sleep(0.1)
 
 
 @pytest.mark.parametrize(

@@ -38,4 +38,5 @@ def device_that_cannot_start(world, folder):
 
 
 def device_that_hangs_at_its_start(world, folder):
+    print("hanging", flush=True)
     time.sleep(600)
