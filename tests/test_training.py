@@ -1,4 +1,4 @@
-"""Layers where they are used: one twice in a step, with a frozen one in between, of which not all is trained."""
+"""Layers where they are used: one twice in a step, a frozen one in between, and not all of them trained."""
 
 import copy
 import importlib
