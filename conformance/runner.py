@@ -30,10 +30,12 @@ from rbn.conformance.subject import Subject
 SUBJECTS: dict[str, tuple[str, ...]] = {
     "numpy": ("rbn.conformance.subjects.numpy:Numpy",),
     "torch": ("rbn.conformance.subjects.torch:Torch",),
+    "torch.plain": ("rbn.conformance.subjects.torch:plain",),
     "flax": ("rbn.conformance.subjects.flax:Flax",),
     "flax.nnx": ("rbn.conformance.subjects.flax:FlaxNNX",),
     "mindspore": ("rbn.conformance.subjects.mindspore:MindSpore",),
     "jittor": ("rbn.conformance.subjects.jittor:Jittor",),
+    "jittor.plain": ("rbn.conformance.subjects.jittor:plain",),
 }
 """The project's own subjects."""
 

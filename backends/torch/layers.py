@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import ClassVar, TypeAlias
 
 import torch
@@ -12,7 +13,7 @@ from torch.nn import init
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import Parameter
 
-from rbn.backends.torch import distributed, functional
+from rbn.backends.torch import distributed, functional, fused
 from rbn_core.config import (
     CALIBRATION_STARTS,
     IEBN_STARTS,
@@ -49,6 +50,7 @@ class CalibratedNorm(_NormBase):
         dtype: torch.dtype | None,
         sync: bool,
         process_group: ProcessGroup | None,
+        fused: bool,
     ) -> None:
         super().__init__(
             config.num_features,
@@ -68,6 +70,7 @@ class CalibratedNorm(_NormBase):
         self.variance_estimator = config.running_var
         self.sync = sync
         self.process_group = process_group
+        self.fused = fused
         for name in self.starts:
             parameter = None
             if name in config.parameters:
@@ -106,7 +109,14 @@ class CalibratedNorm(_NormBase):
             for canonical, name in NAMES["torch"].items()
             if self._parameters.get(name) is not None
         }
-        y, mean, var = functional.rbn(
+        compute: Callable[..., tuple[Tensor, Tensor, Tensor]]
+        if share is not None:
+            compute = partial(functional.rbn, average=share.average)
+        elif self.fused and fused.takes(input, self.centering, self.scaling):
+            compute = fused.rbn
+        else:
+            compute = functional.rbn
+        y, mean, var = compute(
             input,
             parameters,
             None if batch_statistics else running,
@@ -114,7 +124,6 @@ class CalibratedNorm(_NormBase):
             centering=self.centering,
             scaling=self.scaling,
             restrict=self.restrict,
-            average=functional.batch_average if share is None else share.average,
         )
         if self.training and self.track_running_stats and running is not None:
             self._track(mean, var, values)
@@ -181,6 +190,8 @@ class RBN(CalibratedNorm):
         running_var: the batch variance that is accumulated, "unbiased" or "biased".
         sync: whether E and Var are those of the batches of all processes together.
         process_group: these processes; all by default.
+        fused: whether one operator computes the layer where there is one for the device; `False` always takes
+            PyTorch's own operations. Synchronised and spatial statistics take them, too.
 
     Raises:
         RBNError: An option or an input is refused; no statistic has changed then.
@@ -205,6 +216,7 @@ class RBN(CalibratedNorm):
         running_var: str = "unbiased",
         sync: bool = False,
         process_group: ProcessGroup | None = None,
+        fused: bool = True,
     ) -> None:
         config = Config(
             num_features,
@@ -218,7 +230,7 @@ class RBN(CalibratedNorm):
             beta=affine and bias,
             track_running_stats=track_running_stats,
         )
-        super().__init__(config, momentum, device, dtype, sync, process_group)
+        super().__init__(config, momentum, device, dtype, sync, process_group, fused)
 
     def extra_repr(self) -> str:
         """The options, as `print(model)` shows them."""
@@ -250,6 +262,8 @@ class IEBN(CalibratedNorm):
         running_var: the batch variance that is accumulated, "unbiased" or "biased".
         sync: whether E and Var are those of the batches of all processes together.
         process_group: these processes; all by default.
+        fused: whether one operator computes the layer where there is one for the device; `False` always takes
+            PyTorch's own operations. Synchronised and spatial statistics take them, too.
 
     Raises:
         RBNError: An option or an input is refused; no statistic has changed then.
@@ -271,6 +285,7 @@ class IEBN(CalibratedNorm):
         running_var: str = "unbiased",
         sync: bool = False,
         process_group: ProcessGroup | None = None,
+        fused: bool = True,
     ) -> None:
         config = Config.iebn(
             num_features,
@@ -281,7 +296,7 @@ class IEBN(CalibratedNorm):
             beta=affine and bias,
             track_running_stats=track_running_stats,
         )
-        super().__init__(config, momentum, device, dtype, sync, process_group)
+        super().__init__(config, momentum, device, dtype, sync, process_group, fused)
 
 
 @refuse_unknown_options
@@ -306,6 +321,8 @@ class BNET(CalibratedNorm):
         running_var: the batch variance that is accumulated, "unbiased" or "biased".
         sync: whether E and Var are those of the batches of all processes together.
         process_group: these processes; all by default.
+        fused: whether one operator computes the layer where there is one for the device; `False` always takes
+            PyTorch's own operations. Synchronised and spatial statistics take them, too.
 
     Raises:
         RBNError: An option or an input is refused; no statistic has changed then.
@@ -325,6 +342,7 @@ class BNET(CalibratedNorm):
         running_var: str = "unbiased",
         sync: bool = False,
         process_group: ProcessGroup | None = None,
+        fused: bool = True,
     ) -> None:
         config = Config.bnet(
             num_features,
@@ -335,7 +353,7 @@ class BNET(CalibratedNorm):
             running_var=running_var,
             track_running_stats=track_running_stats,
         )
-        super().__init__(config, momentum, device, dtype, sync, process_group)
+        super().__init__(config, momentum, device, dtype, sync, process_group, fused)
         self.spatial_dims = spatial_dims
         self.conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[spatial_dims - 1](
             num_features,
@@ -369,6 +387,11 @@ class BNET(CalibratedNorm):
                 layer.conv.bias.copy_(norm.bias)
         like = next(filter(torch.is_floating_point, stored.values()), layer.conv.bias)
         return layer.to(like).train(norm.training)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Y, as of `RBN`; half precision is rounded once, after the convolution."""
+        wide = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
+        return super().forward(wide).to(input.dtype)
 
     def reset_parameters(self) -> None:
         """Start the statistics as BatchNorm and the convolution as PyTorch does."""

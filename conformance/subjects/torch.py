@@ -22,13 +22,18 @@ from rbn_core.names import NAMES
 
 
 class TorchModule(LayerSubject):
-    """Any `torch.nn.Module`; `make` gets the dtype of the parameters as a `torch.dtype`."""
+    """Any `torch.nn.Module`; `make` gets the dtype of the parameters as a `torch.dtype`.
+
+    Attributes:
+        device: Where it runs.
+    """
+
+    device = "cpu"
 
     def build(self, config: Config, state: State, dtype: str, layout: str = "channels_first") -> None:
         """Make the module, with parameters in at least float32."""
-        self.layer: nn.Module = self.make_layer(
-            config, torch.promote_types(getattr(torch, dtype), torch.float32)
-        )
+        stored = torch.promote_types(getattr(torch, dtype), torch.float32)
+        self.layer: nn.Module = self.make_layer(config, stored).to(self.device)
         self.layout = layout
         self.load(state)
 
@@ -43,11 +48,10 @@ class TorchModule(LayerSubject):
         """Forward and backward through autograd."""
         self.layer.train(training)
         self.layer.zero_grad()
-        leaf = tensor(x, self.layout).requires_grad_(x.dtype.kind in "fV")
+        leaf = tensor(x, self.layout, self.device).requires_grad_(x.dtype.kind in "fV")
         y = self.layer(leaf)
-        y.backward(
-            tensor(cotangent, "channels_first" if self.layout in ("strided", "expanded") else self.layout)
-        )
+        dense = "channels_first" if self.layout in ("strided", "expanded") else self.layout
+        y.backward(tensor(cotangent, dense, self.device))
         gradients = {name: array(p.grad) for name, p in self.layer.named_parameters() if p.grad is not None}
         return Outcome(array(y), array(leaf.grad), self.canonical(gradients), self.state(), array(leaf))
 
@@ -61,13 +65,17 @@ class Torch(TorchModule):
 
     Args:
         sync: Whether they share their statistics with the other processes of `torch.distributed`.
+        fused: Whether one operator computes them, where it can.
+        device: Where they run, "cpu" or "cuda".
     """
 
-    devices = 4
-
-    def __init__(self, sync: bool = False) -> None:
-        super().__init__("torch", self.make_rbn, NAMES["torch"], momentum="new", layers=LAYERS)
+    def __init__(self, sync: bool = False, fused: bool = True, device: str = "cpu") -> None:
+        names = ["torch", *(() if device == "cpu" else (device,)), *(() if fused else ("plain",))]
+        super().__init__(".".join(names), self.make_rbn, NAMES["torch"], momentum="new", layers=LAYERS)
         self.sync = sync
+        self.fused = fused
+        self.device = device
+        self.devices = 4 if device == "cpu" else 1
 
     def make_rbn(self, config: Config, dtype: torch.dtype) -> nn.Module:
         """RBN, IEBN or BNET."""
@@ -77,6 +85,7 @@ class Torch(TorchModule):
             "track_running_stats": config.track_running_stats,
             "running_var": config.running_var,
             "sync": self.sync,
+            "fused": self.fused,
             "dtype": dtype,
         }
         if config.kernel_size is not None:
@@ -103,6 +112,16 @@ class Torch(TorchModule):
         )
 
 
+def plain() -> Torch:
+    """The project's PyTorch layers in PyTorch's own operations."""
+    return Torch(fused=False)
+
+
+def cuda() -> Torch:
+    """The project's PyTorch layers on a GPU."""
+    return Torch(device="cuda")
+
+
 def launch(script: list[str], world: int, folder: Path) -> list[subprocess.Popen[bytes]]:
     """Start a process for each rank."""
     return [start([sys.executable, *script], folder / f"{rank}.log", RANK=str(rank)) for rank in range(world)]
@@ -118,14 +137,21 @@ def device(world: int, folder: Path) -> tuple[int, Subject]:
     return rank, Torch(sync=True)
 
 
-def tensor(x: Array, layout: str) -> torch.Tensor:
+def tensor(x: Array, layout: str, device: str = "cpu") -> torch.Tensor:
     """The array as a tensor in a layout; NumPy's bfloat16 goes through float32."""
     if x.dtype.name == "bfloat16":
-        return torch.from_numpy(laid_out(x.astype("float32"), layout)).bfloat16()
-    return torch.from_numpy(laid_out(x, layout))
+        here = torch.from_numpy(laid_out(x.astype("float32"), layout)).bfloat16()
+    else:
+        here = torch.from_numpy(laid_out(x, layout))
+    if device == "cpu":
+        return here
+    there = torch.empty_strided(here.shape, here.stride(), dtype=here.dtype, device=device)
+    images = slice(1) if layout == "expanded" else slice(None)  # the others are the first one's memory
+    there[images].copy_(here[images])
+    return there
 
 
 def array(tensor: torch.Tensor) -> Array:
     """The tensor as an array of its own dtype."""
-    tensor = tensor.detach()
+    tensor = tensor.detach().cpu()
     return tensor.float().numpy().astype("bfloat16") if tensor.dtype == torch.bfloat16 else tensor.numpy()

@@ -1,0 +1,285 @@
+"""RBN as one operator forward and one backward: compiled loops on the CPU, Triton kernels on CUDA.
+
+`rbn::forward` and `rbn::backward` are registered with `torch.library`, so that autograd, fake tensors and
+`torch.compile` know them. Of the image only X is kept for the backward pass, as in BatchNorm.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from rbn import kernels
+from rbn.backends.torch import functional
+from rbn.kernels.library import DTYPES as NAMES_OF_DTYPES
+from rbn.kernels.library import PARAMETERS
+from rbn_core.config import SPATIAL_STATISTICS, Statistic
+
+DTYPES = {getattr(torch, name): name for name in NAMES_OF_DTYPES}
+AVAILABLE = {"cpu": not kernels.problem(), "cuda": importlib.util.find_spec("triton") is not None}
+"""On which kinds of device there is a fast form."""
+
+LIBRARY = torch.library.Library("rbn", "DEF")
+LAYER = (*PARAMETERS, "running_mean", "running_var")
+"""The numbers of a layer, in the order in which the operators take them; running ones only in evaluation."""
+
+ARGUMENTS = ", ".join(
+    (*(f"Tensor? {name}" for name in LAYER), "float eps, str? centering, str? scaling, str restrict")
+)
+LIBRARY.define(f"forward(Tensor x, {ARGUMENTS}) -> ({', '.join(['Tensor'] * 5)})")
+LIBRARY.define(
+    f"backward(Tensor dy, Tensor x, Tensor mu, Tensor v, {ARGUMENTS}, bool needs_dx) "
+    f"-> ({', '.join(['Tensor'] * (1 + len(PARAMETERS)))})"
+)
+
+
+def takes(x: Tensor, centering: Statistic | None, scaling: Statistic | None) -> bool:
+    """Whether the fast form can compute this input; else it is for `functional.rbn`.
+
+    The operators have no rules for forward-mode derivatives and for `torch.func`, and an exported program
+    must run where this package is not installed.
+    """
+    return (
+        AVAILABLE.get(x.device.type, False)
+        and x.dtype in DTYPES
+        and x.numel() > 0
+        and centering not in SPATIAL_STATISTICS
+        and scaling not in SPATIAL_STATISTICS
+        and not torch.compiler.is_exporting()
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+    )
+
+
+def rbn(
+    x: Tensor,
+    parameters: Mapping[str, Tensor],
+    running: tuple[Tensor, Tensor] | None,
+    *,
+    eps: float,
+    centering: Statistic | None,
+    scaling: Statistic | None,
+    restrict: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`functional.rbn` for what `takes` accepts.
+
+    Returns:
+        Y, of the dtype and memory format of x, and the E and biased Var it was normalized with, in at least
+        float32 and without a gradient.
+    """
+    dtype = statistics_dtype(x)
+    stored = [parameters.get(name) for name in PARAMETERS]
+    y, _, _, mean, var = torch.ops.rbn.forward.default(
+        x,
+        *(None if value is None else value.to(dtype) for value in stored),
+        *((None, None) if running is None else (statistic.to(dtype) for statistic in running)),
+        eps,
+        centering,
+        scaling,
+        restrict,
+    )
+    return y, mean, var
+
+
+def statistics_dtype(x: Tensor) -> torch.dtype:
+    """What statistics, parameters and their gradients are computed in: at least float32."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+# ---- what autograd and the compiler know of the operators ----
+
+
+@torch.library.register_fake("rbn::forward", lib=LIBRARY)
+def _forward_shapes(x: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    planes = x.new_empty(x.shape[:2], dtype=statistics_dtype(x))
+    channels = planes.new_empty(x.shape[1])
+    y = torch.empty_like(dense(x)[0])
+    return y, planes, torch.empty_like(planes), channels, torch.empty_like(channels)
+
+
+@torch.library.register_fake("rbn::backward", lib=LIBRARY)
+def _backward_shapes(dy: Tensor, x: Tensor, mu: Tensor, v: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    *layer_arguments, needs_dx = arguments
+    return _gradients_of(dense(x)[0], mu, layer_arguments[: len(PARAMETERS)], needs_dx)
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, *layer = inputs
+    _, mu, v, mean, var = output
+    *stored, running_mean, _, eps, centering, scaling, restrict = layer
+    ctx.mark_non_differentiable(mu, v, mean, var)
+    ctx.set_materialize_grads(False)
+    # E and Var as the operator copied them: the layer's own may have changed until the backward pass.
+    running = (None, None) if running_mean is None else (mean, var)
+    ctx.save_for_backward(x, mu, v, *stored, *running)
+    ctx.options = (eps, centering, scaling, restrict)
+
+
+def _differentiate(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    x, mu, v, *layer = ctx.saved_tensors
+    nothing = (None,) * (2 + len(ctx.options))  # for E, Var and the options
+    wanted = ctx.needs_input_grad[: 1 + len(PARAMETERS)]
+    if dy is None:
+        return (*(None for _ in wanted), *nothing)
+    if torch.is_grad_enabled():  # the gradients are to be differentiated again
+        gradients = _differentiable_gradients(dy, x, layer, ctx.options, wanted)
+    else:
+        gradients = torch.ops.rbn.backward.default(dy, x, mu, v, *layer, *ctx.options, wanted[0])
+    return (
+        *(gradient if want else None for gradient, want in zip(gradients, wanted, strict=True)),
+        *nothing,
+    )
+
+
+torch.library.register_autograd("rbn::forward", _differentiate, setup_context=_remember, lib=LIBRARY)
+
+
+def _differentiable_gradients(
+    dy: Tensor, x: Tensor, layer: list[Tensor | None], options: tuple[Any, ...], wanted: tuple[bool, ...]
+) -> list[Tensor | None]:
+    """The gradients as functions of dY, X and the parameters, through the plain form."""
+    *stored, mean, var = layer
+    inputs = [x, *stored]
+    eps, centering, scaling, restrict = options
+    y, _, _ = functional.rbn(
+        x,
+        {name: value for name, value in zip(PARAMETERS, stored, strict=True) if value is not None},
+        None if mean is None or var is None else (mean, var),
+        eps=eps,
+        centering=centering,
+        scaling=scaling,
+        restrict=restrict,
+    )
+    chosen = [value for value, want in zip(inputs, wanted, strict=True) if want]
+    found = iter(torch.autograd.grad(y.to(x.dtype), chosen, dy, create_graph=True))
+    return [next(found) if want else None for want in wanted]
+
+
+# ---- on the CPU: calls into the compiled loops ----
+
+
+@torch.library.impl(LIBRARY, "forward", "CPU")
+def _forward_cpu(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    *layer, eps, centering, scaling, restrict = arguments
+    layer = [None if value is None else value.contiguous() for value in layer]
+    *_, running_mean, running_var = layer
+    x, channels_last = dense(x)
+    y = torch.empty_like(x)
+    mu = x.new_empty(x.shape[:2], dtype=statistics_dtype(x))
+    v = torch.empty_like(mu)
+    if running_mean is None:
+        mean, var = mu.new_empty(mu.shape[1]), mu.new_empty(mu.shape[1])
+    else:
+        mean, var = running_mean.clone(), running_var.clone()
+    kernels.forward(
+        _plan(x, channels_last, centering, scaling, restrict, running_mean is None, eps),
+        dict(zip(LAYER, map(_address, layer), strict=True)),
+        *map(Tensor.data_ptr, (x, y, mu, v, mean, var)),
+    )
+    return y, mu, v, mean, var
+
+
+@torch.library.impl(LIBRARY, "backward", "CPU")
+def _backward_cpu(dy: Tensor, x: Tensor, mu: Tensor, v: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    *layer, eps, centering, scaling, restrict, needs_dx = arguments
+    layer = [None if value is None else value.contiguous() for value in layer]
+    x, channels_last = dense(x)
+    dy = dy.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last else dy.contiguous()
+    gradients = _gradients_of(x, mu, layer[: len(PARAMETERS)], needs_dx)
+    dx, *others = map(_address, gradients)
+    kernels.backward(
+        _plan(x, channels_last, centering, scaling, restrict, layer[-1] is None, eps),
+        dict(zip(LAYER, map(_address, layer), strict=True)),
+        *map(Tensor.data_ptr, (dy, x, mu, v)),
+        dx,
+        dict(zip(PARAMETERS, others, strict=True)),
+    )
+    return gradients
+
+
+def _plan(
+    x: Tensor,
+    channels_last: bool,
+    centering: Statistic | None,
+    scaling: Statistic | None,
+    restrict: str,
+    batch_statistics: bool,
+    eps: float,
+) -> kernels.Plan:
+    return _known_plan(
+        x.shape[0],
+        x.shape[1],
+        x.shape[2:].numel(),
+        DTYPES[x.dtype],
+        channels_last,
+        centering,
+        scaling,
+        restrict,
+        batch_statistics,
+        torch.get_num_threads(),
+        eps,
+    )
+
+
+_known_plan = lru_cache(maxsize=1024)(kernels.Plan)
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None or tensor.numel() == 0 else tensor.data_ptr()
+
+
+def _gradients_of(x: Tensor, mu: Tensor, stored: Any, needs_dx: bool) -> tuple[Tensor, ...]:
+    """Room for the gradients of X and of the parameters; none for what the layer lacks or nobody wants."""
+    dx = torch.empty_like(x) if needs_dx else x.new_empty(0)
+    return dx, *(mu.new_empty(0 if value is None else mu.shape[1]) for value in stored)
+
+
+def dense(x: Tensor) -> tuple[Tensor, bool]:
+    """x without gaps in memory, copied only if need be, and whether its channels lie last."""
+    if x.is_contiguous():
+        return x, False
+    if x.movedim(1, -1).is_contiguous():
+        return x, True
+    return x.contiguous(), False
+
+
+# ---- on CUDA: Triton ----
+
+
+@torch.library.impl(LIBRARY, "forward", "CUDA")
+def _forward_cuda(x: Tensor, *layer: Any) -> tuple[Tensor, ...]:
+    from rbn.backends.torch import triton_kernels  # imports Triton, which takes seconds
+
+    *stored, running_mean, running_var, eps, centering, scaling, restrict = layer
+    running = None if running_mean is None else (running_mean, running_var)
+    y, mu, v, mean, var = triton_kernels.forward(
+        dense(x)[0], stored, running, eps, centering, scaling, restrict
+    )
+    if running is not None:
+        mean, var = running_mean.clone(), running_var.clone()
+    return y, mu, v, mean, var
+
+
+@torch.library.impl(LIBRARY, "backward", "CUDA")
+def _backward_cuda(dy: Tensor, x: Tensor, mu: Tensor, v: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    from rbn.backends.torch import triton_kernels
+
+    *layer, eps, centering, scaling, restrict, needs_dx = arguments
+    *stored, mean, var = layer
+    running = None if mean is None else (mean, var)
+    wanted = [value is not None for value in stored]
+    x, _ = dense(x)
+    dx, gradients = triton_kernels.backward(
+        dy, x, mu, v, stored, running, eps, centering, scaling, restrict, needs_dx, wanted
+    )
+    empty = mu.new_empty(0)
+    return (
+        x.new_empty(0) if dx is None else dx,
+        *(empty.clone() if gradient is None else gradient for gradient in gradients),
+    )
