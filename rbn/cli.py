@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 import shlex
@@ -9,7 +10,7 @@ import signal
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import typer
@@ -152,6 +153,69 @@ def conform(
 
         write_junit(junit, runs)
     if not all(each.passed for each in runs):
+        raise typer.Exit(1)
+
+
+@app.command()
+def bench(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="torch, flax, mindspore, jittor; all that are installed.")
+    ] = None,
+    network: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Training steps of this network, such as resnet50; in PyTorch."),
+    ] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"], typer.Option(help="Of the inputs; in PyTorch.")
+    ] = "float32",
+    device: Annotated[str, typer.Option(help="cpu, or cuda; in PyTorch.")] = "cpu",
+    quick: Annotated[bool, typer.Option("--quick", help="Five repetitions of everything.")] = False,
+    json: Annotated[Path | None, typer.Option(help="Write every measurement to this file.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the measurements into this file.")] = None,
+) -> None:
+    """Measure what RBN costs: its time beside that of the framework's own BatchNorm.
+
+    Exit status: 0 when all was measured, 1 when a framework failed, 2 when what was asked for is unknown or
+    not installed.
+    """
+    # Not needed by the other commands, and slow to import.
+    from rbn.benchmarks.cases import NETWORK_SECONDS, SECONDS, Options
+    from rbn.benchmarks.report import Progress, machine, render, write_json
+    from rbn.benchmarks.runner import run
+    from rbn_core import architectures
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the processes end, too
+    console = _console()
+    torch_alone = network is not None or dtype != "float32" or device != "cpu"
+    asked = list(dict.fromkeys(names or (["torch"] if torch_alone else FRAMEWORKS)))
+    if unknown := [name for name in asked if name not in FRAMEWORKS]:
+        raise typer.BadParameter(f"{', '.join(unknown)}: expected some of {', '.join(FRAMEWORKS)}.")
+    if torch_alone and asked != ["torch"]:
+        raise typer.BadParameter(f"--network, --dtype and --device are for torch, got {', '.join(asked)}.")
+    if network is not None and network not in architectures.ARCHITECTURES:
+        raise typer.BadParameter(f"{network}: expected one of {', '.join(architectures.ARCHITECTURES)}.")
+    if plot is not None and network is not None:
+        raise typer.BadParameter("--plot draws the layers, and --network measures none. Leave one out.")
+    if plot is not None and importlib.util.find_spec("matplotlib") is None:
+        raise typer.BadParameter("--plot draws with matplotlib: pip install 'rbn[bench]'.")
+    missing = [name for name in asked if not is_installed(name)]
+    for name in missing:
+        console.print(missing_message(name), style="yellow", markup=False)
+    if missing and (names or torch_alone):
+        raise typer.Exit(2)
+    seconds = 0.0 if quick else SECONDS if network is None else NETWORK_SECONDS
+    options = Options(network=network, dtype=dtype, device=device, seconds=seconds)
+    with Progress(console) as progress:
+        runs = run([name for name in asked if name not in missing], options, progress)
+    console.print(render(runs, options))
+    command = shlex.join(["rbn", *sys.argv[1:]])
+    if json is not None:
+        write_json(json, runs, options, command)
+    if plot is not None:
+        from rbn.benchmarks.plot import write_plot
+
+        write_plot(plot, runs, machine())
+    if any(each.failure for each in runs):
         raise typer.Exit(1)
 
 

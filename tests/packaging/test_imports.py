@@ -15,12 +15,13 @@ from rbn.backends.frameworks import FRAMEWORKS
 
 ROOT = Path(__file__).resolve().parents[2]
 SITE_PACKAGES = sysconfig.get_path("purelib")
-NAMES = ["rbn", "rbn_core", "rbn.backends", "rbn.backends.frameworks", "rbn.conformance"]
+NAMES = ["rbn", "rbn_core", "rbn.backends", "rbn.backends.frameworks", "rbn.conformance", "rbn.benchmarks"]
 FOLDERS = {
     "rbn": "rbn",
     "rbn_core": "rbn_core",
     "rbn.backends": "backends",
     "rbn.conformance": "conformance",
+    "rbn.benchmarks": "benchmarks",
 }
 
 # Prints where each module came from. site is left out (-S), and with it the editable install's finder; what

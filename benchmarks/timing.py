@@ -1,0 +1,98 @@
+"""How time is measured: two things in turn, compared pair by pair."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+Step = Callable[[], object]
+"""Something to measure. Its results are there when it returns, or on a GPU are on their way."""
+
+WARM_UP = 2
+"""Calls before the first measured one: they compile, and touch the memory that an allocator then reuses."""
+
+LEAST, MOST = 5, 100
+"""How many pairs there are, however long they take."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Times of something and of what it is compared with, measured in turn.
+
+    Args:
+        seconds: The median time of the first.
+        other_seconds: The median time of the second.
+        ratio: The median of the ratios of the two times of a pair, first / second.
+        low: Their lower quartile.
+        high: Their upper quartile.
+        pairs: How many there are.
+    """
+
+    seconds: float
+    other_seconds: float
+    ratio: float
+    low: float
+    high: float
+    pairs: int
+
+
+def by_the_clock(step: Step) -> float:
+    """How long a step takes, in seconds."""
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
+
+
+def compare(
+    first: Step, second: Step, budget: float, measure: Callable[[Step], float] = by_the_clock
+) -> Comparison:
+    """Measure two steps in turn, A B A B ..., so that what slows the machine for a while slows both.
+
+    Args:
+        first: What is asked about.
+        second: What it is compared with.
+        budget: Seconds for it all, after the warming up; `LEAST` pairs are measured in any case.
+        measure: How long a step takes.
+    """
+    for _ in range(WARM_UP):
+        second()
+        first()
+    pairs: list[tuple[float, float]] = []
+    end = time.perf_counter() + budget
+    while len(pairs) < LEAST or (len(pairs) < MOST and time.perf_counter() < end):
+        other = measure(second)
+        pairs.append((measure(first), other))
+    return comparison(pairs)
+
+
+def comparison(pairs: list[tuple[float, float]]) -> Comparison:
+    """Medians, and the ratio pair by pair: that of two medians would mix different moments."""
+    times = np.array(pairs)
+    low, ratio, high = np.quantile(times[:, 0] / times[:, 1], (0.25, 0.5, 0.75))
+    seconds, other_seconds = np.median(times, axis=0)
+    return Comparison(float(seconds), float(other_seconds), float(ratio), float(low), float(high), len(pairs))
+
+
+def median_time(step: Step, budget: float, measure: Callable[[Step], float] = by_the_clock) -> float:
+    """The median time of a step, in seconds."""
+    for _ in range(WARM_UP):
+        step()
+    times: list[float] = []
+    end = time.perf_counter() + budget
+    while len(times) < LEAST or (len(times) < MOST and time.perf_counter() < end):
+        times.append(measure(step))
+    return float(np.median(times))
+
+
+def copy_of(size: int) -> Step:
+    """A copy of so many bytes, by all processors, without any framework: what memory allows."""
+    source, target = np.ones(size, np.uint8), np.zeros(size, np.uint8)  # both touched
+    processors = len(os.sched_getaffinity(0))
+    parts = [np.array_split(whole, processors) for whole in (target, source)]
+    pool = ThreadPoolExecutor(processors)
+    return lambda: list(pool.map(np.copyto, *parts))

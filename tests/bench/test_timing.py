@@ -1,0 +1,61 @@
+"""Pairs, medians and ratios: what the measuring loop makes of steps whose times are known."""
+
+import pytest
+
+from rbn.benchmarks import timing
+from rbn.benchmarks.timing import LEAST, MOST, WARM_UP, compare, comparison
+
+
+class Machine:
+    """A clock that the steps move: `slow` of each pair's moments are ten times slower."""
+
+    def __init__(self, monkeypatch, slow=()):
+        self.now, self.calls, self.slow = 0.0, [], slow
+        monkeypatch.setattr(timing.time, "perf_counter", lambda: self.now)
+
+    def step(self, name, seconds):
+        def run():
+            moment = (len(self.calls) - 2 * WARM_UP) // 2
+            self.calls.append(name)
+            self.now += seconds * (10 if moment in self.slow else 1)
+
+        return run
+
+
+def test_the_ratio_is_the_median_of_the_pairs_and_not_of_the_medians():
+    found = comparison([(1.0, 1.0), (2.0, 4.0), (9.0, 3.0)])
+    assert (found.seconds, found.other_seconds, found.pairs) == (2.0, 3.0, 3)
+    assert (found.low, found.ratio, found.high) == (0.75, 1.0, 2.0)
+
+
+def test_two_steps_take_turns_after_warming_up(monkeypatch):
+    machine = Machine(monkeypatch)
+    found = compare(machine.step("rbn", 0.5), machine.step("bn", 1.0), budget=12.0)
+    assert machine.calls == ["bn", "rbn"] * (WARM_UP + found.pairs)
+    assert found.pairs == 8  # of 1.5 seconds each
+    assert (found.seconds, found.other_seconds, found.ratio) == (0.5, 1.0, 0.5)
+
+
+def test_slow_moments_slow_both_and_leave_the_ratio(monkeypatch):
+    machine = Machine(monkeypatch, slow=(0, 2, 3))
+    found = compare(machine.step("rbn", 0.5), machine.step("bn", 1.0), budget=0.0)
+    assert (found.low, found.ratio, found.high, found.pairs) == (0.5, 0.5, 0.5, LEAST)
+    assert found.seconds == 5.0
+
+
+def test_short_steps_stop_after_enough_pairs(monkeypatch):
+    machine = Machine(monkeypatch)
+    assert compare(machine.step("rbn", 1e-6), machine.step("bn", 1e-6), budget=1.0).pairs == MOST
+
+
+@pytest.mark.parametrize("size", [1, 7, 4096])
+def test_a_copy_copies_every_byte(monkeypatch, size):
+    arrays = []
+    for name in ("ones", "zeros"):
+        make = getattr(timing.np, name)
+        monkeypatch.setattr(timing.np, name, lambda *a, make=make: arrays.append(make(*a)) or arrays[-1])
+    copy = timing.copy_of(size)
+    source, target = arrays
+    assert not target.any()
+    copy()
+    assert (target == source).all()
