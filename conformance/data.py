@@ -10,7 +10,6 @@ import ml_dtypes
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
-from sklearn.datasets import load_digits, load_sample_images
 
 from rbn_core.config import FLOATING
 
@@ -79,6 +78,8 @@ def magnitude(data: str, dtype: str) -> float:
 @cache
 def photographs(step: int) -> Array:
     """Real activations: four patches of scikit-learn's two photographs behind a fixed convolution."""
+    from sklearn.datasets import load_sample_images  # a second for those who need none of it
+
     patches = []
     for image in load_sample_images().images:
         for row in (100, 220):
@@ -90,6 +91,8 @@ def photographs(step: int) -> Array:
 @cache
 def digits(step: int) -> Array:
     """Real activations: 16 of scikit-learn's handwritten digits, with their constant borders, likewise."""
+    from sklearn.datasets import load_digits
+
     images = load_digits().images[16 * step : 16 * (step + 1)]
     return fixed_convolution(images[:, None] / 16.0, channels=6)
 

@@ -29,6 +29,9 @@ from rbn_core.names import NAMES, PARAMETERS
 # MindSpore gives NumPy a "bfloat16" of its own, which knows no arithmetic: the name is the suite's again.
 np.sctypeDict["bfloat16"] = ml_dtypes.bfloat16
 
+# On the cases' small arrays MindSpore's threads wait for each other, three times as long as one computes.
+ms.set_context(runtime_num_threads=1)
+
 
 class MindSporeCell(LayerSubject):
     """Any MindSpore cell that follows `set_train`; `make` gets the dtype of the parameters as MindSpore's."""
