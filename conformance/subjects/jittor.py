@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import sklearn.datasets  # noqa: F401 # the suite's real images
+
 from rbn.conformance.cases import LAYERS
 from rbn.conformance.shares import Devices, processes, start
 from rbn.conformance.subject import Array, LayerSubject, Outcome, Subject
@@ -15,7 +17,7 @@ from rbn_core.config import Config
 from rbn_core.matching import State
 from rbn_core.names import NAMES, PARAMETERS
 
-# After NumPy's own start, of which Jittor would change the denormal numbers.
+# After the start of NumPy and SciPy, of which Jittor would change the denormal numbers.
 # isort: split
 from rbn.backends.jittor import BNET, IEBN, RBN, from_numpy, to_numpy
 
