@@ -55,7 +55,7 @@ NETWORK_TARGET = 1.02
 """What a training step of a network with RBN may cost, in units of the step with BatchNorm."""
 
 
-SECONDS = 0.8
+SECONDS = 0.5
 """How long a form and BatchNorm take turns."""
 
 NETWORK_SECONDS = 60.0

@@ -122,16 +122,15 @@ def machine() -> str:
     found = description()
     return (
         f"{found['processor']}, {found['processors']} processors, compiled loops: {found['loops']}; "
-        "ratios to the framework's own BatchNorm are medians pair by pair, with quartiles"
+        "ratios to BatchNorm: medians pair by pair, with quartiles"
     )
 
 
 def _table(run: Run, options: Options) -> Table:
     of = ", ".join(f"{name} {version}" for name, version in run.versions.items())
     what = f"{options.network}, " if options.network else ""
-    table = Table(
-        title=f"{what}{of}, {options.dtype} on {options.device}, {run.threads} threads", box=box.SIMPLE_HEAD
-    )
+    title = f"{what}{of}, {options.dtype} on {options.device}, {run.threads} threads"
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for name in ("", "shape", "phase"):
         table.add_column(name, no_wrap=True)
     for name in COLUMNS:

@@ -20,6 +20,10 @@ LEAST, MOST = 5, 100
 """How many pairs there are, however long they take."""
 
 
+WORTH_SHARING = 2**20
+"""Bytes from which on a copy takes longer than to wake another thread."""
+
+
 @dataclass(frozen=True)
 class Comparison:
     """Times of something and of what it is compared with, measured in turn.
@@ -92,6 +96,8 @@ def median_time(step: Step, budget: float, measure: Callable[[Step], float] = by
 def copy_of(size: int) -> Step:
     """A copy of so many bytes, by all processors, without any framework: what memory allows."""
     source, target = np.ones(size, np.uint8), np.zeros(size, np.uint8)  # both touched
+    if size < WORTH_SHARING:
+        return lambda: np.copyto(target, source)
     processors = len(os.sched_getaffinity(0))
     parts = [np.array_split(whole, processors) for whole in (target, source)]
     pool = ThreadPoolExecutor(processors)

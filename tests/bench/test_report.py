@@ -1,5 +1,6 @@
 """What is made of measurements: targets, shares, the table, the JSON file and the picture."""
 
+import dataclasses
 import json
 
 import pytest
@@ -50,7 +51,7 @@ def measured(name="torch", variants=("channels_first",), rbn=0.6, shapes=SHAPES)
 
 
 def printed(*runs, options=None):
-    console = Console(width=140, record=True)
+    console = Console(width=120, record=True)
     console.print(report.render(runs, options or Options()))
     return console.export_text()
 
@@ -77,6 +78,15 @@ def test_the_table_says_whether_the_targets_are_reached(rbn, training, evaluatio
     )
     assert sum(" yes " in line for line in text.splitlines()) == training + evaluation
     assert sum(" no " in line for line in text.splitlines()) == 4 - training - evaluation
+
+
+def test_the_table_of_the_longest_entries_fits_where_there_is_no_terminal():
+    run = measured(shapes=((32, 2048, 112, 112),))
+    slow = Comparison(1.2345, 1.2345, 12.34, 10.12, 15.67, 5)
+    run.measurements = [dataclasses.replace(each, comparison=slow) for each in run.measurements]
+    text = printed(run)
+    assert "…" not in text
+    assert "12.34 (10.12-15.67)" in text
 
 
 def test_the_table_without_the_plain_form_and_with_a_failure():

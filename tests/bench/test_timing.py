@@ -3,7 +3,7 @@
 import pytest
 
 from rbn.benchmarks import timing
-from rbn.benchmarks.timing import LEAST, MOST, WARM_UP, compare, comparison
+from rbn.benchmarks.timing import LEAST, MOST, WARM_UP, WORTH_SHARING, compare, comparison
 
 
 class Machine:
@@ -48,7 +48,7 @@ def test_short_steps_stop_after_enough_pairs(monkeypatch):
     assert compare(machine.step("rbn", 1e-6), machine.step("bn", 1e-6), budget=1.0).pairs == MOST
 
 
-@pytest.mark.parametrize("size", [1, 7, 4096])
+@pytest.mark.parametrize("size", [1, 7, WORTH_SHARING, WORTH_SHARING + 1])
 def test_a_copy_copies_every_byte(monkeypatch, size):
     arrays = []
     for name in ("ones", "zeros"):
