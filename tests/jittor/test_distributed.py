@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 
 from rbn.backends.jittor import BNET, RBN, environment
+from rbn.conformance.checks import ABSENT, check
+from rbn.conformance.subjects import jittor as jittor_subject
+from rbn.conformance.suite import all_cases, select
 
 # After the backend, which prepares what Jittor reads at its import.
 # isort: split
@@ -68,6 +71,13 @@ def test_the_compilers_have_ended_before_jittor_would_end_them():
     command = [sys.executable, "-c", textwrap.dedent(script)]
     output = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True, timeout=120).stdout
     assert set(output.split()) == {"0"}
+
+
+def test_without_mpirun_the_rows_of_several_processes_say_so(monkeypatch):
+    monkeypatch.setattr(jittor_subject, "MPIRUN", None)
+    results = check(jittor_subject.Jittor(), select(all_cases(), ["*/shares=2+2"]))
+    assert {result.status for result in results} == {ABSENT}
+    assert all("mpirun is not installed" in result.message for result in results)
 
 
 def test_layers_share_their_statistics_unless_told_otherwise():

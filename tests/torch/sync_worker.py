@@ -12,7 +12,7 @@ import torch.distributed as dist
 from rbn.backends.torch import BNET, IEBN, RBN, convert_sync_rbn
 from rbn_core import RBNValueError
 
-SHARES = {2: (3, 1), 4: (2, 0, 3, 1)}
+SHARES = {1: (4,), 2: (3, 1), 4: (2, 0, 3, 1)}
 LAYERS = {
     "RBN": lambda: RBN(5),
     "RBN*": lambda: RBN(5, scaling="channel_std", centering="channel_std"),
@@ -22,8 +22,10 @@ LAYERS = {
 }
 
 
-def main(rank: int, world: int, rendezvous: Path) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
+def main(backend: str, rank: int, world: int, rendezvous: Path) -> None:
+    dist.init_process_group(backend, init_method=f"file://{rendezvous}", rank=rank, world_size=world)
+    if backend == "nccl":
+        torch.set_default_device(f"cuda:{rank}")
     sizes = SHARES[world]
     mine = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
     for name, make in LAYERS.items():
@@ -68,5 +70,5 @@ def close(what, actual, expected):
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))
     os._exit(0)  # gloo's threads outlive the group

@@ -11,11 +11,23 @@ from torch import nn
 from rbn.backends.torch import BNET, RBN, convert_sync_rbn
 
 WORKER = Path(__file__).with_name("sync_worker.py")
+GPUS = torch.cuda.device_count()
 
 
-@pytest.mark.parametrize("world", [2, 4])
-def test_unequal_and_empty_shares_give_what_the_whole_batch_gives(world, tmp_path):
-    command = [sys.executable, WORKER]
+@pytest.mark.parametrize(
+    ("backend", "world"),
+    [
+        ("gloo", 2),
+        ("gloo", 4),
+        pytest.param(
+            "nccl",
+            4 if GPUS >= 4 else 2 if GPUS >= 2 else 1,
+            marks=pytest.mark.skipif(not GPUS, reason="no GPU, and NCCL knows nothing else"),
+        ),
+    ],
+)
+def test_unequal_and_empty_shares_give_what_the_whole_batch_gives(backend, world, tmp_path):
+    command = [sys.executable, WORKER, backend]
     processes = [
         subprocess.Popen(
             [*command, str(rank), str(world), tmp_path / "rendezvous"],
