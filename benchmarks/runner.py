@@ -99,7 +99,10 @@ def _attend(current: Run, options: Options, log: Path, progress: Callable[[], No
         process.join()
     finally:
         if process.is_alive() and process.pid is not None:  # interrupted
-            os.killpg(process.pid, signal.SIGKILL)
+            try:
+                os.killpg(process.pid, signal.SIGKILL)
+            except ProcessLookupError:  # it has not made its group yet
+                process.kill()
     if process.exitcode and not current.failure:
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-5:])
         current.failure = f"its process ended with exit code {process.exitcode}\n{tail}".rstrip()

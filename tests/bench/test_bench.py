@@ -1,6 +1,9 @@
 """`rbn bench`: what it refuses, what it writes, and every framework on small inputs."""
 
 import json
+import multiprocessing
+import signal
+import time
 
 import pytest
 from typer.testing import CliRunner
@@ -171,3 +174,21 @@ def test_a_network_on_small_images():
     assert found.failure == ""
     (measurement,) = found.measurements
     assert (measurement.shape, measurement.form, measurement.phase) == ((2, 3, 32, 32), RBN, TRAINING)
+
+
+@pytest.mark.parametrize("after", [0.0, 3.0])
+def test_an_interrupted_run_leaves_no_process_behind(monkeypatch, after):
+    """Neither at once, nor when the process has its group."""
+    monkeypatch.setitem(runner.WORKERS, "torch", "time:sleep")
+    started, processes = time.monotonic(), []
+
+    def interrupt(runs):
+        if time.monotonic() - started >= after:
+            processes.extend(multiprocessing.active_children())
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(["torch"], 600, interrupt)
+    (process,) = processes
+    process.join(10)
+    assert process.exitcode == -signal.SIGKILL
