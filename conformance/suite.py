@@ -219,14 +219,14 @@ def _mixed(
     The columns i, j, i + j, i + 2j, ... modulo 5 of all rows (i, j) are an orthogonal array: any two of them
     have each of the 25 pairs once. A kind of fewer than five choices has some of them twice.
     """
-    kinds = (shapes, MIXED_DTYPES, MIXED_LAYOUTS, *options)
     for i, j in itertools.product(range(5), repeat=2):
-        columns = (i, j, *((i + factor * j) % 5 for factor in range(1, 5)))
-        shape, dtype, layout, *chosen = (
-            kind[column % len(kind)] for kind, column in zip(kinds, columns, strict=False)
-        )
-        merged: dict[str, Any] = {name: value for choice in chosen for name, value in choice.items()}
-        yield _case(layer, (i + j) % 2 == 0, "offset0", shape, dtype, merged, layout=layout)
+        shape, dtype = shapes[i % len(shapes)], MIXED_DTYPES[j]
+        layout, *others = ((i + factor * j) % 5 for factor in range(1, 5))
+        merged: dict[str, Any] = {}
+        for choices, column in zip(options, others, strict=False):
+            merged |= choices[column % len(choices)]
+        training = (i + j) % 2 == 0
+        yield _case(layer, training, "offset0", shape, dtype, merged, layout=MIXED_LAYOUTS[layout])
 
 
 def _not_finite(layer: str) -> Iterator[Case]:
