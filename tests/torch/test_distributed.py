@@ -37,7 +37,11 @@ def test_unequal_and_empty_shares_give_what_the_whole_batch_gives(backend, world
         )
         for rank in range(world)
     ]
-    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    try:
+        outputs = [process.communicate(timeout=300)[0] for process in processes]
+    finally:
+        for process in processes:  # one that hangs would outlive the test
+            process.kill()
     assert [process.returncode for process in processes] == [0] * world, "\n".join(outputs)
 
 
