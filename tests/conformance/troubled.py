@@ -38,5 +38,5 @@ def device_that_cannot_start(world, folder):
 
 
 def device_that_hangs_at_its_start(world, folder):
-    print("hanging", flush=True)
+    print("hangs as process", os.getpid(), flush=True)
     time.sleep(600)
