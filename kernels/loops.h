@@ -5,23 +5,27 @@ typedef float Floats __attribute__((vector_size(64)));
 typedef double Doubles __attribute__((vector_size(64)));
 typedef uint16_t Shorts __attribute__((vector_size(32)));
 typedef uint32_t Words __attribute__((vector_size(64)));
+typedef int32_t Integers __attribute__((vector_size(64)));
 typedef _Float16 Halves __attribute__((vector_size(32)));
+typedef double Sums __attribute__((vector_size(128)));  // as many as Floats holds
 
 // The upper half of a float32.
 struct bfloat16 {
   uint16_t bits;
 };
 
-// What a value's statistics are computed in: one of them (A), and a vector (V).
+// What a value's statistics are computed in: one of them (A), a vector (V), and what long sums of those are (S).
 template <class T>
 struct Of {
   typedef float A;
   typedef Floats V;
+  typedef Sums S;
 };
 template <>
 struct Of<double> {
   typedef double A;
   typedef Doubles V;
+  typedef Doubles S;
 };
 
 template <class To, class From>
@@ -37,8 +41,11 @@ struct Wide {
   typedef typename Of<T>::A A;
   typedef typename Of<T>::V V;
   typedef V Value;
+  typedef typename Of<T>::S Sum;
   static const int64_t count = sizeof(V) / sizeof(A);
 
+  static Sum widened(V v) { return __builtin_convertvector(v, Sum); }
+  static V rounded(Sum s) { return __builtin_convertvector(s, V); }
   static V at(const A *p) { return copied<V>(p); }
   static void set(A *p, V v) { memcpy(p, &v, sizeof v); }
   static V load(const float *p) { return copied<V>(p); }
@@ -69,8 +76,11 @@ template <class T>
 struct Single {
   typedef typename Of<T>::A A;
   typedef A Value;
+  typedef double Sum;
   static const int64_t count = 1;
 
+  static double widened(A value) { return value; }
+  static A rounded(double sum) { return (A)sum; }
   static A at(const A *p) { return *p; }
   static void set(A *p, A value) { *p = value; }
   static A load(const float *p) { return *p; }
@@ -104,14 +114,35 @@ static inline void each(int64_t first, int64_t last, Body body) {
 // few enough to stay in the first cache, so that the variance's own pass costs no memory traffic.
 static const int64_t BLOCK = 4096;
 
-// Several sums at once, each in four vectors so that no addition waits for the last one.
+// 0, 1, 2, ...
+template <class V>
+static inline V numbered() {
+  V v;
+  for (size_t j = 0; j < sizeof(V) / sizeof(v[0]); j++) v[j] = j;
+  return v;
+}
+
+// The sum of a vector's values, added in pairs.
+static inline double total(Doubles v) {
+  const auto four = __builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 4, 5, 6, 7);
+  const auto two = __builtin_shufflevector(four, four, 0, 1) + __builtin_shufflevector(four, four, 2, 3);
+  return two[0] + two[1];
+}
+
+static inline double total(Floats v) {
+  const auto low = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7);
+  const auto high = __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+  return total(__builtin_convertvector(low, Doubles) + __builtin_convertvector(high, Doubles));
+}
+
+// Several sums at once, each in four vectors so that no addition waits for the last one. What fills no vector at the
+// end is read together with values before it, which do not count again.
 template <class T, int sums, class Terms>
 static inline void summed(int64_t first, int64_t last, double *results, Terms terms) {
   typedef typename Of<T>::A A;
   typedef typename Of<T>::V V;
   const int64_t L = Wide<T>::count;
   V wide[4][sums] = {}, more[sums];
-  A rest[sums] = {}, one[sums];
   int64_t i = first;
   for (; i + 4 * L <= last; i += 4 * L)
     for (int lane = 0; lane < 4; lane++) {
@@ -122,14 +153,15 @@ static inline void summed(int64_t first, int64_t last, double *results, Terms te
     terms(Wide<T>(), i, more);
     for (int s = 0; s < sums; s++) wide[0][s] += more[s];
   }
-  for (; i < last; i++) {
-    terms(Single<T>(), i, one);
-    for (int s = 0; s < sums; s++) rest[s] += one[s];
+  if (i < last && last - first >= L) {
+    terms(Wide<T>(), last - L, more);
+    for (int s = 0; s < sums; s++) wide[1][s] += numbered<V>() < (A)(L - (last - i)) ? V{} : more[s];
+    i = last;
   }
-  for (int s = 0; s < sums; s++) {
-    const V all = (wide[0][s] + wide[1][s]) + (wide[2][s] + wide[3][s]);
-    results[s] = rest[s];
-    for (int64_t j = 0; j < L; j++) results[s] += all[j];
+  for (int s = 0; s < sums; s++) results[s] = total((wide[0][s] + wide[1][s]) + (wide[2][s] + wide[3][s]));
+  for (A one[sums]; i < last; i++) {
+    terms(Single<T>(), i, one);
+    for (int s = 0; s < sums; s++) results[s] += one[s];
   }
 }
 
@@ -140,12 +172,13 @@ static void plane_moments(const T *x, int64_t positions, A *mean, A *variance) {
     const int64_t end = positions - begin < BLOCK ? positions : begin + BLOCK, count = end - begin;
     double sum, squares;
     summed<T, 1>(begin, end, &sum, [=](auto w, int64_t i, auto *term) { term[0] = w.load(x + i); });
-    const A centre = (A)(sum / count);
+    const double block_mean = sum / count;
+    const A centre = (A)block_mean;
     summed<T, 1>(begin, end, &squares, [=](auto w, int64_t i, auto *term) {
       const auto d = w.load(x + i) - centre;
       term[0] = d * d;
     });
-    const double delta = sum / count - all_mean, share = (double)count / end;
+    const double delta = block_mean - all_mean, share = count == positions ? 1 : (double)count / end;
     all_mean += delta * share;
     all_squares += squares + delta * delta * begin * share;
   }
@@ -292,159 +325,236 @@ static void image_backward_affine(const T *dy, const T *x, int64_t rows, int64_t
     });
 }
 
-// ---- between the passes: equations 2 to 9 on (N, C) numbers, for the channels [first, last) ----
+// ---- between the passes: equations 2 to 9 on (N, C) numbers, for W::count channels at a time ----
 
-template <class A>
-static inline A restricted(int32_t restriction, A z) {
-  if (restriction == RBN_SIGMOID) return 1 / (1 + std::exp(-z));
-  const A r = z / 6 + A(0.5);
-  return r < 0 ? A(0) : r > 1 ? A(1) : r;  // a NaN stays one
+static inline float root(float v) { return std::sqrt(v); }
+static inline double root(double v) { return std::sqrt(v); }
+template <class V>
+static inline V root(V v) {
+  for (size_t j = 0; j < sizeof(V) / sizeof(v[0]); j++) v[j] = std::sqrt(v[j]);
+  return v;
 }
 
-template <class A>
-static inline A restricted_slope(int32_t restriction, A r) {
-  if (restriction == RBN_SIGMOID) return r * (1 - r);
-  return r > 0 && r < 1 ? A(1) / 6 : A(0);
+static inline float exponential(float x) { return std::exp(x); }
+static inline double exponential(double x) { return std::exp(x); }
+static inline Doubles exponential(Doubles x) {
+  for (int j = 0; j < 8; j++) x[j] = std::exp(x[j]);
+  return x;
 }
 
-// What a layer's channel is, and what every plane of it is; see `calibrate` of rbn_core/fused.py for the names.
-template <class A>
+// 2^n e^r with |r| <= ln 2 / 2 (Cody and Waite), e^r by its series: 2 units in the last place at most.
+static inline Floats exponential(Floats x) {
+  const Floats least = Floats{} - 87, most = Floats{} + 88, infinity = Floats{} + HUGE_VALF;
+  const Floats inside = x < least ? least : x > most ? most : x;  // a NaN stays one
+  const Floats shifter = Floats{} + 12582912;  // 1.5 x 2^23: what is added to it is rounded to whole numbers
+  const Floats n = (inside * 1.44269504F + shifter) - shifter;
+  const Floats r = (inside - n * 0.693359375F) - n * -2.12194440e-4F;
+  Floats series = Floats{} + 1 / 5040.F;
+  series = series * r + 1 / 720.F;
+  series = series * r + 1 / 120.F;
+  series = series * r + 1 / 24.F;
+  series = series * r + 1 / 6.F;
+  series = series * r + 0.5F;
+  series = series * r + 1.F;
+  series = series * r + 1.F;
+  const Floats finite = n == n ? n : Floats{};
+  const Words power = (Words)(__builtin_convertvector(finite, Integers) + 127) << 23;
+  return x > most ? infinity : series * copied<Floats>(&power);
+}
+
+template <class V>
+static inline V restricted(int32_t restriction, V z) {
+  const V none = V{}, one = none + 1;
+  if (restriction == RBN_SIGMOID) return one / (one + exponential(-z));
+  const V r = z / 6 + (one / 2);
+  return r < none ? none : r > one ? one : r;  // a NaN stays one
+}
+
+template <class V>
+static inline V restricted_slope(int32_t restriction, V r) {
+  const V none = V{}, one = none + 1;
+  if (restriction == RBN_SIGMOID) return r * (one - r);
+  return r > none ? (r < one ? one / 6 : none) : none;
+}
+
+// Whether Y depends on a statistic of X, and with it dX on X.
+static inline bool is_measured(const rbn_layer &l) {
+  return l.batch_statistics || l.centering != RBN_NONE || l.scaling != RBN_NONE;
+}
+
+// What channels are, and what a plane of each is; see `calibrate` of rbn_core/fused.py for the names.
+template <class V>
 struct Channel {
-  A gamma, beta, center_weight, scale_weight, scale_bias, origin, mean_0, inverse_std;
+  V gamma, beta, center_weight, scale_weight, scale_bias, origin, mean_0, inverse_std;
 };
 
-template <class A>
+template <class V>
 struct Plane {
-  A mu_0, shift, deviation, k, restriction, a, translation;
+  V mu_0, shift, deviation, k, restriction, a, translation;
 };
 
-template <class A>
-static inline A parameter(const void *values, int64_t c, A otherwise) {
-  return values ? ((const A *)values)[c] : otherwise;
+template <class W>
+static inline typename W::Value parameter(const void *values, int64_t c, typename W::A otherwise) {
+  return values ? W::at((const typename W::A *)values + c) : typename W::Value{} + otherwise;
 }
 
-// Fills a channel from all its planes; the E and biased Var of the batch go to `mean` and `var`.
-template <class A>
-static inline Channel<A> channel_of(const rbn_layer &l, const rbn_parameters &p, int64_t c, const A *mu,
-                                    const A *v, A *mean, A *var) {
-  Channel<A> ch;
-  ch.gamma = parameter<A>(p.gamma, c, 1);
-  ch.beta = parameter<A>(p.beta, c, 0);
-  ch.center_weight = parameter<A>(p.center_weight, c, 0);
-  ch.scale_weight = parameter<A>(p.scale_weight, c, 0);
-  ch.scale_bias = parameter<A>(p.scale_bias, c, 0);
+// From all planes of the channels [c, c + W::count); the E and biased Var of the batch go to `mean` and `var`.
+template <class W, class A>
+static inline Channel<typename W::Value> channel_of(const rbn_layer &l, const rbn_parameters &p, int64_t c,
+                                                    const A *mu, const A *v, A *mean, A *var) {
+  typedef typename W::Value V;
+  typedef typename W::Sum Sum;
+  Channel<V> ch;
+  ch.gamma = parameter<W>(p.gamma, c, 1);
+  ch.beta = parameter<W>(p.beta, c, 0);
+  ch.center_weight = parameter<W>(p.center_weight, c, 0);
+  ch.scale_weight = parameter<W>(p.scale_weight, c, 0);
+  ch.scale_bias = parameter<W>(p.scale_bias, c, 0);
   const A eps = (A)l.eps;
   if (!l.batch_statistics) {
-    ch.origin = 0;
-    ch.mean_0 = ((const A *)p.running_mean)[c];
-    ch.inverse_std = 1 / std::sqrt(((const A *)p.running_var)[c] + eps);
+    ch.origin = V{};
+    ch.mean_0 = parameter<W>(p.running_mean, c, 0);
+    ch.inverse_std = 1 / root(parameter<W>(p.running_var, c, 1) + eps);
     return ch;
   }
-  double sum = 0;
-  for (int64_t n = 0; n < l.images; n++) sum += mu[n * l.channels + c];
-  ch.origin = (A)(sum / l.images);
-  const auto shifted = [&](int64_t n) {
-    const A mu_0 = mu[n * l.channels + c] - ch.origin;
+  const double images = (double)l.images;
+  Sum sum = {};
+  for (int64_t n = 0; n < l.images; n++) sum += W::widened(W::at(mu + n * l.channels + c));
+  ch.origin = W::rounded(sum / images);
+  const auto shifted = [&](int64_t n) -> V {
+    const V mu_0 = W::at(mu + n * l.channels + c) - ch.origin;
     if (l.centering == RBN_CHANNEL_MEAN) return mu_0 + ch.center_weight * mu_0;
-    if (l.centering == RBN_CHANNEL_STD) return mu_0 + ch.center_weight * std::sqrt(v[n * l.channels + c] + eps);
+    if (l.centering == RBN_CHANNEL_STD) return mu_0 + ch.center_weight * root(W::at(v + n * l.channels + c) + eps);
     return mu_0;
   };
-  sum = 0;
-  for (int64_t n = 0; n < l.images; n++) sum += shifted(n);
-  const double mean_0 = sum / l.images;
-  sum = 0;
+  sum = Sum{};
+  for (int64_t n = 0; n < l.images; n++) sum += W::widened(shifted(n));
+  const Sum mean_0 = sum / images;
+  sum = Sum{};
   for (int64_t n = 0; n < l.images; n++) {
-    const double d = shifted(n) - mean_0;
-    sum += v[n * l.channels + c] + d * d;
+    const Sum d = W::widened(shifted(n)) - mean_0;
+    sum += W::widened(W::at(v + n * l.channels + c)) + d * d;
   }
-  ch.mean_0 = (A)mean_0;
-  const A variance = (A)(sum / l.images);
-  ch.inverse_std = 1 / std::sqrt(variance + eps);
-  if (mean) mean[c] = ch.mean_0 + (l.centering == RBN_CHANNEL_MEAN ? ch.origin + ch.center_weight * ch.origin : ch.origin);
-  if (var) var[c] = variance;
+  ch.mean_0 = W::rounded(mean_0);
+  const V variance = W::rounded(sum / images);
+  ch.inverse_std = 1 / root(variance + eps);
+  const V moved = l.centering == RBN_CHANNEL_MEAN ? ch.origin + ch.center_weight * ch.origin : ch.origin;
+  if (mean) W::set(mean + c, ch.mean_0 + moved);
+  if (var) W::set(var + c, variance);
   return ch;
 }
 
-template <class A>
-static inline Plane<A> plane_of(const rbn_layer &l, const Channel<A> &ch, A mu, A v) {
-  Plane<A> pl;
-  const A eps = (A)l.eps;
+template <class V, class A>
+static inline Plane<V> plane_of(const rbn_layer &l, A eps, const Channel<V> &ch, V mu, V v) {
+  Plane<V> pl;
   pl.mu_0 = mu - ch.origin;
-  pl.shift = l.centering == RBN_CHANNEL_MEAN  ? ch.center_weight * pl.mu_0
-             : l.centering == RBN_CHANNEL_STD ? ch.center_weight * std::sqrt(v + eps)
-                                              : A(0);
+  if (l.centering == RBN_CHANNEL_MEAN)
+    pl.shift = ch.center_weight * pl.mu_0;
+  else if (l.centering == RBN_CHANNEL_STD)
+    pl.shift = ch.center_weight * root(v + eps);
+  else
+    pl.shift = V{};
   pl.deviation = pl.mu_0 + pl.shift - ch.mean_0;
-  pl.k = l.scaling == RBN_CHANNEL_MEAN  ? pl.deviation * ch.inverse_std
-         : l.scaling == RBN_CHANNEL_STD ? std::sqrt(v * (ch.inverse_std * ch.inverse_std) + eps)
-                                        : mu;
+  if (l.scaling == RBN_CHANNEL_MEAN)
+    pl.k = pl.deviation * ch.inverse_std;
+  else if (l.scaling == RBN_CHANNEL_STD)
+    pl.k = root(v * (ch.inverse_std * ch.inverse_std) + eps);
+  else
+    pl.k = mu;
   pl.restriction =
-      l.scaling == RBN_NONE ? A(1) : restricted(l.restriction, ch.scale_weight * pl.k + ch.scale_bias);
+      l.scaling == RBN_NONE ? V{} + 1 : restricted(l.restriction, ch.scale_weight * pl.k + ch.scale_bias);
   pl.a = ch.gamma * (pl.restriction * ch.inverse_std);
   pl.translation = pl.shift - ch.mean_0 - ch.origin;
   return pl;
 }
 
+// The a and b of Y = a X + b for planes of the channels [c, c + W::count), the first of which is plane i. Where no
+// statistic of X is in Y, mu and v are not measured, and any will do for the backward pass.
+template <class W, class A>
+static inline void calibrate(const rbn_layer &l, const Channel<typename W::Value> &ch, int64_t i, A *mu, A *v, A *a,
+                             A *b) {
+  if (!is_measured(l)) {
+    W::set(mu + i, ch.mean_0);
+    W::set(v + i, typename W::Value{});
+  }
+  const auto plane = plane_of(l, (A)l.eps, ch, W::at(mu + i), W::at(v + i));
+  W::set(a + i, plane.a);
+  W::set(b + i, plane.a * plane.translation + ch.beta);
+}
+
 // From S0 and S1 of every plane the e and f of its second pass (in their place) and its a, and the gradients of
-// the channel's parameters: `calibrate_backward` of rbn_core/fused.py.
-template <class A>
+// the parameters, for the channels [c, c + W::count): `calibrate_backward` of rbn_core/fused.py.
+template <class W, class A>
 static inline void channel_backward(const rbn_layer &l, const rbn_parameters &p, int64_t c, const A *mu, const A *v,
                                     A *s0_e, A *s1_f, A *a, const rbn_gradients &gradients) {
-  const Channel<A> ch = channel_of<A>(l, p, c, mu, v, nullptr, nullptr);
-  const A eps = (A)l.eps, inv = ch.inverse_std;
-  double dbeta = 0, dgamma = 0, dscale_weight = 0, dscale_bias = 0, dcenter_weight = 0, dmean = 0, dinverse_std = 0;
+  typedef typename W::Value V;
+  typedef typename W::Sum Sum;
+  const auto ch = channel_of<W, A>(l, p, c, mu, v, nullptr, nullptr);
+  const A eps = (A)l.eps;
+  const V inv = ch.inverse_std;
+  Sum dbeta = {}, dgamma = {}, dscale_weight = {}, dscale_bias = {}, dcenter_weight = {}, dmean = {},
+      dinverse_std = {};
   for (int64_t n = 0; n < l.images; n++) {
     const int64_t i = n * l.channels + c;
-    const Plane<A> pl = plane_of(l, ch, mu[i], v[i]);
-    const A db = s0_e[i], da = s1_f[i] + db * pl.deviation;
-    dbeta += db;
-    dgamma += da * pl.restriction * inv;
-    dmean -= db * pl.a;
-    dinverse_std += da * ch.gamma * pl.restriction;
+    const auto pl = plane_of(l, eps, ch, W::at(mu + i), W::at(v + i));
+    const V db = W::at(s0_e + i), da = W::at(s1_f + i) + db * pl.deviation;
+    dbeta += W::widened(db);
+    dgamma += W::widened(da * pl.restriction * inv);
+    dmean -= W::widened(db * pl.a);
+    dinverse_std += W::widened(da * ch.gamma * pl.restriction);
     if (l.scaling == RBN_NONE) continue;
-    const A dz = da * ch.gamma * inv * restricted_slope(l.restriction, pl.restriction);
-    const A dk = dz * ch.scale_weight;
-    dscale_weight += dz * pl.k;
-    dscale_bias += dz;
+    const V dz = da * ch.gamma * inv * restricted_slope(l.restriction, pl.restriction);
+    const V dk = dz * ch.scale_weight;
+    dscale_weight += W::widened(dz * pl.k);
+    dscale_bias += W::widened(dz);
     if (l.scaling == RBN_CHANNEL_MEAN) {
-      dmean -= dk * inv;
-      dinverse_std += dk * pl.deviation;
+      dmean -= W::widened(dk * inv);
+      dinverse_std += W::widened(dk * pl.deviation);
     } else if (l.scaling == RBN_CHANNEL_STD) {
-      dinverse_std += dk * v[i] * inv / pl.k;
+      dinverse_std += W::widened(dk * W::at(v + i) * inv / pl.k);
     }
   }
-  // V = mean_n v + mean_n deviation^2, whose own mean term cancels.
-  const A dvar = l.batch_statistics ? (A)(-0.5 * dinverse_std * inv * inv * inv / l.images) : A(0);
-  const A dmean_each = l.batch_statistics ? (A)(dmean / l.images) : A(0);
+  V dvar = {}, dmean_each = {};
+  if (l.batch_statistics) {  // V = mean_n v + mean_n deviation^2, whose own mean term cancels
+    const double images = (double)l.images;
+    const Sum wide = W::widened(inv);
+    dvar = W::rounded(-0.5 * dinverse_std * wide * wide * wide / images);
+    dmean_each = W::rounded(dmean / images);
+  }
+  const A positions = (A)l.positions;
   for (int64_t n = 0; n < l.images; n++) {
     const int64_t i = n * l.channels + c;
-    const Plane<A> pl = plane_of(l, ch, mu[i], v[i]);
-    const A db = s0_e[i], da = s1_f[i] + db * pl.deviation;
-    A dshifted = 2 * dvar * pl.deviation + dmean_each, dmu = 0, dv = dvar;
+    const auto pl = plane_of(l, eps, ch, W::at(mu + i), W::at(v + i));
+    const V db = W::at(s0_e + i), da = W::at(s1_f + i) + db * pl.deviation;
+    V dshifted = 2 * dvar * pl.deviation + dmean_each, dmu = {}, dv = dvar;
     if (l.scaling != RBN_NONE) {
-      const A dk = da * ch.gamma * inv * restricted_slope(l.restriction, pl.restriction) * ch.scale_weight;
+      const V dk = da * ch.gamma * inv * restricted_slope(l.restriction, pl.restriction) * ch.scale_weight;
       if (l.scaling == RBN_CHANNEL_MEAN) dshifted += dk * inv;
       if (l.scaling == RBN_CHANNEL_STD) dv += dk * (inv * inv) / (2 * pl.k);
       if (l.scaling == RBN_INPUT_MEAN) dmu += dk;
     }
-    const A dshift = db * pl.a + dshifted;
+    const V dshift = db * pl.a + dshifted;
     dmu += dshifted;
     if (l.centering == RBN_CHANNEL_MEAN) {
-      dcenter_weight += dshift * pl.mu_0;
+      dcenter_weight += W::widened(dshift * pl.mu_0);
       dmu += dshift * ch.center_weight;
     } else if (l.centering == RBN_CHANNEL_STD) {
-      const A deviation = std::sqrt(v[i] + eps);
-      dcenter_weight += dshift * deviation;
+      const V deviation = root(W::at(v + i) + eps);
+      dcenter_weight += W::widened(dshift * deviation);
       dv += dshift * ch.center_weight / (2 * deviation);
     }
-    a[i] = pl.a;
-    s0_e[i] = 2 * dv / l.positions;
-    s1_f[i] = dmu / l.positions;
+    W::set(a + i, pl.a);
+    W::set(s0_e + i, 2 * dv / positions);
+    W::set(s1_f + i, dmu / positions);
   }
-  if (gradients.gamma) ((A *)gradients.gamma)[c] = (A)dgamma;
-  if (gradients.beta) ((A *)gradients.beta)[c] = (A)dbeta;
-  if (gradients.center_weight) ((A *)gradients.center_weight)[c] = (A)dcenter_weight;
-  if (gradients.scale_weight) ((A *)gradients.scale_weight)[c] = (A)dscale_weight;
-  if (gradients.scale_bias) ((A *)gradients.scale_bias)[c] = (A)dscale_bias;
+  const auto give = [c](void *gradient, Sum sum) {
+    if (gradient) W::set((A *)gradient + c, W::rounded(sum));
+  };
+  give(gradients.gamma, dgamma);
+  give(gradients.beta, dbeta);
+  give(gradients.center_weight, dcenter_weight);
+  give(gradients.scale_weight, dscale_weight);
+  give(gradients.scale_bias, dscale_bias);
 }
 
 // ---- the layer ----
@@ -475,10 +585,13 @@ static bool each_image(const rbn_layer &l, Work work) {
   return enough;
 }
 
+// Calls work(Wide or Single, c) for groups of channels; which there are does not depend on the threads.
 template <class A, class Work>
 static void each_channel(const rbn_layer &l, Work work) {
+  const int64_t width = Wide<A>::count;
 #pragma omp parallel for schedule(static) num_threads(l.threads)
-  for (int64_t c = 0; c < l.channels; c++) work(c);
+  for (int64_t c = 0; c < l.channels; c += width)
+    each<A>(c, l.channels - c < width ? l.channels : c + width, work);
 }
 
 template <class Work>
@@ -488,13 +601,20 @@ static void each_plane(const rbn_layer &l, Work work) {
   for (int64_t i = 0; i < planes; i++) work(i, i * l.positions);
 }
 
+// Calls work(n, c, channels) for groups of planes of an image that a second cache holds.
+template <class T, class Work>
+static void each_group(const rbn_layer &l, Work work) {
+  const int64_t most = Wide<T>::count, fit = ((int64_t)256 << 10) / (l.positions * (int64_t)sizeof(T));
+  const int64_t width = fit < most ? 1 : most, groups = (l.channels + width - 1) / width;
+#pragma omp parallel for schedule(static) num_threads(l.threads)
+  for (int64_t g = 0; g < l.images * groups; g++) {
+    const int64_t c = g % groups * width;
+    work(g / groups, c, l.channels - c < width ? l.channels - c : width);
+  }
+}
+
 // Planes side by side or channels last; a plane of one value is both, and the latter is faster.
 static inline bool in_rows(const rbn_layer &l) { return l.channels_last || l.positions == 1; }
-
-// Whether Y depends on a statistic of X, and with it dX on X.
-static inline bool is_measured(const rbn_layer &l) {
-  return l.batch_statistics || l.centering != RBN_NONE || l.scaling != RBN_NONE;
-}
 
 template <class T>
 static bool forward(const rbn_layer &l, const rbn_parameters &p, const T *x, T *y, void *mu_, void *v_, void *mean,
@@ -506,46 +626,43 @@ static bool forward(const rbn_layer &l, const rbn_parameters &p, const T *x, T *
   A *a = (A *)malloc(sizeof(A) * 2 * (planes ? planes : 1)), *b = a + planes;
   if (!a) return false;
   bool enough = true;
-  const auto calibrate = [&](const Channel<A> &ch, int64_t i) {
-    if (!measured) {  // any mu will do for the backward pass
-      mu[i] = ch.mean_0;
-      v[i] = 0;
-    }
-    const Plane<A> plane = plane_of(l, ch, mu[i], v[i]);
-    a[i] = plane.a;
-    b[i] = plane.a * plane.translation + ch.beta;
-  };
   const auto measure_image = [=](int64_t n, int64_t c, int64_t channels, Room<A> room) {
     image_moments(x + n * size + c, rows, stride, channels, mu + n * stride + c, v + n * stride + c, room);
   };
   const auto transform_image = [=](int64_t n, int64_t c, int64_t channels, Room<A>) {
     image_affine(x + n * size + c, rows, stride, channels, a + n * stride + c, b + n * stride + c, y + n * size + c);
   };
+  const auto calibrate_known = [=](int64_t n, int64_t first, int64_t channels) {
+    each<A>(first, first + channels, [=](auto w, int64_t c) {
+      const auto ch = channel_of<decltype(w), A>(l, p, c, mu, v, (A *)nullptr, (A *)nullptr);
+      calibrate<decltype(w), A>(l, ch, n * stride + c, mu, v, a, b);
+    });
+  };
   if (l.batch_statistics) {
     if (in_rows(l))
       enough &= each_image<A>(l, measure_image);
     else
       each_plane(l, [=](int64_t i, int64_t at) { plane_moments(x + at, rows, mu + i, v + i); });
-    each_channel<A>(l, [&](int64_t c) {
-      const Channel<A> ch = channel_of(l, p, c, mu, v, (A *)mean, (A *)var);
-      for (int64_t n = 0; n < l.images; n++) calibrate(ch, n * stride + c);
+    each_channel<A>(l, [=](auto w, int64_t c) {
+      const auto ch = channel_of<decltype(w), A>(l, p, c, mu, v, (A *)mean, (A *)var);
+      for (int64_t n = 0; n < l.images; n++) calibrate<decltype(w), A>(l, ch, n * stride + c, mu, v, a, b);
     });
     if (in_rows(l))
       enough &= each_image<A>(l, transform_image);
     else
       each_plane(l, [=](int64_t i, int64_t at) { plane_affine(x + at, rows, a[i], b[i], y + at); });
   } else if (in_rows(l)) {  // E and Var are known: every image is measured and transformed while it is near
-    enough &= each_image<A>(l, [&](int64_t n, int64_t first, int64_t channels, Room<A> room) {
+    enough &= each_image<A>(l, [=](int64_t n, int64_t first, int64_t channels, Room<A> room) {
       if (measured) measure_image(n, first, channels, room);
-      for (int64_t c = first; c < first + channels; c++)
-        calibrate(channel_of<A>(l, p, c, mu, v, nullptr, nullptr), n * stride + c);
+      calibrate_known(n, first, channels);
       transform_image(n, first, channels, room);
     });
   } else {
-    each_plane(l, [&](int64_t i, int64_t at) {
-      if (measured) plane_moments(x + at, rows, mu + i, v + i);
-      calibrate(channel_of<A>(l, p, i % stride, mu, v, nullptr, nullptr), i);
-      plane_affine(x + at, rows, a[i], b[i], y + at);
+    each_group<T>(l, [=](int64_t n, int64_t first, int64_t channels) {
+      const int64_t begin = n * stride + first, end = begin + channels;
+      for (int64_t i = begin; measured && i < end; i++) plane_moments(x + i * rows, rows, mu + i, v + i);
+      calibrate_known(n, first, channels);
+      for (int64_t i = begin; i < end; i++) plane_affine(x + i * rows, rows, a[i], b[i], y + i * rows);
     });
   }
   free(a);
@@ -570,7 +687,9 @@ static bool backward(const rbn_layer &l, const rbn_parameters &p, const T *dy, c
     each_plane(l, [=](int64_t i, int64_t at) {
       plane_backward_sums(dy + at, x + at, rows, mu[i], s0 + i, s1 + i);
     });
-  each_channel<A>(l, [&](int64_t c) { channel_backward(l, p, c, mu, v, s0, s1, a, gradients); });
+  each_channel<A>(l, [=](auto w, int64_t c) {
+    channel_backward<decltype(w), A>(l, p, c, mu, v, s0, s1, a, gradients);
+  });
   const A *e = s0, *f = s1;
   const bool measured = is_measured(l);  // else e and f are 0, and a value that is not finite stays where it is
   if (!dx) {

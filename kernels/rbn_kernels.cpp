@@ -7,10 +7,6 @@
 #include <cstdlib>
 #include <cstring>
 
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wpsabi"  // vectors are passed between inlined functions alone
-#endif
-
 namespace plain {
 #include "loops.h"
 }
