@@ -219,10 +219,11 @@ static void plane_backward_affine(const T *dy, const T *x, int64_t positions, A 
 
 // ---- the same for channels [0, channels) of an image, channels last: rows of `stride` values ----
 
-// Rows that are measured together: they stay in the second cache, and no sum gets long enough to lose digits.
+// Rows that are measured together: they stay in the second cache, and no sum gets long enough to lose digits. They
+// are counted from whole rows and not from the share of one thread, so that results do not depend on the threads.
 template <class T>
-static inline int64_t rows_per_block(int64_t channels) {
-  const int64_t rows = ((int64_t)256 << 10) / (channels * (int64_t)sizeof(T));
+static inline int64_t rows_per_block(int64_t stride) {
+  const int64_t rows = ((int64_t)256 << 10) / (stride * (int64_t)sizeof(T));
   return rows < 16 ? 16 : rows > 256 ? 256 : rows;
 }
 
@@ -261,7 +262,7 @@ static void image_moments(const T *x, int64_t rows, int64_t stride, int64_t chan
   double *means = room.totals, *squares = room.totals + channels;
   A *centre = room.some, *some = room.some + channels;
   for (int64_t c = 0; c < channels; c++) means[c] = squares[c] = 0;
-  const int64_t block = rows_per_block<T>(channels);
+  const int64_t block = rows_per_block<T>(stride);
   for (int64_t begin = 0; begin < rows; begin += block) {
     const int64_t end = rows - begin < block ? rows : begin + block, count = end - begin;
     const T *p = x + begin * stride;
@@ -289,7 +290,7 @@ template <class T, class A>
 static void image_backward_sums(const T *dy, const T *x, int64_t rows, int64_t stride, int64_t channels,
                                 const A *mu, A *s0, A *s1, Room<A> room) {
   for (int64_t c = 0; c < 2 * channels; c++) room.totals[c] = 0;
-  const int64_t block = rows_per_block<T>(2 * channels);
+  const int64_t block = rows_per_block<T>(2 * stride);
   for (int64_t begin = 0; begin < rows; begin += block) {
     const int64_t count = rows - begin < block ? rows - begin : block;
     const T *g = dy + begin * stride, *p = x + begin * stride;
