@@ -60,8 +60,9 @@ class CalibratedNorm(_NormBase):
             config.track_running_stats,
             device,
             dtype,
-            bias=config.beta,
         )
+        if not config.beta:  # PyTorch's own option is younger than what this package runs on
+            self.register_parameter("bias", None)
         self._apply(lambda tensor: tensor)
         self.layer = config.layer
         self.centering = config.centering
@@ -91,8 +92,8 @@ class CalibratedNorm(_NormBase):
 
     def reset_parameters(self) -> None:
         """Start as plain BatchNorm, but for the constant that the calibration or attention starts with."""
-        super().reset_parameters()
-        for name, start in self.starts.items():
+        self.reset_running_stats()
+        for name, start in {"weight": 1.0, "bias": 0.0, **self.starts}.items():
             parameter = self._parameters.get(name)
             if parameter is not None:
                 init.constant_(parameter, start)

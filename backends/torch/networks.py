@@ -156,8 +156,11 @@ def _layer(node: Convolution | Linear | Norm) -> nn.Module:
                     "network: expected running_var 'unbiased' of PyTorch's own BatchNorm, got 'biased'. "
                     "Take {'layer': 'rbn', 'centering': None, 'scaling': None, 'running_var': 'biased'}."
                 )
-            own = ("eps", "momentum", "affine", "track_running_stats", "bias")
-            return nn.BatchNorm2d(node.channels, **{name: options[name] for name in own})
+            own = ("eps", "momentum", "affine", "track_running_stats")
+            norm = nn.BatchNorm2d(node.channels, **{name: options[name] for name in own})
+            if not options["bias"]:
+                norm.register_parameter("bias", None)
+            return norm
 
 
 def _place(root: nn.Module, path: str, layer: nn.Module) -> None:
