@@ -17,6 +17,7 @@ from typing import Any
 
 from rbn.backends.frameworks import versions
 from rbn.benchmarks.cases import Options
+from rbn.benchmarks.timing import keep_freed_memory
 from rbn.benchmarks.worker import Measurement, Worker, count, work
 
 WORKERS = {
@@ -120,6 +121,7 @@ def _measure(reference: str, options: Options, sender: Connection, log: Path) ->
     def send(kind: str, content: Any) -> None:
         sender.send((kind, content))
 
+    keep_freed_memory()
     try:
         module, _, name = reference.partition(":")
         worker: Worker = getattr(importlib.import_module(module), name)(options)

@@ -1,5 +1,9 @@
 """Pairs, medians and ratios: what the measuring loop makes of steps whose times are known."""
 
+import ctypes
+import subprocess
+import sys
+
 import pytest
 
 from rbn.benchmarks import timing
@@ -59,3 +63,28 @@ def test_a_copy_copies_every_byte(monkeypatch, size):
     assert not target.any()
     copy()
     assert (target == source).all()
+
+
+FAULTS = """
+import resource, sys
+import numpy as np
+from rbn.benchmarks.timing import keep_freed_memory
+if sys.argv[1:]:
+    keep_freed_memory()
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    a, b, c = (np.ones(3_000_000) for _ in range(3))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults()
+print(faults())
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library is not glibc")
+def test_freed_memory_is_kept():
+    """Three arrays of 24 MB, allocated again: by default their pages are new ones."""
+    default, kept = (
+        int(subprocess.run([sys.executable, "-c", FAULTS, *argument], capture_output=True, check=True).stdout)
+        for argument in ((), ("keep",))
+    )
+    assert kept < 100 < default
