@@ -98,8 +98,16 @@ class Case:
         return "/".join(filter(None, parts))
 
     @property
+    def refused(self) -> bool:
+        """Whether a layer must refuse it: one value per channel has no variance."""
+        batch_statistics = self.training or not self.config.track_running_stats
+        return batch_statistics and math.prod(self.shape) <= self.shape[1]
+
+    @property
     def group(self) -> str:
         """The row of the report that the case belongs to."""
+        if self.refused:
+            return f"{self.layer}/{self.mode}/refused"
         if self.way:
             return f"{self.layer}/{self.mode}/shares/{self.way}"
         if self.shares:

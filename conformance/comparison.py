@@ -16,6 +16,9 @@ from rbn.conformance.tolerances import tolerances
 from rbn_core.matching import State
 from rbn_core.reference import Layer
 
+MEMORY = ("x", "cotangent", "loaded state", "earlier y", "earlier dx")
+"""What no step may change: the arrays that a layer was given, and those that its earlier steps returned."""
+
 
 @dataclass(frozen=True)
 class Deviation:
@@ -87,7 +90,7 @@ def due(case: Case) -> tuple[Step, ...]:
 
 
 def deviations(subject: Subject, case: Case, outcomes: list[Outcome] | None = None) -> Iterator[Deviation]:
-    """Run a case on a subject and compare all that comes out, step by step.
+    """Run a case on a subject and compare all that comes out, step by step, and in the end `MEMORY`.
 
     Args:
         subject: The implementation under test.
@@ -98,14 +101,37 @@ def deviations(subject: Subject, case: Case, outcomes: list[Outcome] | None = No
     subject = subject.through(case.way) if case.way else subject
     subject = subject.spread(case.shares) if case.shares else subject
     ignored = () if subject.counts_batches else ("num_batches_tracked",)
-    subject.build(case.config, {name: value.copy() for name, value in state.items()}, case.dtype, case.layout)
+    given = copy.deepcopy(state)
+    subject.build(case.config, given, case.dtype, case.layout)
     yield from compare_arrays("state", subject.state(), without(state, ignored), dict.fromkeys(state, 0.0))
+    if case.refused:
+        yield refusal(subject, case)
+        return
+    memory: list[tuple[str, Array, Array]] = [("loaded state", given[name], state[name]) for name in state]
     for step in due(case):
-        outcome = subject.run(step.x.copy(), case.training, step.cotangent.copy())
+        cotangent = step.cotangent.copy()
+        outcome = subject.run(step.x.copy(), case.training, cotangent)
+        now = copy.deepcopy(outcome)  # the next step may change what a view shows
         if outcomes is not None:
-            outcomes.append(copy.deepcopy(outcome))  # the next step may change what a view shows
+            outcomes.append(now)
         due_now = replace(step.outcome, state=without(step.outcome.state, ignored))
         yield from compare_outcomes(outcome, due_now, step.tolerances, case.dtype)
+        memory += [("cotangent", cotangent, step.cotangent)]
+        memory += [("earlier y", outcome.y, now.y), ("earlier dx", outcome.dx, now.dx)]
+    for quantity, after, before in memory:
+        yield compare(quantity, after, before, 0.0)
+
+
+def refusal(subject: Subject, case: Case) -> Deviation:
+    """Whether a subject refuses what has to be refused, with whatever exception."""
+    (x, cotangent), *_ = case.inputs()
+    try:
+        outcome = subject.run(x, case.training, cotangent)
+    except Exception:
+        return Deviation("refusal")
+    values = {"y": outcome.y.ravel()[0]} | {name: v for name, v in outcome.state.items() if "running" in name}
+    given = ", ".join(f"{name} {value}" for name, value in values.items())
+    return Deviation("refusal", np.inf, 0.0, f"is due: one value per channel has no variance. Got {given}")
 
 
 def compare_outcomes(
@@ -169,6 +195,8 @@ def are_alike(
 ) -> bool:
     """Whether two implementations, right or wrong, gave the same in a case, to its tolerances.
 
+    What only one of them stores, such as the number of batches, is not compared.
+
     Args:
         case: What they ran.
         some: What one of them gave, step by step.
@@ -179,7 +207,11 @@ def are_alike(
         (one.y.dtype, one.dx.dtype) == (other.y.dtype, other.dx.dtype)
         and all(
             each.ratio <= 1.0
-            for each in compare_outcomes(one, other, step.tolerances)
+            for each in compare_outcomes(
+                replace(one, state=without(one.state, one.state.keys() - other.state.keys())),
+                replace(other, state=without(other.state, other.state.keys() - one.state.keys())),
+                step.tolerances,
+            )
             if counts(each.quantity)
         )
         for one, other, step in zip(some, others, due(case), strict=True)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
 from rbn.conformance.cases import Case
-from rbn.conformance.comparison import Deviation, are_alike, deviations, worst_of_each
+from rbn.conformance.comparison import MEMORY, Deviation, are_alike, deviations, worst_of_each
 from rbn.conformance.mutants import MUTANTS, Mutant
 from rbn.conformance.subject import Outcome
 
@@ -42,12 +42,14 @@ class Diagnosis:
             outcomes: What the subject gave, step by step; not all steps where it raised.
             found: Its deviations from the reference.
         """
-        if len(outcomes) < case.steps:
+        if len(outcomes) < case.steps and not case.refused:
             return ()
         wrong = beyond(found)
 
         def counts(quantity: str) -> bool:
             """Whether a quantity tells mistakes apart."""
+            if quantity in MEMORY:  # that it is changed is the mistake, whatever is written there
+                return False
             if quantity == COUNTER:  # it may or may not be wrong along with the statistics
                 return wrong.keys() == {COUNTER}
             # The gradients of a wrong output may be its own, as automatic differentiation finds them, or not.
@@ -59,7 +61,8 @@ class Diagnosis:
             same = [
                 mutant
                 for mutant, theirs, failing in behaviours
-                if failing and theirs and are_alike(case, outcomes, theirs, counts)
+                if failing and theirs and memory(wrong) == memory(failing)
+                if are_alike(case, outcomes, theirs, counts)
             ]
             if same:
                 self.likely = same
@@ -104,6 +107,11 @@ def distance(some: Mapping[str, float], others: Mapping[str, float]) -> float:
         for name in {*some, *others}
     ]
     return sum(logarithms) / max(len(logarithms), 1)
+
+
+def memory(failing: Mapping[str, float]) -> set[str]:
+    """What was changed that no step may change."""
+    return {*MEMORY} & failing.keys()
 
 
 def is_gradient(quantity: str) -> bool:

@@ -26,11 +26,13 @@ class Mutant:
 
     Attributes:
         name: What it is called.
+        kind: What the mistake is about: "formula", "gradient", "layout", ...
         mistake: What is wrong, in a sentence.
         subject: Makes an implementation that has the mistake.
     """
 
     name: str
+    kind: str
     mistake: str
     subject: Callable[[], Subject]
 
@@ -119,6 +121,21 @@ class RepeatedImageCountedOnce(WrongSubject):
         if self.layout != "expanded":
             return outcome
         return changed(outcome, dx=np.broadcast_to(outcome.dx.sum(axis=0), x.shape).copy())
+
+
+class OutputMemoryReused(WrongSubject):
+    """Y is written into the memory that the last step's Y was returned in."""
+
+    def build(self, config: Config, state: State, dtype: str, layout: str = "channels_first") -> None:
+        super().build(config, state, dtype, layout)
+        self.y: Array | None = None
+
+    def run(self, x: Array, training: bool, cotangent: Array) -> Outcome:
+        outcome = super().run(x, training, cotangent)
+        if self.y is None:
+            self.y = outcome.y
+        self.y[...] = outcome.y
+        return changed(outcome, y=self.y)
 
 
 class SharingLayer(Layer):
@@ -269,29 +286,32 @@ def axes(x: Array) -> tuple[int, ...]:
     return (0, *range(2, x.ndim))
 
 
-def of_layer(layer: type[Layer]) -> Mutant:
+WRONG_SUBJECTS: dict[str, tuple[type[WrongSubject], ...]] = {
+    "layout": (ChannelsLastMisread, StridesIgnored, RepeatedImageCountedOnce),
+    "dtype": (OutputInFloat32, ComputedInFloat32, ReducedInHalf, RunningStatisticsInHalf),
+    "aliasing": (OutputMemoryReused,),
+    "synchronization": (
+        OwnStatistics,
+        SharesCountEqually,
+        GradientOfOwnShare,
+        RunningStatisticsOfOwnShare,
+        BesselOfOwnShare,
+    ),
+}
+"""Every wrong subject, by what its mistake is about."""
+
+
+def of_layer(kind: str, layer: type[Layer]) -> Mutant:
     """A wrong layer as a mutant."""
-    return Mutant(layer.__name__, str(layer.__doc__), lambda: NumpyLayer(layer.__name__, layer))
+    return Mutant(layer.__name__, kind, str(layer.__doc__), lambda: NumpyLayer(layer.__name__, layer))
 
 
-def of_subject(subject: type[WrongSubject]) -> Mutant:
+def of_subject(kind: str, subject: type[WrongSubject]) -> Mutant:
     """A wrong subject as a mutant."""
-    return Mutant(subject.__name__, str(subject.__doc__), subject)
+    return Mutant(subject.__name__, kind, str(subject.__doc__), subject)
 
 
-WRONG_SUBJECTS: tuple[type[WrongSubject], ...] = (
-    OutputInFloat32,
-    ComputedInFloat32,
-    ReducedInHalf,
-    RunningStatisticsInHalf,
-    ChannelsLastMisread,
-    StridesIgnored,
-    RepeatedImageCountedOnce,
-    OwnStatistics,
-    SharesCountEqually,
-    GradientOfOwnShare,
-    RunningStatisticsOfOwnShare,
-    BesselOfOwnShare,
+MUTANTS: tuple[Mutant, ...] = (
+    *(of_layer(kind, layer) for kind, layers in WRONG_LAYERS.items() for layer in layers),
+    *(of_subject(kind, subject) for kind, subjects in WRONG_SUBJECTS.items() for subject in subjects),
 )
-
-MUTANTS: tuple[Mutant, ...] = (*map(of_layer, WRONG_LAYERS), *map(of_subject, WRONG_SUBJECTS))

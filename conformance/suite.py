@@ -29,6 +29,9 @@ OTHER_SHAPES = ((2, 3, 5), (2, 3, 2, 3, 2))
 EVALUATION_SHAPES = ((0, 2, 2, 3), (1, 3, 1, 1))
 """What only evaluation takes: no image at all, and one value per channel."""
 
+REFUSED_SHAPES = ((1, 3, 1, 1), (1, 3))
+"""What training must refuse: one value per channel has no variance."""
+
 LARGE_SHAPE = (1, 1, 1100, 1100)
 """Planes of 5 MB in float32, more than a processor's own caches hold."""
 
@@ -151,6 +154,7 @@ def with_seeds(cases: Sequence[Case], seeds: int) -> tuple[Case, ...]:
 
 def _rbn() -> Iterator[Case]:
     layer = "rbn"
+    yield from _refused(layer)
     for training, data, shape, dtype in itertools.product(MODES, OFFSETS, SHAPES, DTYPES):
         yield _case(layer, training, data, shape, dtype)
     for training, shape, dtype in itertools.product(MODES, OTHER_SHAPES, DTYPES):
@@ -163,6 +167,9 @@ def _rbn() -> Iterator[Case]:
         yield _case(layer, training, data, REAL_SHAPES[data], dtype)
     for training, data, dtype in itertools.product(MODES, EXTREMES, DTYPES):
         yield _case(layer, training, data, OPTION_SHAPE, dtype)
+    deviations = {"centering": "channel_std", "scaling": "channel_std"}
+    for training, dtype in itertools.product(MODES, DTYPES):  # where a root without eps has no gradient
+        yield _case(layer, training, "constant", OPTION_SHAPE, dtype, deviations)
     for training in MODES:  # more values than a processor takes at once
         yield _case(layer, training, "nan", (2, 5, 7, 7), "float32")
     yield from _options(layer, (*CALIBRATIONS, *MORE_OPTIONS[layer], *OPTIONS))
@@ -178,6 +185,7 @@ def _rbn() -> Iterator[Case]:
 
 
 def _relative(layer: str) -> Iterator[Case]:
+    yield from _refused(layer)
     for training, (data, shape), dtype in itertools.product(MODES, FEW, DTYPES):
         yield _case(layer, training, data, shape, dtype)
     if layer == "bn":
@@ -196,6 +204,7 @@ def _relative(layer: str) -> Iterator[Case]:
 
 
 def _bnet() -> Iterator[Case]:
+    yield _case("bnet", True, "offset0", REFUSED_SHAPES[0], "float32")
     for training, (shape, kernel_size) in itertools.product(MODES, KERNELS):
         for dtype in DTYPES if kernel_size == 3 else ("float32",):
             yield _case("bnet", training, "offset0", shape, dtype, {"kernel_size": kernel_size})
@@ -227,6 +236,11 @@ def _mixed(
             merged |= choices[column % len(choices)]
         training = (i + j) % 2 == 0
         yield _case(layer, training, "offset0", shape, dtype, merged, layout=MIXED_LAYOUTS[layout])
+
+
+def _refused(layer: str) -> Iterator[Case]:
+    for shape in REFUSED_SHAPES:
+        yield _case(layer, True, "offset0", shape, "float32")
 
 
 def _not_finite(layer: str) -> Iterator[Case]:

@@ -19,7 +19,9 @@ T is the root mean square of |X| + |w_m K_m| + |E|, the terms of X_m, sd the bat
 is T in units of sqrt(Var + eps), at least 1: what centering costs, since X + w_m K_m - E loses as many
 digits as its terms have more than the deviation. A variance from X - E costs kappa; one from E[X^2] -
 E[X]^2 costs kappa^2, which is beyond 16 kappa from a mean of about 16 deviations on. X_s, and with it K_s,
-misses by kappa eps in units of the deviation however small it is itself: so 1 is added to its magnitude.
+misses by kappa eps in units of the deviation however small it is itself: so 1 is added to its magnitude,
+and a deviation to that of X - mu in the gradient of a standard deviation K, which divides by K: on planes of
+one value, by sqrt(eps).
 16 leaves room for the four roundings of Y and for sums in any order over the suite's planes; nothing grows
 with the array's size. tiny is the dtype's smallest normal number: processors may take what is below for 0.
 float16 and bfloat16 results carry one rounding to their own unit on top, since the work in between is done
@@ -28,9 +30,12 @@ in float32.
 
 from __future__ import annotations
 
+import math
+
 import ml_dtypes
 import numpy as np
 
+from rbn_core.config import Statistic
 from rbn_core.reference import (
     RESTRICT_SLOPE,
     Array,
@@ -40,6 +45,7 @@ from rbn_core.reference import (
     over_channel,
     per_channel,
     spatial_axes,
+    statistic_axes,
     statistic_backward,
 )
 
@@ -137,7 +143,7 @@ def scales_of_gradients(layer: Layer, dy: Array) -> dict[str, float]:
         scales["scale_weight"] = over_channel(dz * (np.abs(s.k_s) + 1.0))
         scales["scale_bias"] = over_channel(dz)
         dk_s = dz * per_channel(magnitudes["scale_weight"], dz)
-        g_s = g_s + np.abs(statistic_backward(layer.config.scaling, s.x_s, s.k_s, dk_s))
+        g_s = g_s + scale_of_backward(layer.config.scaling, s.x_s, s.k_s, dk_s, deviation=1.0)
     g_cm = g_s * s.inverse_std
     if s.batch_statistics:
         axes = (0, *spatial_axes(dy))
@@ -149,9 +155,18 @@ def scales_of_gradients(layer: Layer, dy: Array) -> dict[str, float]:
             k_m = k_m - k_m.mean(axis=(0, *spatial_axes(s.x)), keepdims=True)
         scales["center_weight"] = over_channel(g_cm * (np.abs(k_m) + 1.0 / s.inverse_std))
         dk_m = g_cm * per_channel(magnitudes["center_weight"], g_cm)
-        g_cm = g_cm + np.abs(statistic_backward(layer.config.centering, s.x, s.k_m, dk_m))
+        g_cm = g_cm + scale_of_backward(layer.config.centering, s.x, s.k_m, dk_m, 1.0 / s.inverse_std)
     result = {"dx": largest(g_cm)}
     return result | {f"d {name}": largest(scales[name]) for name in layer.parameters}
+
+
+def scale_of_backward(name: Statistic, x: Array, k: Array, dk: Array, deviation: Array | float) -> Array:
+    """The magnitude of the gradient of x through its statistic k, for dk of no sign."""
+    if name.endswith("mean"):
+        return statistic_backward(name, x, k, dk)
+    axes = statistic_axes(name, x)
+    size = np.abs(x - x.mean(axis=axes, keepdims=True)) + deviation
+    return dk.sum(axis=axes, keepdims=True) * size / (math.prod(x.shape[axis] for axis in axes) * k)
 
 
 def largest(values: Array) -> float:

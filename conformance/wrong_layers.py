@@ -48,13 +48,22 @@ class FlippedMomentum(Layer):
     """The momentum weighs the new value instead of the old."""
 
     def accumulate(self, mean: Array, var: Array, values: int) -> None:
-        old = dict(self.statistics)
+        config = self.config
+        if config.momentum is not None:
+            self.config = replace(config, momentum=1.0 - config.momentum)
         super().accumulate(mean, var, values)
-        for name in ("running_mean", "running_var"):
-            m = self.config.momentum
-            if m:
-                batch = (self.statistics[name] - m * old[name]) / (1.0 - m) if m < 1.0 else old[name]
-                self.statistics[name] = (1.0 - m) * old[name] + m * batch
+        self.config = config
+
+
+class OneValueAccepted(Layer):
+    """Training on one value per channel gives beta, and a variance of 0 / 0, instead of an error."""
+
+    def check_input(self, x: Array, batch_statistics: bool) -> None:
+        super().check_input(x, batch_statistics=False)
+
+    def accumulate(self, mean: Array, var: Array, values: int) -> None:
+        with np.errstate(invalid="ignore", divide="ignore"):
+            super().accumulate(mean, var, values)
 
 
 class OnePassVariance(Layer):
@@ -224,13 +233,35 @@ class RunningDeviation(Layer):
 
 
 class InputModified(Layer):
-    """X_cm is written over the caller's X."""
+    """X_s is written over the caller's X."""
 
     def forward(self, x: Any, training: bool) -> Array:
         y = super().forward(x, training)
         assert self.steps is not None
-        x[...] = self.steps.x_cm
+        x[...] = self.steps.x_s
         return y
+
+
+class CotangentModified(Layer):
+    """dX is written over the caller's dY."""
+
+    def backward(self, dy: Any) -> tuple[Array, dict[str, Array]]:
+        result = super().backward(dy)
+        dy[...] = result[0]
+        return result
+
+
+class StateNotCopied(Layer):
+    """The running statistics accumulate in the arrays that they were loaded from."""
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        super().load(state)
+        self.loaded = state
+
+    def accumulate(self, mean: Array, var: Array, values: int) -> None:
+        super().accumulate(mean, var, values)
+        for name in ("running_mean", "running_var"):
+            self.loaded[name][...] = self.statistics[name]
 
 
 class CenteringSubtracts(Layer):
@@ -529,8 +560,69 @@ class OneKernelForAll(Layer):
         return depthwise_convolution(x_cs, same, self.parameters["conv_bias"])
 
 
-WRONG_LAYERS: tuple[type[Layer], ...] = tuple(
-    value
-    for value in list(vars().values())
-    if isinstance(value, type) and issubclass(value, Layer) and value is not Layer
-)
+WRONG_LAYERS: dict[str, tuple[type[Layer], ...]] = {
+    "formula": (
+        EpsOutsideTheRoot,
+        HardcodedEps,
+        DeviationWithoutEps,
+        CenteringSubtracts,
+        CenteringAfterwards,
+        NoRestriction,
+        OtherHardSigmoid,
+        NoScaleBias,
+        ScaleWeightAndBiasSwapped,
+        BetaInsideTheRestriction,
+        FlippedKernel,
+        ReversedKernelAxes,
+        OneKernelForAll,
+        PaddedBeforeNormalization,
+        BorderRepeated,
+        NoConvolutionBias,
+        NaNSwallowed,
+    ),
+    "gradient": (
+        CenteringWithoutGradient,
+        ScalingWithoutGradient,
+        AttentionWithoutGradient,
+        StatisticsWithoutGradient,
+        VarianceWithoutGradient,
+        GammaGradientOfXs,
+        CenterWeightGradientOfTheMean,
+        GradientsAveraged,
+    ),
+    "statistics": (
+        OnePassVariance,
+        UnbiasedNormalization,
+        PlaneVariance,
+        UnbiasedDeviation,
+        ScalingStatisticOfX,
+        AttentionOfXs,
+        CenteringStatisticOfTheBatch,
+    ),
+    "state": (
+        OtherRunningVariance,
+        FlippedMomentum,
+        CumulativeAverageOffByOne,
+        RunningMeanOfX,
+        RunningDeviation,
+        VarianceAboutTheRunningMean,
+        TrainingDoesNotAccumulate,
+        CounterStandsStill,
+    ),
+    "mode": (
+        ModeIgnored,
+        BatchStatisticsInEvaluation,
+        RunningStatisticsWithBatchGradient,
+        EvaluationAccumulates,
+        EvaluationCounts,
+        EvaluationWithoutCentering,
+        TrainingWithRunningStatistics,
+        OneValueAccepted,
+    ),
+    "aliasing": (
+        InputModified,
+        CotangentModified,
+        StateNotCopied,
+    ),
+}
+"""Every wrong layer, by what its mistake is about."""

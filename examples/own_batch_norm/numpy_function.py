@@ -22,6 +22,8 @@ def batch_norm(
     shape = (1, -1, *(1,) * (x.ndim - 2))
     values, dy, state = x.astype(float), cotangent.astype(float), dict(state)
     batch = training or not config.track_running_stats
+    if batch and x.size <= x.shape[1]:
+        raise ValueError(f"expected more than one value per channel, got an input of shape {x.shape}")
     mean = values.mean(axes) if batch else state["running_mean"]
     var = values.var(axes) if batch else state["running_var"]
     if training and config.track_running_stats:

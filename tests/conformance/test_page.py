@@ -217,6 +217,8 @@ def test_mistakes_that_no_case_or_one_case_finds_are_named(fake):
     thin = next(row for row in rows if MUTANTS[1].mistake in row)
     assert "△ thinly covered: only" in thin
     assert "1 is not covered by these cases." in parsed(fake)("section", id="mistakes")[0]["text"]
+    for mutant in MUTANTS:
+        assert any(mutant.mistake in row and mutant.kind in row.splitlines() for row in rows)
 
 
 def test_real_kills_are_counted(real):

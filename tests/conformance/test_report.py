@@ -69,6 +69,17 @@ def test_a_run_counts_as_passed_only_when_it_is_whole():
     assert not finished_run(failure="it ended").passed
 
 
+def test_progress_on_a_terminal_is_a_bar_for_every_framework():
+    console = Console(width=100, file=io.StringIO(), force_terminal=True)
+    half_done = finished_run()
+    half_done.stage, half_done.total, half_done.seconds = "checking", 2, 7.0
+    with Progress(console) as progress:
+        progress([half_done, runner.Run("torch", ("a:B",), all_cases())])
+        assert "━" in console.file.getvalue()
+        for text in ("checking, 1 of 2 cases, 7 s", f"waiting, 0 of {len(all_cases())} cases"):
+            assert text in console.file.getvalue()
+
+
 def test_progress_without_a_terminal_is_a_line_now_and_then(capsys):
     progress = Progress(Console(width=120), interval=0.0)
     waiting = runner.Run("jittor", ("a:B",), all_cases(), "importing")
