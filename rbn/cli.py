@@ -19,6 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 
 import rbn
+from rbn import kernels
 from rbn.backends.frameworks import (
     FRAMEWORKS,
     devices,
@@ -54,12 +55,19 @@ def main(
 
 @app.command()
 def info() -> None:
-    """Show which frameworks are installed, on which devices they run, and what is wrong with them."""
+    """Show which frameworks are installed, on which devices they run, and what is wrong with them.
+
+    And whether the loops are compiled that the layers compute with on the CPU.
+    """
     console = _console()
     console.print(
         f"rbn {rbn.__version__}, Python {platform.python_version()}, NumPy {np.__version__}, "
         f"{platform.machine()} with {os.cpu_count()} processors"
     )
+    if lacking := kernels.problem():
+        console.print(f"no compiled loops, framework operations instead: {lacking}", markup=False)
+    else:
+        console.print(f"compiled loops: {kernels.instructions()}")
     table = Table("framework", "versions", "devices", "what to do")
     for name in FRAMEWORKS:
         found = ", ".join(f"{key} {value}" for key, value in versions(name).items())

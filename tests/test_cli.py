@@ -6,7 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 import rbn
-from rbn import cli
+from rbn import cli, kernels
 from rbn.backends import frameworks
 from rbn.conformance import runner
 
@@ -40,6 +40,17 @@ def test_info_says_how_to_install_what_is_missing(no_framework):
     result = call("info")
     assert result.output.count("not installed") >= 4
     assert "pip install 'rbn[mindspore]'" in result.output
+
+
+def test_info_names_the_instructions_of_the_compiled_loops(no_framework, monkeypatch):
+    monkeypatch.setattr(kernels, "problem", lambda: "")
+    monkeypatch.setattr(kernels, "instructions", lambda: "AVX2")
+    assert "compiled loops: AVX2\n" in call("info").output
+
+
+def test_info_says_why_there_are_no_compiled_loops(no_framework, monkeypatch):
+    monkeypatch.setattr(kernels, "problem", lambda: "[no] library")
+    assert "no compiled loops, framework operations instead: [no] library\n" in call("info").output
 
 
 def test_devices_says_why_a_backend_cannot_be_imported():
