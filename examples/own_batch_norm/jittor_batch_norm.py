@@ -69,9 +69,8 @@ def loses_nan(dtype: str) -> bool:
 
 
 LOST = {f"bn/train/{data}/*/{dtype}": NAN for dtype in DTYPES if loses_nan(dtype) for data in ("nan", "inf")}
-subject.expected_failures = (
-    LOST | subject.expected_failures
-)  # the first pattern that matches gives the reason
+# The first pattern that matches gives the reason.
+subject.expected_failures = LOST | subject.expected_failures
 
 
 def main() -> int:
