@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from rbn.backends.torch import RBN, network
 from rbn.benchmarks import cases
 from rbn.benchmarks.cases import EVALUATION, TRAINING, Shape
-from rbn.benchmarks.timing import Step
+from rbn.benchmarks.timing import Step, median_time
 from rbn.benchmarks.worker import Worker, random
 
 FORMATS = {"channels_first": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -119,13 +119,13 @@ class Torch(Worker):
         """As PyTorch says."""
         return torch.get_num_threads()
 
-    def copy(self, shape: Shape) -> Step:
-        """A copy of X; on the GPU by PyTorch."""
+    def copy_seconds(self, shape: Shape) -> float:
+        """How long a copy of X takes; on the GPU by PyTorch."""
         if self.options.device == "cpu":
-            return super().copy(shape)
+            return super().copy_seconds(shape)
         x = self.tensor(shape, "channels_first", seed=0)
         target = torch.empty_like(x)
-        return lambda: target.copy_(x)
+        return median_time(lambda: target.copy_(x), self.options.seconds / 2, self.measure)
 
     def measure(self, step: Step) -> float:
         """How long a step takes, in seconds; on the GPU by its own clock."""

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 Step = Callable[[], object]
 """Something to measure. Its results are there when it returns, or on a GPU are on their way."""
@@ -21,9 +22,10 @@ LEAST, MOST = 5, 100
 """How many pairs there are, however long they take."""
 
 
-WORTH_SHARING = 2**20
-"""Bytes from which on a copy takes longer than to wake another thread."""
+COPIES = 10
+"""So many in a row, so that waking the threads that copy does not count."""
 
+Bytes = NDArray[np.uint8]
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Of malloc.h: how many free bytes are too many, and how many in one block come straight from the system."""
@@ -109,12 +111,15 @@ def median_time(step: Step, budget: float, measure: Callable[[Step], float] = by
     return float(np.median(times))
 
 
-def copy_of(size: int) -> Step:
-    """A copy of so many bytes, by all processors, without any framework: what memory allows."""
+def copy_seconds(size: int, budget: float) -> float:
+    """How long a copy of so many bytes by all processors takes, without any framework: what memory allows."""
     source, target = np.ones(size, np.uint8), np.zeros(size, np.uint8)  # both touched
-    if size < WORTH_SHARING:
-        return lambda: np.copyto(target, source)
     processors = len(os.sched_getaffinity(0))
-    parts = [np.array_split(whole, processors) for whole in (target, source)]
-    pool = ThreadPoolExecutor(processors)
-    return lambda: list(pool.map(np.copyto, *parts))
+
+    def copy(target: Bytes, source: Bytes) -> None:
+        for _ in range(COPIES):
+            np.copyto(target, source)
+
+    with ThreadPoolExecutor(processors) as pool:
+        parts = [np.array_split(whole, processors) for whole in (target, source)]
+        return median_time(lambda: list(pool.map(copy, *parts)), budget) / COPIES

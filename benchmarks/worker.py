@@ -10,8 +10,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from rbn.benchmarks import timing
 from rbn.benchmarks.cases import BATCH_NORM, EVALUATION, RBN, TRAINING, Options, Shape
-from rbn.benchmarks.timing import Comparison, Step, by_the_clock, compare, copy_of, median_time
+from rbn.benchmarks.timing import Comparison, Step, by_the_clock, compare
+
+ITEMSIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
+"""The dtypes that can be measured, and the bytes of a number; NumPy alone does not know them all."""
 
 
 @dataclass(frozen=True)
@@ -72,9 +76,10 @@ class Worker(ABC):
         """How many threads the framework computes with, by default."""
         return len(os.sched_getaffinity(0))
 
-    def copy(self, shape: Shape) -> Step:
-        """A copy of X."""
-        return copy_of(math.prod(shape) * np.dtype(self.options.dtype).itemsize)
+    def copy_seconds(self, shape: Shape) -> float:
+        """How long a copy of X takes."""
+        size = math.prod(shape) * ITEMSIZES[self.options.dtype]
+        return timing.copy_seconds(size, self.options.seconds / 2)
 
     def measure(self, step: Step) -> float:
         """How long a step takes, in seconds."""
@@ -96,7 +101,7 @@ def work(worker: Worker, announce: Callable[[str], None]) -> Iterator[Measuremen
         yield Measurement("", options.images, TRAINING, RBN, found, None)
         return
     for shape in options.shapes:
-        copy_seconds = median_time(worker.copy(shape), options.seconds / 4, worker.measure)
+        copy_seconds = worker.copy_seconds(shape)
         for variant in worker.variants:
             if not worker.takes(variant, shape):
                 continue

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from rbn.benchmarks import timing
-from rbn.benchmarks.timing import LEAST, MOST, WARM_UP, WORTH_SHARING, compare, comparison
+from rbn.benchmarks.timing import LEAST, MOST, WARM_UP, compare, comparison
 
 
 class Machine:
@@ -52,17 +52,28 @@ def test_short_steps_stop_after_enough_pairs(monkeypatch):
     assert compare(machine.step("rbn", 1e-6), machine.step("bn", 1e-6), budget=1.0).pairs == MOST
 
 
-@pytest.mark.parametrize("size", [1, 7, WORTH_SHARING, WORTH_SHARING + 1])
-def test_a_copy_copies_every_byte(monkeypatch, size):
+@pytest.mark.parametrize("size", [1, 7, 4096])
+def test_a_copy_copies_every_byte_and_counts_once(monkeypatch, size):
     arrays = []
     for name in ("ones", "zeros"):
         make = getattr(timing.np, name)
         monkeypatch.setattr(timing.np, name, lambda *a, make=make: arrays.append(make(*a)) or arrays[-1])
-    copy = timing.copy_of(size)
+    copies = []
+    copy = timing.np.copyto
+    monkeypatch.setattr(timing.np, "copyto", lambda to, of: copies.append(of.size) or copy(to, of))
+    calls = []
+
+    def median_time(step, budget):
+        step()
+        calls.append(budget)
+        return 30.0
+
+    monkeypatch.setattr(timing, "median_time", median_time)
+    seconds = timing.copy_seconds(size, 0.5)
     source, target = arrays
-    assert not target.any()
-    copy()
     assert (target == source).all()
+    assert seconds * sum(copies) == pytest.approx(30.0 * size)
+    assert calls == [0.5]
 
 
 FAULTS = """
