@@ -161,7 +161,7 @@ def accumulate(running: tuple[Tensor, Tensor], mean: Tensor, var: Tensor, new_we
     """
     with torch.no_grad():
         for old, batch in zip(running, (mean, var), strict=True):
-            old.add_(new_weight * (batch - old))
+            old.lerp_(batch.to(old.dtype), new_weight)
 
 
 def spatial_statistic(name: Statistic, x: Tensor, eps: float) -> Tensor:
