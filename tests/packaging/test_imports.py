@@ -6,21 +6,32 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 from importlib import metadata
 from pathlib import Path
 
 import pytest
 
 from rbn.backends.frameworks import FRAMEWORKS
+from rbn.kernels.library import INSTRUCTIONS
 
 ROOT = Path(__file__).resolve().parents[2]
 SITE_PACKAGES = sysconfig.get_path("purelib")
-NAMES = ["rbn", "rbn_core", "rbn.backends", "rbn.backends.frameworks", "rbn.conformance", "rbn.benchmarks"]
+NAMES = [
+    "rbn",
+    "rbn_core",
+    "rbn.backends",
+    "rbn.backends.frameworks",
+    "rbn.conformance",
+    "rbn.kernels",
+    "rbn.benchmarks",
+]
 FOLDERS = {
     "rbn": "rbn",
     "rbn_core": "rbn_core",
     "rbn.backends": "backends",
     "rbn.conformance": "conformance",
+    "rbn.kernels": "kernels",
     "rbn.benchmarks": "benchmarks",
 }
 
@@ -34,6 +45,18 @@ sys.path.append(site_packages)
 print(json.dumps({name: importlib.import_module(name).__file__ for name in names}))
 """
 
+LOOPS = """
+import json, sys
+path, site_packages = sys.argv[1:]
+sys.path[:0] = [path]
+sys.path.append(site_packages)
+from rbn import kernels
+problem = kernels.problem()
+print(json.dumps([problem, None if problem else kernels.instructions()]))
+"""
+
+CASE = "rbn/train/offset0/2x5x7x7/float32"
+
 
 def python(*arguments, **options):
     process = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, **options)
@@ -46,6 +69,11 @@ def files_imported_from(path, tmp_path):
     return {name: Path(file) for name, file in json.loads(output).items()}
 
 
+def loops_of(path, tmp_path):
+    """Why the loops cannot be used, and which instructions they use."""
+    return json.loads(python("-I", "-S", "-c", LOOPS, path, SITE_PACKAGES, cwd=tmp_path))
+
+
 def version_imported_from(path, tmp_path):
     code = "import sys; sys.path.insert(0, sys.argv[1]); import rbn; print(rbn.__version__)"
     return python("-I", "-S", "-c", code, path, cwd=tmp_path).strip()
@@ -53,8 +81,10 @@ def version_imported_from(path, tmp_path):
 
 def copy_of_the_tree(target):
     for folder in FOLDERS.values():
-        shutil.copytree(ROOT / folder, target / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    for file in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copytree(
+            ROOT / folder, target / folder, ignore=shutil.ignore_patterns("__pycache__", "*.so", "results")
+        )
+    for file in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / file, target)
     return target
 
@@ -65,17 +95,27 @@ def checkout(tmp_path_factory):
     return copy_of_the_tree(tmp_path_factory.mktemp("checkout"))
 
 
+def install(folder, **environment):
+    """Build a wheel of the tree and install it; returns where it is installed."""
+    source = copy_of_the_tree(folder / "source")
+    options = ("--quiet", "--no-deps", "--no-index", "--disable-pip-version-check")
+    building = ("--no-build-isolation", "--wheel-dir", folder, source)
+    python("-m", "pip", "wheel", *options, *building, env=os.environ | environment)
+    (wheel,) = folder.glob("rbn-*.whl")
+    python("-m", "pip", "install", *options, "--target", folder / "target", wheel)
+    return folder / "target"
+
+
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
     """The folder that a wheel of the tree is installed in."""
-    folder = tmp_path_factory.mktemp("wheel")
-    source = copy_of_the_tree(folder / "source")
-    options = ("--quiet", "--no-deps", "--no-index", "--disable-pip-version-check")
-    python("-m", "pip", "wheel", *options, "--no-build-isolation", "--wheel-dir", folder, source)
-    (wheel,) = folder.glob("rbn-*.whl")
-    target = folder / "target"
-    python("-m", "pip", "install", *options, "--target", target, wheel)
-    return target
+    return install(tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="module")
+def installed_without_a_compiler(tmp_path_factory):
+    """The same, from a machine without a C++ compiler."""
+    return install(tmp_path_factory.mktemp("wheel"), CC="no_such_compiler", CXX="no_such_compiler")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -99,6 +139,38 @@ def test_a_wheel_holds_every_file(checkout, installed):
             file.relative_to(checkout / folder) for file in (checkout / folder).rglob("*") if file.is_file()
         }
         assert {file for file in files if not (package / file).is_file()} == set()
+
+
+def test_a_source_distribution_holds_what_is_compiled(checkout, tmp_path):
+    code = "import sys; from setuptools.build_meta import build_sdist; build_sdist(sys.argv[1])"
+    python("-c", code, tmp_path, cwd=shutil.copytree(checkout, tmp_path / "source"))
+    (archive,) = tmp_path.glob("rbn-*.tar.gz")
+    with tarfile.open(archive) as files:
+        names = {Path(*Path(name).parts[1:]) for name in files.getnames()}
+    assert {file.relative_to(checkout) for file in (checkout / "kernels").iterdir()} - names == set()
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler here")
+def test_the_loops_are_compiled_from_a_wheel(installed, tmp_path):
+    problem, instructions = loops_of(installed, tmp_path)
+    assert problem == ""
+    assert instructions in INSTRUCTIONS
+
+
+def test_an_installation_without_a_compiler_has_no_loops(installed_without_a_compiler, tmp_path):
+    assert list(installed_without_a_compiler.rglob("*.so")) == []
+    problem, _ = loops_of(installed_without_a_compiler, tmp_path)
+    assert problem == "the loops were not compiled: install g++ and install rbn again"
+
+
+@pytest.mark.framework(*FRAMEWORKS)
+def test_layers_run_without_the_loops(installed_without_a_compiler, tmp_path, request):
+    name = request.config.option.framework
+    environment = os.environ | {"PYTHONPATH": str(installed_without_a_compiler)}
+    where = "import rbn.kernels; print(rbn.kernels.__file__)"
+    file = Path(python("-P", "-c", where, cwd=tmp_path, env=environment).strip())
+    assert file.is_relative_to(installed_without_a_compiler)
+    python("-P", "-m", "rbn", "conform", name, "--only", CASE, cwd=tmp_path, env=environment)
 
 
 def test_from_a_bare_checkout(checkout, tmp_path):
