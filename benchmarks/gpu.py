@@ -30,9 +30,11 @@ from rbn.benchmarks import cases
 from rbn.benchmarks.cases import EVALUATION, TRAINING, Shape
 from rbn.benchmarks.timing import Comparison, Step, compare, median_time
 
+DEVICE = "cuda"
 SHAPES: tuple[Shape, ...] = (*cases.SHAPES, (256, 64, 56, 56))
 SMALL: Shape = (4, 6, 5, 7)
 LARGE: Shape = (2, 3, 1024, 1024)
+HUGE: Shape = (2100, 64, 128, 128)
 DTYPES = (torch.float32, torch.bfloat16)
 STATISTICS = (None, "channel_mean", "channel_std")
 LAUNCHES = ("eager", "graph")
@@ -110,8 +112,8 @@ def laid_out(x: Tensor, layout: str) -> Tensor:
 
 def numbers(shape: Shape, seed: int, offset: float = 0.0) -> Tensor:
     """Random numbers that every dtype has exactly."""
-    generator = torch.Generator("cuda").manual_seed(seed)
-    return (torch.randn(shape, generator=generator, device="cuda") + offset).bfloat16().double()
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    return (torch.randn(shape, generator=generator, device=DEVICE) + offset).bfloat16().double()
 
 
 def trained(layer: nn.Module) -> nn.Module:
@@ -142,14 +144,19 @@ def check(
     training: bool,
     case: str,
 ) -> Iterator[Check]:
-    """Every quantity of the fast form beside the plain one in float64.
+    """Every quantity of the fast form beside the plain one in float64, and that it comes out again.
 
     A unit in the last place is one of the terms that are added up: of a parameter's gradient, its channel's.
     """
     x, dy = numbers(shape, 1, offset=1.0), numbers(shape, 2)
-    fast, exact = trained(make(True)).train(training), trained(make(False)).train(training)
-    found = results(fast, laid_out(x.to(dtype), layout), laid_out(dy.to(dtype), layout))
-    expected = results(exact.double(), x, dy)
+    found, again = (
+        results(
+            trained(make(True)).train(training), laid_out(x.to(dtype), layout), laid_out(dy.to(dtype), layout)
+        )
+        for _ in range(2)
+    )
+    exact = trained(make(False)).train(training).double()
+    expected = results(exact, x, dy)
     y = expected["y"].abs()
     terms = (dy.abs() * (y + 1)).transpose(0, 1).flatten(1).sum(1).max().item()
     unit = FACTOR * torch.finfo(torch.float32).eps
@@ -161,6 +168,19 @@ def check(
         if name in ("y", "dx"):
             tolerance += torch.finfo(dtype).eps * largest
         yield Check(case, name, error, tolerance)
+        yield Check(case, f"{name}, again", (again[name] - found[name]).abs().max().item(), 0.0)
+
+
+def check_offsets(layout: str) -> Iterator[Check]:
+    """Equal images, of more values than 32 bits count, come out equal: the first and the last."""
+    images, *image = HUGE
+    x, dy = (
+        laid_out(numbers((1, *image), seed).bfloat16(), layout).expand(HUGE).clone() for seed in (1, 2)
+    )  # a clone keeps the layout of the image
+    found = results(trained(RBN(image[0], device=DEVICE)), x, dy)
+    for name in ("y", "dx"):
+        first, last = (found[name][n].float() for n in (0, images - 1))
+        yield Check(f"{described(HUGE)}/{layout}", name, (last - first).abs().max().item(), 0.0)
 
 
 def checks() -> Iterator[Check]:
@@ -168,21 +188,23 @@ def checks() -> Iterator[Check]:
     for centering, scaling, training in itertools.product(STATISTICS, STATISTICS, (True, False)):
 
         def make(fused: bool, centering=centering, scaling=scaling) -> nn.Module:
-            return RBN(SMALL[1], device="cuda", centering=centering, scaling=scaling, fused=fused)
+            return RBN(SMALL[1], device=DEVICE, centering=centering, scaling=scaling, fused=fused)
 
         case = f"{centering}/{scaling}/{'training' if training else 'evaluation'}"
         yield from check(make, SMALL, torch.float32, "channels_first", training, case)
     yield from check(
-        lambda fused: IEBN(SMALL[1], device="cuda", fused=fused),
+        lambda fused: IEBN(SMALL[1], device=DEVICE, fused=fused),
         SMALL, torch.float32, "channels_last", True, "IEBN/training",
     )  # fmt: skip
     for shape, dtype in itertools.product((*SHAPES, LARGE), DTYPES):
         for layout, training in itertools.product(layouts(shape), (True, False)):
             case = f"{described(shape)}/{name_of(dtype)}/{layout}/{'training' if training else 'evaluation'}"
             yield from check(
-                lambda fused, shape=shape: RBN(shape[1], device="cuda", fused=fused),
+                lambda fused, shape=shape: RBN(shape[1], device=DEVICE, fused=fused),
                 shape, dtype, layout, training, case,
             )  # fmt: skip
+    for layout in layouts(HUGE):
+        yield from check_offsets(layout)
 
 
 # ---- fast ----
@@ -225,7 +247,7 @@ def step_of(layer: nn.Module, x: Tensor, dy: Tensor, phase: str) -> Step:
 
 def batch_norm(shape: Shape) -> nn.Module:
     """PyTorch's own."""
-    return (nn.BatchNorm2d if len(shape) == 4 else nn.BatchNorm1d)(shape[1], device="cuda")
+    return (nn.BatchNorm2d if len(shape) == 4 else nn.BatchNorm1d)(shape[1], device=DEVICE)
 
 
 def measurements(bandwidth: float) -> Iterator[Measurement]:
@@ -234,8 +256,8 @@ def measurements(bandwidth: float) -> Iterator[Measurement]:
         for layout, phase in itertools.product(layouts(shape), (TRAINING, EVALUATION)):
             x, dy = (laid_out(numbers(shape, seed).to(dtype), layout) for seed in (1, 2))
             makers: dict[str, nn.Module] = {
-                cases.RBN: RBN(shape[1], device="cuda"),
-                cases.PLAIN: RBN(shape[1], device="cuda", fused=False),
+                cases.RBN: RBN(shape[1], device=DEVICE),
+                cases.PLAIN: RBN(shape[1], device=DEVICE, fused=False),
                 cases.BATCH_NORM: batch_norm(shape),
             }
             eager = {form: step_of(layer, x, dy, phase) for form, layer in makers.items()}
@@ -252,7 +274,7 @@ def measurements(bandwidth: float) -> Iterator[Measurement]:
 
 def copy_bandwidth() -> float:
     """Bytes read and written per second by a large copy on the device."""
-    source = torch.ones(COPY, dtype=torch.uint8, device="cuda")
+    source = torch.ones(COPY, dtype=torch.uint8, device=DEVICE)
     target = torch.zeros_like(source)
     return cases.COPY_PASSES * COPY / median_time(lambda: target.copy_(source), 1.0, on_device)
 
@@ -260,7 +282,7 @@ def copy_bandwidth() -> float:
 def kernels_of(shape: Shape, dtype: torch.dtype, layout: str, phase: str) -> dict[str, float]:
     """The seconds of every kernel of a step of the fast form."""
     x, dy = (laid_out(numbers(shape, seed).to(dtype), layout) for seed in (1, 2))
-    step = step_of(RBN(shape[1], device="cuda"), x, dy, phase)
+    step = step_of(RBN(shape[1], device=DEVICE), x, dy, phase)
     step()
     activities = [torch.profiler.ProfilerActivity.CUDA]
     repeats = 10

@@ -12,9 +12,10 @@ kernels, and only strides differ. No sum depends on the order in which programs 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
@@ -817,6 +818,31 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
+@lru_cache(maxsize=1024)
+def _compiled(*signature: Hashable) -> dict[str, Any]:
+    """The kernels that were compiled for a signature, by name."""
+    return {}
+
+
+def _launch(compiled: dict[str, Any], kernel: Any, programs: int, warps: int, *arguments: Any) -> None:
+    """Launch a kernel. Triton looks at its arguments once for a signature: it takes longer than a launch."""
+    name = kernel.__name__
+    if compiled.get(name) is None:
+        compiled[name] = kernel[(programs,)](*arguments, num_warps=warps)
+    else:
+        compiled[name][(programs, 1, 1)](*arguments)
+
+
+def _dense(*values: Tensor | None) -> list[Tensor | None]:
+    """(C,) values without gaps in memory."""
+    return [None if value is None else value.contiguous() for value in values]
+
+
+def _kind(values: Tensor | None) -> bool | None:
+    """What Triton compiles for: whether there is a tensor, and whether it starts at a multiple of 16."""
+    return None if values is None else values.data_ptr() % 16 == 0
+
+
 def forward(
     x: Tensor,
     parameters: Sequence[Tensor | None],
@@ -851,32 +877,38 @@ def forward(
         for statistic in (mu, v, mean, var) if running is None else (mu, v):
             statistic.fill_(math.nan)
         return y, mu, v, mean, var
-    center_weight = parameters[2]
+    layer = _dense(*parameters, *(running or (None, None)))
+    _, _, center_weight, *_, running_mean, _ = layer
     t = tiling(images, channels, positions, last, x.element_size(), processors(x.device))
     sizes = (images, channels, positions)
-    tile = (t.align, last, t.images, t.channels, t.block)
+    tile = (t.blocks == 1, t.align, last, t.images, t.channels, t.block)
+    options = (eps, centering, scaling, restrict)
+    compiled = _compiled(x.device, x.dtype, last, *sizes, *options, *map(_kind, (x, *layer)))
     measured = running is None or centering is not None or scaling is not None
     at_once = measured and running is not None and t.parts == 1  # measured and transformed while it is near
-    shared = None
+    shared, batch = None, 1
     with torch.cuda.device_of(x):
         if measured and not at_once:
-            parts = mu.new_empty((2, t.parts, images, channels)) if t.parts > 1 else (mu, v)
-            _measure_kernel[(t.programs,)](
-                x, parts[0], parts[1], *sizes, t.parts, t.blocks, t.blocks == 1, *tile, num_warps=t.warps
-            )
+            part_mu, part_v = (mu, v) if t.parts == 1 else mu.new_empty((2, t.parts, images, channels))
+            _launch(
+                compiled, _measure_kernel, t.programs, t.warps,
+                x, part_mu, part_v, *sizes, t.parts, t.blocks, *tile,
+            )  # fmt: skip
             if t.parts > 1 or images > IN_PLACE:
                 c = channel_tiling(images, channels, t.parts)
                 shared = mu.new_empty((3, channels)) if running is None else None
-                _calibrate_kernel[(c.programs,)](
-                    parts[0], parts[1], mu, v, running and running[0], center_weight, shared, mean, var,
+                _launch(
+                    compiled, _calibrate_kernel, c.programs, c.warps,
+                    part_mu, part_v, mu, v, running_mean, center_weight, shared, mean, var,
                     *sizes, t.parts, t.blocks * t.block, c.batches, eps, centering,
-                    c.channels, c.batch, c.parts, num_warps=c.warps,
+                    c.channels, c.batch, c.parts,
                 )  # fmt: skip
-        batch = _power(images) if running is None and shared is None else 1
-        _transform_kernel[(t.programs,)](
-            x, y, mu, v, *parameters, *(running or (None, None)), shared, mean, var,
-            *sizes, t.parts, t.blocks, 1, eps, centering, scaling, restrict,
-            at_once, t.blocks == 1, *tile, batch, num_warps=t.warps,
+            elif running is None:
+                batch = _power(images)
+        _launch(
+            compiled, _transform_kernel, t.programs, t.warps,
+            x, y, mu, v, *layer, shared, mean, var, *sizes, t.parts, t.blocks, 1, *options,
+            at_once, *tile, batch,
         )  # fmt: skip
     return y, mu, v, mean, var
 
@@ -921,31 +953,37 @@ def backward(
     gradients = [mu.new_empty(channels) if want else None for want in wanted]
     if x.numel() == 0:
         return dx, [None if gradient is None else gradient.zero_() for gradient in gradients]
+    gamma, _, *others = parameters  # the gradients do not depend on beta
+    layer = _dense(gamma, *others, *(running or (None, None)))
     t = tiling(images, channels, positions, last, x.element_size(), processors(x.device))
     sizes = (images, channels, positions)
     tile = (t.align, last, t.images, t.channels, t.block)
     options = (eps, centering, scaling, restrict)
-    gamma, _, center_weight, scale_weight, scale_bias = parameters
-    layer = (gamma, center_weight, scale_weight, scale_bias, *(running or (None, None)))
-    shared = None
+    kinds = map(_kind, (dy, x, mu, v, *layer))
+    compiled = _compiled(x.device, x.dtype, last, *sizes, *options, *kinds, needs_dx, *wanted)
+    shared, batch = None, 1
     with torch.cuda.device_of(x):
-        parts = mu.new_empty((2, t.parts, images, channels))
-        _sums_kernel[(t.programs,)](dy, x, mu, parts, *sizes, t.parts, t.blocks, *tile, num_warps=t.warps)
-        sums = parts
+        sums = parts = mu.new_empty((2, t.parts, images, channels))
+        _launch(
+            compiled, _sums_kernel, t.programs, t.warps, dy, x, mu, parts, *sizes, t.parts, t.blocks, *tile
+        )
         if t.parts > 1 or images > IN_PLACE or dx is None:
             c = channel_tiling(images, channels, t.parts)
             shared = mu.new_empty((5, channels))
             if t.parts > 1:
                 sums = mu.new_empty((2, images, channels))
-            _calibrate_backward_kernel[(c.programs,)](
+            _launch(
+                compiled, _calibrate_backward_kernel, c.programs, c.warps,
                 parts, sums, mu, v, *layer, shared, *gradients, *sizes, t.parts, c.batches, *options,
-                c.channels, c.batch, c.parts, num_warps=c.warps,
+                c.channels, c.batch, c.parts,
             )  # fmt: skip
+        else:
+            batch = _power(images)
         if dx is not None:
-            batch = _power(images) if shared is None else 1
-            _transform_backward_kernel[(t.programs,)](
+            _launch(
+                compiled, _transform_backward_kernel, t.programs, t.warps,
                 dy, x, dx, sums, mu, v, *layer, shared, *gradients, *sizes, t.parts, t.blocks, 1, *options,
-                *tile, batch, num_warps=t.warps,
+                *tile, batch,
             )  # fmt: skip
     return dx, gradients
 
