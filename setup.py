@@ -6,9 +6,16 @@ setup(
     ext_modules=[
         Extension(
             "rbn.kernels.rbn_kernels",  # a plain library that is loaded by its path
-            sources=["kernels/rbn_kernels.cpp"],
+            sources=["kernels/rbn_kernels.cpp", "kernels/mindspore.cpp"],
             depends=["kernels/loops.h", "kernels/rbn_kernels.h"],
-            extra_compile_args=["-O3", "-std=c++17", "-fopenmp"],
+            extra_compile_args=[
+                "-O3",
+                "-std=c++17",
+                "-fopenmp",
+                "-fno-math-errno",  # both let the compiler take square roots of vectors
+                "-fno-trapping-math",
+                "-Wno-psabi",  # vectors are passed between inlined functions alone
+            ],
             extra_link_args=["-fopenmp"],
             language="c++",
             optional=True,  # without a compiler the layers run in their framework's operations

@@ -34,6 +34,7 @@ SUBJECTS: dict[str, tuple[str, ...]] = {
     "flax": ("rbn.conformance.subjects.flax:Flax",),
     "flax.nnx": ("rbn.conformance.subjects.flax:FlaxNNX",),
     "mindspore": ("rbn.conformance.subjects.mindspore:MindSpore",),
+    "mindspore.plain": ("rbn.conformance.subjects.mindspore:plain",),
     "jittor": ("rbn.conformance.subjects.jittor:Jittor",),
     "jittor.plain": ("rbn.conformance.subjects.jittor:plain",),
 }

@@ -158,6 +158,16 @@ def problem() -> str:
     return ""
 
 
+def address(function: str) -> int:
+    """Where a function of rbn_kernels.h lies, for compiled code that calls it."""
+    return int(ctypes.cast(getattr(_library(), function), ctypes.c_void_p).value or 0)
+
+
+def path() -> str:
+    """Where the compiled library is, for a framework that opens it by itself."""
+    return _library()._name
+
+
 def instructions() -> str:
     """The instruction set that the loops use on this processor."""
     return INSTRUCTIONS[_library().rbn_instructions()]

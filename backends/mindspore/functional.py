@@ -20,6 +20,11 @@ from rbn_core.config import SPATIAL_STATISTICS, Statistic
 from rbn_core.errors import RBNError
 
 Average = Callable[[Tensor], Tensor]
+Stored = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+"""gamma, beta, center_weight, scale_weight and scale_bias, (C,) each, or `None` where the layer lacks one.
+
+No mapping: a gradient's gradient may be compiled when MindSpore no longer resolves one.
+"""
 
 
 def batch_average(values: Tensor) -> Tensor:
@@ -70,11 +75,22 @@ def rbn(
         centering = None
     if scaling in SPATIAL_STATISTICS:
         before = {"center_weight": parameters["center_weight"]} if centering is not None else {}
-        x_s, mean, var = two_pass(x, before, running, eps, centering, None, restrict, average)
+        x_s, mean, var = two_pass(x, in_order(before), running, eps, centering, None, restrict, average)
         y = scale_spatially(x_s, parameters, eps, scaling, restrict)
     else:
-        y, mean, var = two_pass(x, parameters, running, eps, centering, scaling, restrict, average)
+        y, mean, var = two_pass(x, in_order(parameters), running, eps, centering, scaling, restrict, average)
     return y, mean, var
+
+
+def in_order(parameters: Mapping[str, Tensor]) -> Stored:
+    """The parameters without their names."""
+    return (
+        parameters.get("gamma"),
+        parameters.get("beta"),
+        parameters.get("center_weight"),
+        parameters.get("scale_weight"),
+        parameters.get("scale_bias"),
+    )
 
 
 def differentiable_once(y: Tensor) -> Tensor:
@@ -124,7 +140,7 @@ def refuse_second_gradients() -> None:
 
 def two_pass(
     x: Tensor,
-    parameters: Mapping[str, Tensor],
+    stored: Stored,
     running: tuple[Tensor, Tensor] | None,
     eps: float,
     centering: Statistic | None,
@@ -134,7 +150,7 @@ def two_pass(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Y, E and Var for channel statistics; only the first and the last step touch the image."""
     mu, v = moments(x)
-    a, b, mean, var = calibrate(mu, v, parameters, running, eps, centering, scaling, restrict, average)
+    a, b, mean, var = calibrate(mu, v, stored, running, eps, centering, scaling, restrict, average)
     return affine(x, a, b), mean, var
 
 
@@ -149,7 +165,7 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
 def calibrate(
     mu: Tensor,
     v: Tensor,
-    parameters: Mapping[str, Tensor],
+    stored: Stored,
     running: tuple[Tensor, Tensor] | None,
     eps: float,
     centering: Statistic | None,
@@ -165,15 +181,16 @@ def calibrate(
     Returns:
         a and b of Y = a X + b, (N, C) each, and the E and biased Var they were made with, (C,) each.
     """
+    gamma, beta, center_weight, scale_weight, scale_bias = stored
     epsilon = scalar(eps, mu)
     origin = average(ops.stop_gradient(mu)) if running is None else ops.zeros(mu.shape[1], mu.dtype)
     mu_0 = mu - origin
-    shift, origin_cm = ops.zeros_like(mu), origin
+    shift, origin_cm = ops.ZerosLike()(mu), origin  # zeros_like comes too late in a gradient's gradient
     if centering == "channel_mean":
-        shift = parameters["center_weight"] * mu_0
-        origin_cm = origin + parameters["center_weight"] * origin
+        shift = center_weight * mu_0
+        origin_cm = origin + center_weight * origin
     elif centering == "channel_std":
-        shift = parameters["center_weight"] * ops.sqrt(v + epsilon)
+        shift = center_weight * ops.sqrt(v + epsilon)
     shifted = mu_0 + shift  # the plane means of X_cm; its plane variances are those of X
 
     if running is None:
@@ -185,19 +202,19 @@ def calibrate(
         mean_0 = mean
     inverse_std = ops.rsqrt(var + epsilon)
 
-    a = inverse_std + ops.zeros_like(mu)  # broadcast_to refuses an empty batch in graph mode
+    a = inverse_std + ops.ZerosLike()(mu)  # broadcast_to refuses an empty batch in graph mode
     if scaling is not None:
         k_s = (shifted - mean_0) * inverse_std
         if scaling == "channel_std":
             k_s = ops.sqrt(v * ops.square(inverse_std) + epsilon)
         elif scaling == "input_mean":
             k_s = mu
-        a = a * restriction(restrict, parameters["scale_weight"] * k_s + parameters["scale_bias"])
-    if "gamma" in parameters:
-        a = a * parameters["gamma"]
+        a = a * restriction(restrict, scale_weight * k_s + scale_bias)
+    if gamma is not None:
+        a = a * gamma
     b = a * (shift - mean_0 - origin)
-    if "beta" in parameters:
-        b = b + parameters["beta"]
+    if beta is not None:
+        b = b + beta
     return a, b, mean, var
 
 

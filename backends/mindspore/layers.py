@@ -9,7 +9,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import Initializer, initializer
 
-from rbn.backends.mindspore import distributed, functional
+from rbn.backends.mindspore import distributed, functional, fused
 from rbn_core.config import (
     Config,
     Statistic,
@@ -43,6 +43,7 @@ class CalibratedNorm(nn.Cell):
         dtype: Any,
         sync: bool,
         process_groups: list[list[int]] | None,
+        fused: bool,
     ) -> None:
         check_choice("use_batch_statistics", use_batch_statistics, (None, True, False), config.layer)
         check_choice("data_format", data_format, ("NCHW", "NHWC"), config.layer)
@@ -61,6 +62,7 @@ class CalibratedNorm(nn.Cell):
         self.running_var = config.running_var
         self.sync = sync
         self.process_groups = groups
+        self.fused = fused
         # BatchNorm's names: in a network MindSpore renames the parameters after their attributes.
         kept = functional.at_least_float32(dtype)
         self.moving_mean = Parameter(
@@ -113,24 +115,41 @@ class CalibratedNorm(nn.Cell):
         if empty:
             y = self._forward(distributed.StandIn(self.num_features)(x), average, total)
             return distributed.Emptied()(y, x)
+        if self.fused and group == "" and fused.takes(x, self.centering, self.scaling):
+            return self._forward_fused(x, own_values)
         y = self._forward(ops.movedim(x, -1, 1) if channels_last else x, average, total).astype(x.dtype)
         return ops.movedim(y, 1, -1) if channels_last else y
+
+    def _forward_fused(self, x: Tensor, values: int) -> Tensor:
+        """Y of images in the layer's data format; `values` is how many there are behind each statistic."""
+        batch_statistics = self.training if self.use_batch_statistics is None else self.use_batch_statistics
+        y, mean, var = fused.rbn(
+            x,
+            self._parameters(),
+            None if batch_statistics else (self.moving_mean, self.moving_variance),
+            eps=self.eps,
+            centering=self.centering,
+            scaling=self.scaling,
+            restrict=self.restrict,
+            channels_last=self.data_format == "NHWC",
+        )
+        if batch_statistics:
+            fused.accumulate(
+                (self.moving_mean, self.moving_variance),
+                self.num_batches_tracked,
+                mean,
+                var,
+                self.momentum,
+                values if self.running_var == "unbiased" else None,
+            )
+        return y
 
     def _forward(self, x: Tensor, average: functional.Average, values: int | Tensor) -> Tensor:
         """Y of channels-first images; `values` is how many there are behind each channel's statistic."""
         batch_statistics = self.training if self.use_batch_statistics is None else self.use_batch_statistics
-        parameters = {}
-        if self.layer != "BNET":
-            parameters["gamma"] = self.gamma
-            parameters["beta"] = self.beta
-        if self.centering is not None:
-            parameters["center_weight"] = self.center_weight
-        if self.scaling is not None:
-            parameters["scale_weight"] = self.scale_weight
-            parameters["scale_bias"] = self.scale_bias
         y, mean, var = functional.rbn(
             x,
-            parameters,
+            self._parameters(),
             None if batch_statistics else (self.moving_mean, self.moving_variance),
             eps=self.eps,
             centering=self.centering,
@@ -141,6 +160,19 @@ class CalibratedNorm(nn.Cell):
         if batch_statistics:
             self._track(mean, var, values)
         return functional.differentiable_once(self.transform(y))
+
+    def _parameters(self) -> dict[str, Tensor]:
+        """The parameters of `functional.rbn`."""
+        parameters = {}
+        if self.layer != "BNET":
+            parameters["gamma"] = self.gamma
+            parameters["beta"] = self.beta
+        if self.centering is not None:
+            parameters["center_weight"] = self.center_weight
+        if self.scaling is not None:
+            parameters["scale_weight"] = self.scale_weight
+            parameters["scale_bias"] = self.scale_bias
+        return parameters
 
     def transform(self, y: Tensor) -> Tensor:
         """What follows on (N, C) coefficients; nothing but in BNET."""
@@ -215,6 +247,8 @@ class RBN(CalibratedNorm):
             takes part in PyNative; a graph refuses it.
         process_groups: which processes share, as in `nn.SyncBatchNorm`: lists of the ranks of each group,
             such as [[0, 1], [2, 3]]; all together by default.
+        fused: whether one operator computes the layer where there is one for the device; `False` always takes
+            MindSpore's own operations. Shared and spatial statistics take them, too.
 
     Raises:
         RBNError: An option or an input is refused; no statistic has changed then.
@@ -240,6 +274,7 @@ class RBN(CalibratedNorm):
         running_var: str = "unbiased",
         sync: bool = False,
         process_groups: list[list[int]] | None = None,
+        fused: bool = True,
     ) -> None:
         config = Config(num_features, eps, momentum, centering, scaling, restrict, running_var)
         super().__init__(
@@ -253,6 +288,7 @@ class RBN(CalibratedNorm):
             dtype,
             sync,
             process_groups,
+            fused,
         )
 
     def extend_repr(self) -> str:
@@ -291,6 +327,8 @@ class IEBN(CalibratedNorm):
             takes part in PyNative; a graph refuses it.
         process_groups: which processes share, as in `nn.SyncBatchNorm`: lists of the ranks of each group,
             such as [[0, 1], [2, 3]]; all together by default.
+        fused: whether one operator computes the layer where there is one for the device; `False` always takes
+            MindSpore's own operations. Shared and spatial statistics take them, too.
 
     Raises:
         RBNError: An option or an input is refused; no statistic has changed then.
@@ -313,6 +351,7 @@ class IEBN(CalibratedNorm):
         running_var: str = "unbiased",
         sync: bool = False,
         process_groups: list[list[int]] | None = None,
+        fused: bool = True,
     ) -> None:
         config = Config.iebn(num_features, eps=eps, momentum=momentum, running_var=running_var)
         super().__init__(
@@ -326,6 +365,7 @@ class IEBN(CalibratedNorm):
             dtype,
             sync,
             process_groups,
+            fused,
         )
 
     def extend_repr(self) -> str:
@@ -362,6 +402,8 @@ class BNET(CalibratedNorm):
             takes part in PyNative; a graph refuses it.
         process_groups: which processes share, as in `nn.SyncBatchNorm`: lists of the ranks of each group,
             such as [[0, 1], [2, 3]]; all together by default.
+        fused: whether one operator computes the layer where there is one for the device; `False` always takes
+            MindSpore's own operations. Shared and spatial statistics take them, too.
 
     Raises:
         RBNError: An option or an input is refused; no statistic has changed then.
@@ -383,6 +425,7 @@ class BNET(CalibratedNorm):
         running_var: str = "unbiased",
         sync: bool = False,
         process_groups: list[list[int]] | None = None,
+        fused: bool = True,
     ) -> None:
         config = Config.bnet(
             num_features, kernel_size, spatial_dims, eps=eps, momentum=momentum, running_var=running_var
@@ -398,6 +441,7 @@ class BNET(CalibratedNorm):
             dtype,
             sync,
             process_groups,
+            fused,
         )
         self.spatial_dims = spatial_dims
         self.conv_shape = config.state_shapes()["conv_weight"]
@@ -442,6 +486,14 @@ class BNET(CalibratedNorm):
         weight.set_data(Tensor(kernel.reshape(weight.shape), weight.dtype))
         layer.conv.bias.set_data(norm.beta.copy())
         return layer.set_train(norm.training)
+
+    def _forward_fused(self, x: Tensor, values: int) -> Tensor:
+        """Y, as of `RBN`; half precision is rounded once, after the convolution."""
+        y = super()._forward_fused(x.astype(functional.at_least_float32(x.dtype)), values)
+        channels_last = self.data_format == "NHWC"
+        y = self.transform(ops.movedim(y, -1, 1) if channels_last else y)
+        y = functional.differentiable_once(y).astype(x.dtype)
+        return ops.movedim(y, 1, -1) if channels_last else y
 
     def transform(self, y: Tensor) -> Tensor:
         """The convolution in the place of BatchNorm's affine step."""

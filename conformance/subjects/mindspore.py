@@ -77,13 +77,14 @@ class MindSpore(MindSporeCell):
 
     Args:
         sync: Whether they share their statistics with the other processes of msrun.
+        fused: Whether one operator computes them, where it can.
     """
 
     devices = 2
 
-    def __init__(self, sync: bool = False) -> None:
+    def __init__(self, sync: bool = False, fused: bool = True) -> None:
         super().__init__(
-            "mindspore",
+            "mindspore" if fused else "mindspore.plain",
             self.make_rbn,
             NAMES["mindspore"],
             momentum="old",
@@ -91,6 +92,7 @@ class MindSpore(MindSporeCell):
             absent={"*/0x*": "MindSpore has no gradient of an empty batch; a test of its own evaluates one"},
         )
         self.sync = sync
+        self.fused = fused
 
     def make_rbn(self, config: Config, dtype: Any) -> nn.Cell:
         """RBN, IEBN or BNET."""
@@ -102,6 +104,7 @@ class MindSpore(MindSporeCell):
             "dtype": dtype,
             "running_var": config.running_var,
             "sync": self.sync,
+            "fused": self.fused,
         }
         affine = config.gamma or config.beta
         if config.kernel_size is not None:
@@ -129,6 +132,11 @@ class MindSpore(MindSporeCell):
         """The layers on so many processes of msrun."""
         factory = "rbn.conformance.subjects.mindspore:device"
         return Devices(self.name, processes(factory, len(shares), launch), shares)
+
+
+def plain() -> MindSpore:
+    """The project's MindSpore layers in MindSpore's own operations."""
+    return MindSpore(fused=False)
 
 
 def launch(script: list[str], world: int, folder: Path) -> list[subprocess.Popen[bytes]]:
