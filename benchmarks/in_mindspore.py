@@ -68,6 +68,7 @@ def batch_norm(shape: Shape) -> nn.Cell:
 LAYERS: dict[str, Callable[[Shape], nn.Cell]] = {
     cases.BATCH_NORM: batch_norm,
     cases.RBN: lambda shape: RBN(shape[1]),
+    cases.PLAIN: lambda shape: RBN(shape[1], fused=False),
     cases.EQUATIONS: lambda shape: Equations(shape[1]),
 }
 

@@ -158,3 +158,50 @@ def jittor_images(form):
     jt.gc()
     assert jt.number_of_lived_vars() == before
     return len(images) - 1, len(in_memory) - 1
+
+
+@pytest.mark.framework("mindspore")
+def test_mindspore_touches_the_image_once_in_each_direction_and_keeps_nothing_else_of_its_size(monkeypatch):
+    """In PyNative, where every operator is called from Python."""
+    from mindspore import Tensor, ops
+
+    from rbn.backends.mindspore import RBN, fused
+
+    calls, kept = [], []
+
+    class Context:
+        """Notes what is kept for the backward pass."""
+
+        def __init__(self, context):
+            vars(self)["context"] = context
+
+        def save_for_backward(self, *tensors):
+            kept.extend(tensors)
+            self.context.save_for_backward(*tensors)
+
+        def __getattr__(self, name):
+            return getattr(self.context, name)
+
+        def __setattr__(self, name, value):
+            setattr(self.context, name, value)
+
+    make = fused.operators
+
+    def noted(*options):
+        pair = zip(("forward", "backward"), make(*options), strict=True)
+        return [lambda *t, name=name, run=run: calls.append(name) or run(*t) for name, run in pair]
+
+    monkeypatch.setattr(fused, "operators", noted)
+    forward = fused.Eager.forward
+    monkeypatch.setattr(
+        fused.Eager, "forward", staticmethod(lambda context, *rest: forward(Context(context), *rest))
+    )
+    layer = RBN(SHAPE[1]).set_train()
+    _, pull = ops.vjp(layer, Tensor(random(0)), weights=layer.trainable_params())
+    assert calls == ["forward"]
+    pull(Tensor(random(1)))
+    assert calls == ["forward", "backward"]
+    x, *others = kept
+    assert x.shape == SHAPE
+    assert max(tensor.size for tensor in others) < 2 * PLANES  # the layer's options, too
+    assert sum(tensor.size == PLANES for tensor in others) == 2
