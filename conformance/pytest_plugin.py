@@ -86,7 +86,10 @@ class _Subject(pytest.Collector):
         from rbn.conformance.runner import load
         from rbn.conformance.suite import all_cases
 
-        subject = load(self.name)
+        try:
+            subject = load(self.name)
+        except (ImportError, AttributeError, TypeError) as error:
+            raise pytest.UsageError(f"--rbn-subject {self.name}: {error}") from error
         for case in all_cases():
             if subject.takes(case):
                 yield _Case.from_parent(self, name=case.id, subject=subject, check=_check(case))

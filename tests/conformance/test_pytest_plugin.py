@@ -84,6 +84,13 @@ def test_the_option_needs_no_test_of_ones_own(folder):
     assert "behaves like: X is normalized with the unbiased variance." in result.stdout.str()
 
 
+@pytest.mark.parametrize("wrong", ["no_such_module:Right", "subjects:Rihgt", "builtins:dict"])
+def test_a_subject_that_cannot_be_loaded_is_an_error_of_usage(folder, wrong):
+    result = folder.runpytest_subprocess("--rbn-subject", wrong)
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines([f"ERROR: --rbn-subject {wrong}: *"])
+
+
 def test_a_session_without_it_imports_nothing_slow(folder):
     folder.makepyfile(
         """
