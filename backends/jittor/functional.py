@@ -30,6 +30,11 @@ def batch_average(values: Var) -> Var:
     return mean_over(values, 0)
 
 
+def full_precision() -> jt.flag_scope:
+    """A scope in which float32 stays so, which automatic mixed precision turns into half precision."""
+    return jt.flag_scope(amp_reg=int(jt.flags.amp_reg != 0))  # bit 0 prefers float32
+
+
 def rbn(
     x: Var,
     parameters: Mapping[str, Var],

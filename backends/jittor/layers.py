@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jittor as jt
 import numpy as np
 from jittor import Module, Var, init, nn
 
-from rbn.backends.jittor import distributed, functional
+from rbn.backends.jittor import distributed, functional, fused
 from rbn_core.config import (
     CALIBRATION_STARTS,
     IEBN_STARTS,
@@ -33,7 +33,9 @@ class CalibratedNorm(Module):
     starts: ClassVar[Mapping[str, float]] = {}
     spatial_dims: int | None = None
 
-    def __init__(self, config: Config, momentum: float | None, is_train: bool, sync: bool) -> None:
+    def __init__(
+        self, config: Config, momentum: float | None, is_train: bool, sync: bool, fused: bool
+    ) -> None:
         super().__init__()
         shape = (config.num_features,)
         self.layer = config.layer
@@ -43,6 +45,7 @@ class CalibratedNorm(Module):
         self.affine = config.gamma
         self.is_train = is_train
         self.sync = sync
+        self.fused = fused
         self.centering = config.centering
         self.scaling = config.scaling
         self.restrict = config.restrict
@@ -69,18 +72,20 @@ class CalibratedNorm(Module):
             layer=self.layer,
         )
         stored = {canonical: getattr(self, NAMES["jittor"][canonical], None) for canonical in PARAMETERS}
-        # Under automatic mixed precision every operation would be in half precision; bit 0 prefers float32.
-        with jt.flag_scope(amp_reg=int(jt.flags.amp_reg != 0)):
-            y, mean, var = functional.rbn(
-                x,
-                {canonical: value for canonical, value in stored.items() if isinstance(value, Var)},
-                None if self.is_train else (self.running_mean, self.running_var),
-                eps=self.eps,
-                centering=self.centering,
-                scaling=self.scaling,
-                restrict=self.restrict,
-                average=functional.batch_average if share is None else share.average,
-            )
+        parameters = {canonical: value for canonical, value in stored.items() if isinstance(value, Var)}
+        running = None if self.is_train else (self.running_mean, self.running_var)
+        options: dict[str, Any] = {
+            "eps": self.eps,
+            "centering": self.centering,
+            "scaling": self.scaling,
+            "restrict": self.restrict,
+        }
+        with functional.full_precision():
+            if self.fused and share is None and fused.takes(x, self.centering, self.scaling):
+                y, mean, var = fused.rbn(x, parameters, running, **options)
+            else:
+                average = functional.batch_average if share is None else share.average
+                y, mean, var = functional.rbn(x, parameters, running, **options, average=average)
             if self.is_train:
                 values = x.numel() // self.num_features if share is None else share.values
                 self._track(mean, var, values)
@@ -136,6 +141,8 @@ class RBN(CalibratedNorm):
         scaling: K_s, the same choice, of X_s.
         restrict: R, "sigmoid" or "hard_sigmoid".
         running_var: the batch variance that is accumulated, "unbiased" or "biased".
+        fused: whether compiled loops compute the layer where they can, on the CPU; `False` always takes
+            Jittor's own operations. Synchronised and spatial statistics take them, too.
 
     Raises:
         RBNError: An option or an input is refused; no statistic has changed then.
@@ -156,6 +163,7 @@ class RBN(CalibratedNorm):
         scaling: Statistic | None = "channel_mean",
         restrict: str = "sigmoid",
         running_var: str = "unbiased",
+        fused: bool = True,
     ) -> None:
         config = Config(
             num_features,
@@ -168,7 +176,7 @@ class RBN(CalibratedNorm):
             gamma=affine,
             beta=affine,
         )
-        super().__init__(config, momentum, is_train, sync)
+        super().__init__(config, momentum, is_train, sync, fused)
 
     def extra_repr(self) -> str:
         """The options, as `print(model)` shows them."""
@@ -196,6 +204,8 @@ class IEBN(CalibratedNorm):
         is_train: the mode at construction, which `train()` and `eval()` change.
         sync: whether, under MPI, E and Var are those of the batches of all processes together.
         running_var: the batch variance that is accumulated, "unbiased" or "biased".
+        fused: whether compiled loops compute the layer where they can, on the CPU; `False` always takes
+            Jittor's own operations. Synchronised and spatial statistics take them, too.
 
     Raises:
         RBNError: An option or an input is refused; no statistic has changed then.
@@ -213,6 +223,7 @@ class IEBN(CalibratedNorm):
         sync: bool = True,
         *,
         running_var: str = "unbiased",
+        fused: bool = True,
     ) -> None:
         config = Config.iebn(
             num_features,
@@ -222,7 +233,7 @@ class IEBN(CalibratedNorm):
             gamma=affine,
             beta=affine,
         )
-        super().__init__(config, momentum, is_train, sync)
+        super().__init__(config, momentum, is_train, sync, fused)
 
 
 @refuse_unknown_options
@@ -246,6 +257,8 @@ class BNET(CalibratedNorm):
         sync: whether, under MPI, E and Var are those of the batches of all processes together.
         spatial_dims: the number of spatial axes, 1, 2 or 3.
         running_var: the batch variance that is accumulated, "unbiased" or "biased".
+        fused: whether compiled loops compute the layer where they can, on the CPU; `False` always takes
+            Jittor's own operations. Synchronised and spatial statistics take them, too.
 
     Raises:
         RBNError: An option or an input is refused; no statistic has changed then.
@@ -262,6 +275,7 @@ class BNET(CalibratedNorm):
         *,
         spatial_dims: int = 2,
         running_var: str = "unbiased",
+        fused: bool = True,
     ) -> None:
         config = Config.bnet(
             num_features,
@@ -271,7 +285,7 @@ class BNET(CalibratedNorm):
             momentum=old_value_weight(momentum, "BNET"),
             running_var=running_var,
         )
-        super().__init__(config, momentum, is_train, sync)
+        super().__init__(config, momentum, is_train, sync, fused)
         self.spatial_dims = spatial_dims
         self.conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[spatial_dims - 1](
             num_features, num_features, kernel_size, padding=kernel_size // 2, groups=num_features
@@ -297,6 +311,10 @@ class BNET(CalibratedNorm):
         layer.running_mean.update(norm.running_mean)
         layer.running_var.update(norm.running_var)
         return layer if norm.is_train else layer.eval()
+
+    def execute(self, x: Var) -> Var:
+        """Y; half precision is rounded once, after the convolution."""
+        return super().execute(functional.at_least_float32(x)).cast(x.dtype)
 
     def transform(self, y: Var) -> Var:
         """The convolution in the place of BatchNorm's affine step."""

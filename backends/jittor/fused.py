@@ -1,0 +1,262 @@
+"""RBN as one operator forward and one backward: calls into the compiled loops of `rbn.kernels`, on the CPU.
+
+Jittor compiles the few lines of C++ below once for every dtype; shapes and options are data to them. Of the
+image only X is kept for the backward pass, as in BatchNorm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jittor as jt
+from jittor import Function, Var
+
+from rbn import kernels
+from rbn.backends.jittor import functional
+from rbn.kernels.library import DTYPES, PARAMETERS, RESTRICTIONS, STATISTICS, address
+from rbn_core.config import SPATIAL_STATISTICS, Statistic
+
+VECTORS = (*PARAMETERS, "running_mean", "running_var")
+"""The (C,) inputs of both operators, in the order of `rbn_parameters`."""
+
+# The text itself, without a path: Jittor compiles anew when it changes, wherever the package lies.
+HEADER = f"""
+{Path(kernels.__file__).with_name("rbn_kernels.h").read_text()}
+#include <new>
+#include <omp.h>
+
+static rbn_layer layer_of(jittor::DataMap &data, const jittor::Var *x) {{
+  const auto option = [&](const char *name) {{ return (int32_t)data[name]; }};
+  return {{x->shape[0], x->shape[1], x->shape[2], option("dtype"), 0, option("centering"), option("scaling"),
+          option("restriction"), option("batch_statistics"), omp_get_max_threads(), data["eps"]}};
+}}
+
+// The last inputs, as far as the layer has them: bit i of `present` stands for the i-th of them.
+static rbn_parameters parameters_of(jittor::DataMap &data, const std::vector<jittor::Var *> &inputs) {{
+  const int present = (int)data["present"], first = (int)inputs.size() - {len(VECTORS)};
+  const auto one = [&](int i) {{ return present >> i & 1 ? inputs[first + i]->mem_ptr : nullptr; }};
+  return {{one(0), one(1), one(2), one(3), one(4), one(5), one(6)}};
+}}
+"""
+
+FORWARD = """
+const rbn_layer layer = layer_of(data, in0);
+const rbn_parameters parameters = parameters_of(data, _inputs);
+const auto function = (decltype(&rbn_forward))(intptr_t)data["function"];
+if (function(&layer, &parameters, in0_p, out0_p, out1_p, out2_p, out3_p, out4_p)) throw std::bad_alloc();
+"""
+"""X and the vectors to Y, mu, v, E and Var."""
+
+BACKWARD = """
+const rbn_layer layer = layer_of(data, in1);
+const rbn_parameters parameters = parameters_of(data, _inputs);
+const int wanted = (int)data["wanted"];
+const auto one = [&](int i) { return wanted >> i & 1 ? _outputs[i]->mem_ptr : nullptr; };
+const rbn_gradients gradients = {one(1), one(2), one(3), one(4), one(5)};
+const auto function = (decltype(&rbn_backward))(intptr_t)data["function"];
+if (function(&layer, &parameters, in0_p, in1_p, in2_p, in3_p, one(0), &gradients)) throw std::bad_alloc();
+"""
+"""dY, X, mu, v and the vectors to the gradients of X and of the parameters."""
+
+
+def takes(x: Var, centering: Statistic | None, scaling: Statistic | None) -> bool:
+    """Whether the fast form can compute this input: else it is for `functional.rbn`."""
+    return (
+        not kernels.problem()
+        and not jt.flags.use_cuda
+        and str(x.dtype) in DTYPES
+        and x.numel() > 0
+        and centering not in SPATIAL_STATISTICS
+        and scaling not in SPATIAL_STATISTICS
+    )
+
+
+def rbn(
+    x: Var,
+    parameters: Mapping[str, Var],
+    running: tuple[Var, Var] | None,
+    *,
+    eps: float,
+    centering: Statistic | None,
+    scaling: Statistic | None,
+    restrict: str,
+) -> tuple[Var, Var, Var]:
+    """`functional.rbn` for what `takes` accepts.
+
+    Returns:
+        Y, of the shape and dtype of x, and the E and biased Var it was normalized with, in at least float32
+        and without a gradient.
+    """
+    dtype = statistics_dtype(x)
+    stored = {name: snapshot(value, dtype) for name, value in parameters.items()}
+    if running is not None:
+        running = (snapshot(running[0], dtype), snapshot(running[1], dtype))
+    layer = Layer(tuple(stored), running, eps, centering, scaling, restrict)
+    planes = functional.as_planes(x)
+    if x.is_stop_grad():
+        planes.stop_grad()
+    forward = Forward(layer, planes, tuple(stored.values()))
+    y = forward(*forward.inputs)
+    return y.reshape(x.shape), *forward.statistics
+
+
+def statistics_dtype(x: Var) -> str:
+    """What statistics, parameters and their gradients are computed in: at least float32."""
+    return "float64" if x.dtype == "float64" else "float32"
+
+
+def snapshot(values: Var, dtype: str) -> Var:
+    """The values of now, in this dtype: a variable may be updated before its gradient is asked for."""
+    taken = values.clone() if values.dtype == dtype else values.cast(dtype)
+    return taken.stop_grad() if values.is_stop_grad() else taken
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer as the operators take it.
+
+    Attributes:
+        names: Of its parameters, as in `PARAMETERS`.
+        running: E and Var where they are known.
+        eps: epsilon of eq. 1.
+        centering: K_m of eq. 5.
+        scaling: K_s of eq. 9.
+        restrict: R of eq. 9.
+    """
+
+    names: tuple[str, ...]
+    running: tuple[Var, Var] | None
+    eps: float
+    centering: Statistic | None
+    scaling: Statistic | None
+    restrict: str
+
+    def vectors(self, x: Var, stored: Sequence[Var]) -> list[Var]:
+        """`VECTORS`, with others in the place of what the layer lacks: one compiled operator serves all."""
+        named = self.named(stored)
+        other = next(iter(named.values())) if named else jt.zeros((1,), statistics_dtype(x))
+        return [named.get(name, other) for name in VECTORS]
+
+    def named(self, stored: Sequence[Var]) -> dict[str, Var]:
+        """What the layer has of `VECTORS`."""
+        running = {} if self.running is None else dict(zip(VECTORS[-2:], self.running, strict=True))
+        return dict(zip(self.names, stored, strict=True)) | running
+
+    def plain(self, x: Var, *stored: Var) -> Var:
+        """Y in Jittor's operations, of the dtype of x."""
+        y, _, _ = functional.rbn(
+            x,
+            dict(zip(self.names, stored, strict=True)),
+            self.running,
+            eps=self.eps,
+            centering=self.centering,
+            scaling=self.scaling,
+            restrict=self.restrict,
+        )
+        return y.cast(x.dtype)
+
+    def data(self, x: Var) -> dict[str, float]:
+        """What the operators read beside their inputs."""
+        present = self.names if self.running is None else (*self.names, *VECTORS[-2:])
+        return {
+            "dtype": DTYPES.index(str(x.dtype)),
+            "centering": STATISTICS.index(self.centering),
+            "scaling": STATISTICS.index(self.scaling),
+            "restriction": RESTRICTIONS.index(self.restrict),
+            "batch_statistics": int(self.running is None),
+            "eps": self.eps,
+            "present": sum(1 << i for i, name in enumerate(VECTORS) if name in present),
+        }
+
+
+class Forward(Function):
+    """X and the parameters to Y.
+
+    Args:
+        layer: What they belong to.
+        x: (N, C, M).
+        stored: The parameters, in the order of their names.
+
+    Attributes:
+        inputs: X and the parameters; Jittor cuts those that `execute` gets off from gradients of gradients.
+        statistics: E and biased Var, once executed.
+    """
+
+    def __init__(self, layer: Layer, x: Var, stored: tuple[Var, ...]) -> None:
+        super().__init__()
+        self.layer = layer
+        self.inputs = (x, *stored)
+
+    def execute(self, x: Var, *stored: Var) -> Var:
+        """One pass to measure X, one to write Y."""
+        planes, channels, dtype = x.shape[:2], x.shape[1:2], statistics_dtype(x)
+        y, self.mu, self.v, mean, var = jt.code(
+            [x.shape, planes, planes, channels, channels],
+            [x.dtype, dtype, dtype, dtype, dtype],
+            [x, *self.layer.vectors(x, stored)],
+            cpu_header=HEADER,
+            cpu_src=FORWARD,
+            data=self.layer.data(x) | {"function": address("rbn_forward")},
+        )
+        self.statistics = self.layer.running or (mean, var)
+        return y
+
+    def grad(self, dy: Var | None) -> list[Var | None]:
+        """The gradients of X and the parameters, which can be differentiated in turn."""
+        if dy is None:
+            return [None] * len(self.inputs)
+        return Backward(self, dy)(dy, *self.inputs)
+
+
+class Backward(Function):
+    """dY, X and the parameters to the gradients of X and the parameters, `None` where they have none.
+
+    Args:
+        forward: Where X came from.
+        dy: (N, C, M).
+    """
+
+    def __init__(self, forward: Forward, dy: Var) -> None:
+        super().__init__()
+        self.layer, self.mu, self.v = forward.layer, forward.mu, forward.v
+        self.inputs = (dy, *forward.inputs)
+
+    def execute(self, dy: Var, x: Var, *stored: Var) -> list[Var | None]:
+        """One pass to read dY and X, one to write dX."""
+        names = ("x", *self.layer.names)
+        wanted = [name for name, value in zip(names, (x, *stored), strict=True) if not value.is_stop_grad()]
+        outputs = ("x", *PARAMETERS)
+        dtype = statistics_dtype(x)
+        found = jt.code(
+            [x.shape if "x" in wanted else (1, 1, 1), *[x.shape[1:2]] * len(PARAMETERS)],
+            [x.dtype, *[dtype] * len(PARAMETERS)],
+            [dy, x, self.mu, self.v, *self.layer.vectors(x, stored)],
+            cpu_header=HEADER,
+            cpu_src=BACKWARD,
+            data=self.layer.data(x)
+            | {
+                "function": address("rbn_backward"),
+                "wanted": sum(1 << i for i, name in enumerate(outputs) if name in wanted),
+            },
+        )
+        gradients = dict(zip(outputs, found, strict=True))
+        return [gradients[name] if name in wanted else None for name in names]
+
+    def grad(self, *cotangents: Var | None) -> list[Var | None]:
+        """The gradients of its gradients, of the plain form's: all that follows is in Jittor's operations."""
+        if all(cotangent is None for cotangent in cotangents):
+            return [None] * len(self.inputs)
+        differentiated = [not value.is_stop_grad() for value in self.inputs]
+        # Clones: what one of them has to do with another, as dY with X, is for the gradients outside.
+        dy, *inputs = (value.clone() for value in self.inputs)
+        with functional.full_precision():
+            y = self.layer.plain(*inputs)
+            asked = [(value, c) for value, c in zip(inputs, cotangents, strict=True) if c is not None]
+            gradients = jt.grad((y * dy).sum(), [value for value, _ in asked])
+            loss = sum((g * c).sum() for g, (_, c) in zip(gradients, asked, strict=True))
+            pairs = zip((dy, *inputs), differentiated, strict=True)
+            wanted = [value for value, is_wanted in pairs if is_wanted]
+            found = iter(jt.grad(loss, wanted))
+        return [next(found) if is_wanted else None for is_wanted in differentiated]
