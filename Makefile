@@ -38,16 +38,22 @@ lint: $(STAMP)
 	.venv/bin/ruff format --check .
 	@# mypy looks for modules by their folder: give it the tree of import names.
 	@rm -rf build/types && mkdir -p build/types/rbn
-	@ln -s "$(CURDIR)"/rbn/* "$(CURDIR)"/backends "$(CURDIR)"/conformance build/types/rbn/
+	@ln -s "$(CURDIR)"/rbn/* $(foreach name,backends kernels conformance benchmarks,"$(CURDIR)"/$(name)) build/types/rbn/
 	@ln -s "$(CURDIR)"/rbn_core build/types/
 	cd build/types && ../../.venv/bin/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p rbn -p rbn_core
 
 # Jittor and PyTorch in one process have crashed: one process each, and all of them even when one fails.
+# The tests of a framework must reach 95 % of its backend's lines.
 test: $(STAMP)
-	@failed=; \
-	for pytest in pytest $(FRAMEWORKS:%="pytest --framework %"); do \
-		echo "$$pytest"; \
-		.venv/bin/$$pytest || failed="$$failed, $$pytest"; \
+	@rm -f .coverage.*; failed=; \
+	echo "pytest"; .venv/bin/pytest || failed="$$failed, pytest"; \
+	for name in $(FRAMEWORKS); do \
+		tests="pytest --framework $$name"; data="--data-file=.coverage.$$name"; \
+		echo "$$tests"; \
+		.venv/bin/coverage run $$data -m $$tests || failed="$$failed, $$tests"; \
+		.venv/bin/coverage combine --quiet $$data; \
+		.venv/bin/coverage report $$data --include="backends/$$name/*" --fail-under=95 \
+			|| failed="$$failed, coverage of $$name"; \
 	done; \
 	test -z "$$failed" || { echo "failed: $${failed#, }" >&2; exit 1; }
 
@@ -55,6 +61,6 @@ conform: $(STAMP)
 	.venv/bin/rbn conform $(FRAMEWORKS)
 
 clean:
-	rm -rf build dist reports htmlcov .coverage *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis rank_0 \
+	rm -rf build dist reports htmlcov .coverage .coverage.* *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis rank_0 \
 		kernel_meta rewritten_network
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -16,7 +16,7 @@ STUB = f"""#!/bin/sh
 case "$*" in
     "-m venv .venv")
         mkdir -p .venv/bin
-        for name in python pytest rbn ruff mypy; do cp "$0" .venv/bin/$name; done;;
+        for name in python pytest rbn ruff mypy coverage; do cp "$0" .venv/bin/$name; done;;
     tools/elapsed.py*)
         exec {sys.executable} "$@";;
 esac
@@ -55,13 +55,17 @@ INSTALL = [
     "python -m pip install -c constraints.txt --no-build-isolation -e .[torch,flax,mindspore,jittor,dev]",
     "python -c import rbn.backends.jittor",
 ]
-TESTS = [
-    "pytest ",
-    "pytest --framework torch",
-    "pytest --framework flax",
-    "pytest --framework mindspore",
-    "pytest --framework jittor",
-]
+FRAMEWORK_TESTS = {
+    "coverage run --data-file=.coverage.{0} -m pytest --framework {0}": "pytest --framework {0}",
+    "coverage combine --quiet --data-file=.coverage.{0}": None,
+    "coverage report --data-file=.coverage.{0} --include=backends/{0}/* --fail-under=95": "coverage of {0}",
+}
+TESTS = {"pytest ": "pytest"} | {
+    call.format(name): failure and failure.format(name)
+    for name in ("torch", "flax", "mindspore", "jittor")
+    for call, failure in FRAMEWORK_TESTS.items()
+}
+"""What `make test` calls, and what it says has failed where that fails."""
 CONFORM = ["rbn conform torch flax mindspore jittor"]
 
 
@@ -73,7 +77,7 @@ def test_set_up_once_for_all_targets(make):
     result, calls = make("conform")
     assert result.returncode == 0, result.stderr
     assert calls == INSTALL + CONFORM
-    assert make("test")[1] == TESTS
+    assert make("test")[1] == list(TESTS)
 
 
 @pytest.mark.parametrize("name", ["pyproject.toml", "constraints.txt"])
@@ -106,25 +110,33 @@ def test_a_set_up_that_fails_after_a_change_leaves_no_old_stamp(make):
     assert make("setup")[1] == INSTALL
 
 
-@pytest.mark.parametrize("failing", TESTS)
-def test_every_test_run_counts(make, failing):
+@pytest.mark.parametrize("failing", [call for call, failure in TESTS.items() if failure])
+def test_every_test_run_and_every_coverage_counts(make, failing):
     make("setup")
     result, calls = make("test", fails=failing)
     assert result.returncode != 0
-    assert f"failed: {failing.strip()}\n" in result.stderr
-    assert calls == TESTS
+    assert f"failed: {TESTS[failing]}\n" in result.stderr
+    assert calls == list(TESTS)
+
+
+def test_what_a_killed_run_measured_is_left_out(make):
+    make("setup")
+    stale = make.tree / ".coverage.torch.host.1"
+    for target in ("test", "clean"):
+        stale.touch()
+        make(target)
+        assert not stale.exists()
 
 
 def test_mypy_gets_the_tree_of_import_names(make):
-    files = ["rbn/__init__.py", "rbn_core/__init__.py", "backends/__init__.py", "conformance/__init__.py"]
-    for file in files:
-        (make.tree / file).parent.mkdir()
-        (make.tree / file).touch()
+    for folder in ("rbn", "rbn_core", "backends", "kernels", "conformance", "benchmarks"):
+        (make.tree / folder).mkdir()
+        (make.tree / folder / "__init__.py").touch()
     result, calls = make("lint")
     assert result.returncode == 0, result.stderr
     assert calls[-1].startswith("mypy ")
     types = make.tree / "build" / "types"
-    for name in ("rbn", "rbn_core", "rbn/backends", "rbn/conformance"):
+    for name in ("rbn", "rbn_core", "rbn/backends", "rbn/kernels", "rbn/conformance", "rbn/benchmarks"):
         assert (types / name / "__init__.py").is_file()
 
 
