@@ -108,7 +108,9 @@ def target(name: str, phase: str, options: Options) -> float:
 
 def render(runs: Sequence[Run], options: Options) -> RenderableType:
     """A table for each framework, and for each how often its targets are reached."""
-    parts: list[RenderableType] = [Text(machine())]
+    parts: list[RenderableType] = [
+        Text(f"{machine()}; ratios to BatchNorm: medians pair by pair, with quartiles")
+    ]
     for run in runs:
         if run.measurements:
             parts += [_table(run, options), Text(_summary(run, options))]
@@ -120,10 +122,7 @@ def render(runs: Sequence[Run], options: Options) -> RenderableType:
 def machine() -> str:
     """What it was measured on."""
     found = description()
-    return (
-        f"{found['processor']}, {found['processors']} processors, compiled loops: {found['loops']}; "
-        "ratios to BatchNorm: medians pair by pair, with quartiles"
-    )
+    return f"{found['processor']}, {found['processors']} processors, compiled loops: {found['loops']}"
 
 
 def _table(run: Run, options: Options) -> Table:

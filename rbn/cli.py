@@ -222,7 +222,7 @@ def bench(
     if plot is not None:
         from rbn.benchmarks.plot import write_plot
 
-        write_plot(plot, runs, machine())
+        write_plot(plot, runs, f"milliseconds of a step: {machine()}")
     if any(each.failure for each in runs):
         raise typer.Exit(1)
 
