@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import hashlib
 import importlib.util
 import json
 import re
@@ -9,11 +11,11 @@ import sys
 import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,6 +70,14 @@ class Content:
     training: Training | None = None
 
 
+class Fingerprint(NamedTuple):
+    """An array's dtype, its shape and a hash of its numbers."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    digest: bytes
+
+
 def port(
     source: FilePath,
     destination: FilePath,
@@ -119,23 +129,27 @@ def port(
     content, table = fitted(read(source, reader, kinds), rename, network, norm, num_classes)
     if content.network is not None:
         progress(f"the arrays are those of {summary(content.network)}")
+    return_memory()
+    rows = planned(table, content, reader, writer)
+    written = content.state if writer == CANONICAL else own_state(content, writer)
+    expected = {name: fingerprint(array) for name, array in written.items()}
+    if writer == CANONICAL and content.training is not None:
+        for slot, arrays in content.training.slots.items():
+            expected |= {
+                f"{weights.TRAINING}{slot}/{name}": fingerprint(array) for name, array in arrays.items()
+            }
     progress(f"writing {destination} ({writer})")
-    with os_errors_explained(destination):
-        if writer == CANONICAL:
-            written = content.state
-            weights.save(
-                destination,
-                written,
-                layers=content.layers,
-                network=content.network,
-                training=content.training,
-            )
-        else:
-            written = own_state(content, writer)
-            write(destination, writer, written, content.layers, layout)
+    write(destination, writer, content, written, layout)
+    del content, written  # what is read back takes their place in memory
+    return_memory()
     progress(f"reading {destination} back")
-    changed = compared(destination, written, stored_arrays(destination, writer))
-    return reported(table, content, reader, writer, written, changed)
+    changed = compared(destination, expected, stored_arrays(destination, writer))
+    return Table(
+        tuple(
+            replace(row, detail=f"{row.detail}, stored as {changed[own]}") if own in changed else row
+            for row, own in rows
+        )
+    )
 
 
 def told_format(path: Path, given: str | None, *, writes: bool) -> str:
@@ -435,14 +449,13 @@ def own_state(content: Content, framework: str) -> State:
         RBNValueError: Two arrays get one name.
     """
     state = {}
-    for full_name, array in content.state.items():
-        path, _, name = full_name.rpartition(".")
-        if name == COUNTER and content.kinds.get(path) == "norm":
-            if framework != "torch" and not ours(content, path):
-                continue
+    for name, array in content.state.items():
+        if is_left_out(content, name, framework):
+            continue
+        if name.rpartition(".")[2] == COUNTER and array.dtype.kind in "iu":
             largest = np.iinfo(COUNTERS[framework]).max
             array = np.minimum(array, largest).astype(COUNTERS[framework])
-        state[full_name] = array
+        state[name] = array
     own = to_own(framework, state, content.kinds)
     if len(own) < len(state):
         raise RBNValueError(
@@ -452,15 +465,45 @@ def own_state(content: Content, framework: str) -> State:
     return own
 
 
-def ours(content: Content, path: str) -> bool:
-    """Whether a normalization is RBN, IEBN or BNET."""
-    known = content.layers.get(path, {})
-    return "layer" in known or any(
-        f"{path}.{name}".removeprefix(".") in content.state for name in CALIBRATIONS
-    )
+def is_left_out(content: Content, full_name: str, framework: str) -> bool:
+    """Whether an array is the count of a plain BatchNorm, which none but PyTorch's keeps."""
+    path, _, name = full_name.rpartition(".")
+    if name != COUNTER or framework in (CANONICAL, "torch") or content.kinds.get(path) != "norm":
+        return False
+    named = (f"{path}.{calibration}".removeprefix(".") for calibration in CALIBRATIONS)
+    return "layer" not in content.layers.get(path, {}) and not any(name in content.state for name in named)
 
 
-def compared(path: Path, written: Mapping[str, NDArray[Any]], found: State) -> dict[str, str]:
+def planned(table: Table, content: Content, reader: str, writer: str) -> list[tuple[Row, str]]:
+    """Every row as it is once the arrays are written, with the array's name in the file."""
+    rows = []
+    for row in table.rows:
+        path, _, name = row.name.rpartition(".")
+        kind = content.kinds.get(path, "other")
+        own = row.name if writer == CANONICAL else own_name(writer, path, name, kind)
+        if row.name in content.state and row.status != "no counterpart":
+            array = content.state[row.name]
+            if is_left_out(content, row.name, writer):
+                row = replace(row, status="no counterpart", detail=f"BatchNorm counts no batches in {writer}")
+            elif (reader == "flax") != (writer == "flax") and to_layout(
+                "flax", name, kind, array
+            ) is not array:
+                row = replace(row, status="transposed")
+        rows.append((row, own))
+    if content.training is not None and writer != CANONICAL:
+        training = content.training
+        detail = f"{training.optimizer} at step {training.step} stays behind: only a canonical file takes it"
+        rows.append((Row("training", "no counterpart", detail=detail), ""))
+    return rows
+
+
+def fingerprint(array: NDArray[Any]) -> Fingerprint:
+    """What tells whether an array is another one; half precision counts as the float32 that it is."""
+    widened = array.astype(np.float32) if array.dtype.itemsize == 2 and array.dtype.kind in "fV" else array
+    return Fingerprint(array.dtype.name, array.shape, hashlib.blake2b(widened.tobytes()).digest())
+
+
+def compared(path: Path, expected: Mapping[str, Fingerprint], found: State) -> dict[str, str]:
     """Hold what was read back to what was written.
 
     Returns:
@@ -469,76 +512,60 @@ def compared(path: Path, written: Mapping[str, NDArray[Any]], found: State) -> d
     Raises:
         RBNValueError: Names or numbers differ.
     """
-    wrong = sorted(written.keys() ^ found.keys())
-    for name in written.keys() & found.keys():
-        one, other = written[name].astype(found[name].dtype, copy=False), found[name]
-        if one.shape != other.shape or one.tobytes() != other.tobytes():
-            wrong.append(name)
+    back = {name: fingerprint(array) for name, array in found.items()}
+    wrong = sorted(expected.keys() ^ back.keys()) + [
+        name for name in expected.keys() & back.keys() if expected[name][1:] != back[name][1:]
+    ]
     if wrong:
         raise RBNValueError(
             f"port: expected to read back what was written, got other arrays in {path}: "
             f"{', '.join(wrong)}. Delete the file, and check the disk."
         )
-    return {name: found[name].dtype.name for name in written if found[name].dtype != written[name].dtype}
+    return {name: back[name].dtype for name in expected if back[name].dtype != expected[name].dtype}
 
 
-def reported(
-    table: Table, content: Content, reader: str, writer: str, written: State, changed: Mapping[str, str]
-) -> Table:
-    """The table with all that became of the arrays on the way to the file."""
-    rows = []
-    for row in table.rows:
-        path, _, name = row.name.rpartition(".")
-        kind = content.kinds.get(path, "other")
-        own = row.name if writer == CANONICAL else own_name(writer, path, name, kind)
-        if row.name not in content.state or row.status == "no counterpart":
-            rows.append(row)
-        elif own not in written:
-            detail = f"BatchNorm counts no batches in {writer}"
-            rows.append(replace(row, status="no counterpart", detail=detail))
-        else:
-            array = content.state[row.name]
-            turned = ((reader == "flax") != (writer == "flax")) and to_layout(
-                "flax", name, kind, array
-            ) is not array
-            detail = f", stored as {changed[own]}" if own in changed else ""
-            rows.append(
-                replace(row, status="transposed" if turned else row.status, detail=row.detail + detail)
-            )
-    if content.training is not None and writer != CANONICAL:
-        training = content.training
-        detail = f"{training.optimizer} at step {training.step} stays behind: only a canonical file takes it"
-        rows.append(Row("training", "no counterpart", detail=detail))
-    return Table(tuple(rows))
+def return_memory() -> None:
+    """Give free memory back to the system: glibc keeps small pieces, and tensorstore's are all the arrays."""
+    with suppress(AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def stored_arrays(path: Path, framework: str) -> State:
-    """A file's arrays under the names of its framework, or under canonical ones.
+    """All arrays of a file, under the names of its framework or of the canonical file.
 
     Raises:
         RBNValueError: The file is damaged or hostile.
     """
     with os_errors_explained(path):
-        return weights.read(path).state if framework == CANONICAL else checkpoints(framework).read(path)
+        if framework == CANONICAL:
+            return weights.read_safetensors(path)[0]
+        return checkpoints(framework).read(path)
 
 
-def write(path: Path, framework: str, stored: State, layers: Layers, layout: str | None) -> None:
-    """Write a framework's own file.
+def write(path: Path, framework: str, content: Content, stored: State, layout: str | None) -> None:
+    """Write a file in one step.
 
     Args:
         path: Where.
-        framework: Whose.
-        stored: The arrays under its names.
-        layers: What is known about the layers: in the published form RBN and IEBN differ.
+        framework: Whose format.
+        content: What is known about the arrays: all of it goes into a canonical file, and the published form
+            of PyTorch's differs between RBN and IEBN.
+        stored: The arrays under the framework's names.
         layout: One of `LAYOUTS`.
 
     Raises:
-        RBNError: The format cannot hold an array.
+        RBNError: The file cannot be written, or the format cannot hold an array.
     """
-    options: dict[str, Any] = {} if layout is None else {"layout": layout}
-    if layout == "published":
-        options["layers"] = layers
-    checkpoints(framework).write(path, stored, **options)
+    with os_errors_explained(path):
+        if framework == CANONICAL:
+            weights.save(
+                path, stored, layers=content.layers, network=content.network, training=content.training
+            )
+            return
+        options: dict[str, Any] = {} if layout is None else {"layout": layout}
+        if layout == "published":
+            options["layers"] = content.layers
+        checkpoints(framework).write(path, stored, **options)
 
 
 def checkpoints(framework: str) -> Any:

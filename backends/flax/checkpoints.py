@@ -347,6 +347,9 @@ GROWTH = 10
 SMALL = 1 << 22
 """Arrays may take ten times the bytes of their folder, or this many where that is more."""
 
+PIECE = 1 << 22
+"""About how many bytes a written file of a folder has: each is in memory as a whole, when read again, too."""
+
 SLOWEST = 10_000_000
 """How many bytes a second are read, at the least, beyond the first half minute."""
 
@@ -409,7 +412,8 @@ def _write_orbax(path: Path, tree: dict[str, Any]) -> None:
     folder = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     try:
         with ocp.PyTreeCheckpointer() as checkpointer:
-            checkpointer.save(folder / "checkpoint", tree)
+            pieces = ocp.args.PyTreeSave(tree, ocdbt_target_data_file_size=PIECE)
+            checkpointer.save(folder / "checkpoint", args=pieces)
         (folder / "checkpoint").rename(path)
     finally:
         shutil.rmtree(folder)

@@ -18,7 +18,6 @@ import numpy as np
 from mutate import FORMATS
 
 from rbn import porting
-from rbn_core import weights
 
 STATES = [
     {f"params/a{number}": np.full(size, value, np.float32) for number in range(40)}
@@ -28,29 +27,33 @@ STATES = [
 
 
 def write(name, path, state):
-    framework = FORMATS[name][0]
-    if framework == "canonical":
-        weights.save(path, state)
-    else:
-        porting.write(path, framework, state, {}, None)
+    porting.write(path, FORMATS[name][0], porting.Content({}, {}, {}), state, None)
+
+
+def target(name, folder, number):
+    return folder / (f"{number}.whole" if name == "orbax" else FORMATS[name][1])
 
 
 def write_on_and_on(name, folder):
     for number in range(10**9):
-        target = folder / (f"{number}.whole" if name == "orbax" else FORMATS[name][1])
-        write(name, target, STATES[number % 2])
+        write(name, target(name, folder, number), STATES[number % 2])
 
 
 def started(name, folder):
-    """The process id of a writer, a fork of this process: importing takes longer than writing."""
+    """The process id of a writer that writes: a fork of this process, as importing takes longer than that."""
     if name == "orbax":  # whose library refuses to be forked
         writer = subprocess.Popen([sys.executable, __file__, "orbax", "0", "", str(folder)])
         while not list(folder.glob("*.whole")):
             time.sleep(0.01)
         return writer.pid
+    ready, begin = os.pipe()
     writer = os.fork()
     if writer == 0:
+        os.write(begin, b".")
         write_on_and_on(name, folder)
+    os.read(ready, 1)
+    os.close(ready)
+    os.close(begin)
     return writer
 
 
@@ -65,13 +68,17 @@ def is_whole(name, path):
 def main(name, kills, seed, folder):
     random_ = random.Random(f"{name} {seed}")
     folder.mkdir(exist_ok=True)
-    write(name, folder / f"warm_{FORMATS[name][1]}", STATES[0])
-    shutil.rmtree(folder)
+    for number in range(2):  # the first one imports
+        began = time.monotonic()
+        write(name, target(name, folder, number), STATES[0])
+    longest = 3 * (time.monotonic() - began)
     whole = left = 0
     for _ in range(kills):
-        folder.mkdir(exist_ok=True)
+        if name == "orbax":
+            shutil.rmtree(folder)
+            folder.mkdir()
         writer = started(name, folder)
-        time.sleep(random_.uniform(0, 0.5 if name == "orbax" else 0.03))
+        time.sleep(random_.uniform(0, longest))
         os.kill(writer, signal.SIGKILL)
         os.waitpid(writer, 0)
         for path in folder.iterdir():
@@ -81,8 +88,6 @@ def main(name, kills, seed, folder):
             else:
                 assert is_whole(name, path), path
                 whole += 1
-        if name == "orbax":
-            shutil.rmtree(folder)
     print(json.dumps({"kills": kills, "whole": whole, "left": left}))
 
 

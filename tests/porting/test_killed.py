@@ -27,5 +27,5 @@ def test_a_file_is_whole_whenever_its_writer_is_killed(name, tmp_path):
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["kills"] == KILLS[name]
-    assert found["whole"] >= 0.8 * KILLS[name]
+    assert found["whole"] >= KILLS[name]  # the file was always there
     assert found["left"] >= 0.2 * KILLS[name]  # so many were killed while they wrote

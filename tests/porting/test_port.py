@@ -99,7 +99,7 @@ def test_what_is_bfloat16_and_becomes_float32_is_said(tmp_path):
 def test_only_the_frameworks_of_the_formats_are_imported(tmp_path, canonical):
     loaded = f"print(*{{'jax', *{tuple(FRAMEWORKS)}}} & sys.modules.keys())"
     start = "import sys; from rbn.porting import port;"
-    for name in ("b.safetensors", "b.ckpt", "b.pkl"):
+    for name in ("b.safetensors", "b.msgpack", "b.ckpt", "b.pkl"):
         assert python(f"{start} port({str(canonical)!r}, {str(tmp_path / name)!r}); {loaded}").split() == []
     pth = str(tmp_path / "b.pth")
     for source, destination in ((tmp_path / "b.ckpt", pth), (pth, tmp_path / "b.pkl")):
