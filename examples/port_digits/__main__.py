@@ -18,8 +18,6 @@ from data import digits
 from rich.console import Console
 from rich.table import Table
 
-from rbn_core.weights import load, save
-
 FRAMEWORKS = ("torch", "flax", "mindspore", "jittor")
 ALLOWED = 1e-5
 
@@ -63,9 +61,9 @@ def work(task: str, framework: str, weights: Path) -> None:
     """The body of such a process."""
     module = importlib.import_module(f"in_{framework}")
     if task == "train":
-        save(weights, module.train(*digits(test=False)))
+        module.train(weights, *digits(test=False))
     else:
-        np.save(logits_of(framework, weights), module.logits(load(weights), digits(test=True)[0]))
+        np.save(logits_of(framework, weights), module.logits(weights, digits(test=True)[0]))
 
 
 def logits_of(framework: str, weights: Path) -> Path:

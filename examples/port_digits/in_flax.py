@@ -1,11 +1,14 @@
-"""The network in Flax linen: channels last, kernels (H, W, I, O)."""
+"""The network in Flax linen: channels last."""
+
+from pathlib import Path
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
-from state import State, part
 
 from rbn.backends.flax import RBN, from_numpy
+from rbn_core import weights
 
 
 class Network(nn.Module):
@@ -26,13 +29,8 @@ class Network(nn.Module):
         return self.head(x.mean(axis=(1, 2)))
 
 
-def logits(state: State, images: np.ndarray) -> np.ndarray:
-    """The logits of a network with this state, in evaluation."""
-    variables: dict[str, dict] = {"params": {}, "batch_stats": {}}
-    for name in ("conv1", "conv2"):
-        variables["params"][name] = {"kernel": state[f"{name}.weight"].transpose(2, 3, 1, 0)}
-    variables["params"]["head"] = {"kernel": state["head.weight"].T, "bias": state["head.bias"]}
-    for name in ("norm1", "norm2"):
-        for collection, values in from_numpy(RBN(), part(state, name))[0].items():
-            variables[collection][name] = values
-    return np.asarray(Network().apply(variables, images.transpose(0, 2, 3, 1)))
+def logits(path: Path, images: np.ndarray) -> np.ndarray:
+    """The logits of a network with the weights of this file, in evaluation."""
+    x = images.transpose(0, 2, 3, 1)
+    variables, _ = from_numpy(lambda: Network().init(jax.random.key(0), x), weights.load(path))
+    return np.asarray(Network().apply(variables, x))

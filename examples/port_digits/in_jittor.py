@@ -1,5 +1,7 @@
 """The network in Jittor."""
 
+from pathlib import Path
+
 from rbn.backends.jittor import RBN, from_numpy
 
 # isort: split
@@ -7,7 +9,8 @@ from rbn.backends.jittor import RBN, from_numpy
 import jittor as jt
 import numpy as np
 from jittor import nn
-from state import State, part
+
+from rbn_core import weights
 
 
 class Network(nn.Module):
@@ -28,13 +31,9 @@ class Network(nn.Module):
         return self.head(x.mean(dims=(2, 3)))
 
 
-def logits(state: State, images: np.ndarray) -> np.ndarray:
-    """The logits of a network with this state, in evaluation."""
+def logits(path: Path, images: np.ndarray) -> np.ndarray:
+    """The logits of a network with the weights of this file, in evaluation."""
     network = Network()
     network.eval()
-    for name in ("norm1", "norm2"):
-        from_numpy(getattr(network, name), part(state, name))
-    for name in ("conv1", "conv2", "head"):
-        for key, value in part(state, name).items():
-            getattr(getattr(network, name), key).assign(jt.array(value))
+    from_numpy(network, weights.load(path))
     return network(jt.array(images)).numpy()

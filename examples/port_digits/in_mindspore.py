@@ -1,11 +1,13 @@
 """The network in MindSpore."""
 
+from pathlib import Path
+
 import mindspore as ms
 import numpy as np
 from mindspore import nn
-from state import State, part
 
 from rbn.backends.mindspore import RBN, from_numpy
+from rbn_core import weights
 
 
 class Network(nn.Cell):
@@ -28,12 +30,8 @@ class Network(nn.Cell):
         return self.head(x.mean(axis=(2, 3)))
 
 
-def logits(state: State, images: np.ndarray) -> np.ndarray:
-    """The logits of a network with this state, in evaluation."""
+def logits(path: Path, images: np.ndarray) -> np.ndarray:
+    """The logits of a network with the weights of this file, in evaluation."""
     network = Network().set_train(False)
-    for name in ("norm1", "norm2"):
-        from_numpy(getattr(network, name), part(state, name))
-    for name in ("conv1", "conv2", "head"):
-        for key, value in part(state, name).items():
-            getattr(getattr(network, name), key).set_data(ms.Tensor(value))
+    from_numpy(network, weights.load(path))
     return network(ms.Tensor(images)).asnumpy()

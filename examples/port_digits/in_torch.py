@@ -1,12 +1,14 @@
 """The network in PyTorch, where it is trained."""
 
+from pathlib import Path
+
 import numpy as np
 import torch
-from state import State, part
 from torch import nn
 from torch.nn import functional as F
 
-from rbn.backends.torch import RBN, from_numpy, to_numpy
+from rbn.backends.torch import RBN, describe, from_numpy, to_numpy
+from rbn_core import weights
 
 
 class Network(nn.Module):
@@ -28,8 +30,8 @@ class Network(nn.Module):
         return self.head(x.mean(dim=(2, 3)))
 
 
-def train(images: np.ndarray, classes: np.ndarray, epochs: int = 30) -> State:
-    """Train the network and return all it has learned, under canonical names."""
+def train(path: Path, images: np.ndarray, classes: np.ndarray, epochs: int = 30) -> None:
+    """Train the network and write all it has learned to a canonical file."""
     torch.manual_seed(0)
     network = Network()
     optimizer = torch.optim.Adam(network.parameters(), lr=5e-3)
@@ -39,25 +41,12 @@ def train(images: np.ndarray, classes: np.ndarray, epochs: int = 30) -> State:
             optimizer.zero_grad()
             F.cross_entropy(network(x), target).backward()
             optimizer.step()
-    state = {
-        "conv1.weight": network.conv1.weight,
-        "conv2.weight": network.conv2.weight,
-        "head.weight": network.head.weight,
-        "head.bias": network.head.bias,
-    }
-    state = {name: value.detach().numpy() for name, value in state.items()}
-    for name in ("norm1", "norm2"):
-        state |= {f"{name}.{key}": value for key, value in to_numpy(getattr(network, name)).items()}
-    return state
+    weights.save(path, to_numpy(network), layers=describe(network))
 
 
-def logits(state: State, images: np.ndarray) -> np.ndarray:
-    """The logits of a network with this state, in evaluation."""
+def logits(path: Path, images: np.ndarray) -> np.ndarray:
+    """The logits of a network with the weights of this file, in evaluation."""
     network = Network().eval()
-    for name in ("norm1", "norm2"):
-        from_numpy(getattr(network, name), part(state, name))
+    from_numpy(network, weights.load(path))
     with torch.no_grad():
-        for name in ("conv1", "conv2", "head"):
-            for key, value in part(state, name).items():
-                getattr(getattr(network, name), key).copy_(torch.tensor(value))
         return network(torch.tensor(images)).numpy()
