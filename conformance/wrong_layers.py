@@ -61,10 +61,6 @@ class OneValueAccepted(Layer):
     def check_input(self, x: Array, batch_statistics: bool) -> None:
         super().check_input(x, batch_statistics=False)
 
-    def accumulate(self, mean: Array, var: Array, values: int) -> None:
-        with np.errstate(invalid="ignore", divide="ignore"):
-            super().accumulate(mean, var, values)
-
 
 class OnePassVariance(Layer):
     """The variance is E[X^2] - E[X]^2, which cancels where the mean is large."""

@@ -116,8 +116,8 @@ class Numpy(NumpyLayer):
 
 
 def not_finite() -> Any:
-    """No warnings of NaN and infinity, which are what some cases are about."""
-    return np.errstate(invalid="ignore", over="ignore")
+    """No warnings of NaN and infinity, which are what some cases are about, and some mistakes make."""
+    return np.errstate(invalid="ignore", over="ignore", divide="ignore")
 
 
 def laid_out(x: Array, layout: str) -> Array:
