@@ -6,7 +6,7 @@ setup(
     ext_modules=[
         Extension(
             "rbn.kernels.rbn_kernels",  # a plain library that is loaded by its path
-            sources=["kernels/rbn_kernels.cpp", "kernels/mindspore.cpp"],
+            sources=["kernels/rbn_kernels.cpp", "kernels/mindspore.cpp", "kernels/xla.cpp"],
             depends=["kernels/loops.h", "kernels/rbn_kernels.h"],
             extra_compile_args=[
                 "-O3",
