@@ -17,6 +17,7 @@ import platform
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,6 +30,7 @@ from rbn.backends.torch import IEBN, RBN
 from rbn.benchmarks import cases
 from rbn.benchmarks.cases import EVALUATION, TRAINING, Shape
 from rbn.benchmarks.timing import Comparison, Step, compare, median_time
+from rbn_core.config import Statistic
 
 DEVICE = "cuda"
 SHAPES: tuple[Shape, ...] = (*cases.SHAPES, (256, 64, 56, 56))
@@ -36,7 +38,7 @@ SMALL: Shape = (4, 6, 5, 7)
 LARGE: Shape = (2, 3, 1024, 1024)
 HUGE: Shape = (2100, 64, 128, 128)
 DTYPES = (torch.float32, torch.bfloat16)
-STATISTICS = (None, "channel_mean", "channel_std")
+STATISTICS: tuple[Statistic | None, ...] = (None, "channel_mean", "channel_std")
 LAUNCHES = ("eager", "graph")
 BUDGET = 0.15
 """Seconds for each comparison."""
@@ -137,7 +139,7 @@ def results(layer: nn.Module, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
 
 
 def check(
-    make: Callable[[bool], nn.Module],
+    make: Callable[..., nn.Module],
     shape: Shape,
     dtype: torch.dtype,
     layout: str,
@@ -151,11 +153,13 @@ def check(
     x, dy = numbers(shape, 1, offset=1.0), numbers(shape, 2)
     found, again = (
         results(
-            trained(make(True)).train(training), laid_out(x.to(dtype), layout), laid_out(dy.to(dtype), layout)
+            trained(make(fused=True)).train(training),
+            laid_out(x.to(dtype), layout),
+            laid_out(dy.to(dtype), layout),
         )
         for _ in range(2)
     )
-    exact = trained(make(False)).train(training).double()
+    exact = trained(make(fused=False)).train(training).double()
     expected = results(exact, x, dy)
     y = expected["y"].abs()
     terms = (dy.abs() * (y + 1)).transpose(0, 1).flatten(1).sum(1).max().item()
@@ -186,23 +190,15 @@ def check_offsets(layout: str) -> Iterator[Check]:
 def checks() -> Iterator[Check]:
     """Every statistic on a small shape, and the default layer on the shapes that are measured."""
     for centering, scaling, training in itertools.product(STATISTICS, STATISTICS, (True, False)):
-
-        def make(fused: bool, centering=centering, scaling=scaling) -> nn.Module:
-            return RBN(SMALL[1], device=DEVICE, centering=centering, scaling=scaling, fused=fused)
-
+        make = partial(RBN, SMALL[1], device=DEVICE, centering=centering, scaling=scaling)
         case = f"{centering}/{scaling}/{'training' if training else 'evaluation'}"
         yield from check(make, SMALL, torch.float32, "channels_first", training, case)
-    yield from check(
-        lambda fused: IEBN(SMALL[1], device=DEVICE, fused=fused),
-        SMALL, torch.float32, "channels_last", True, "IEBN/training",
-    )  # fmt: skip
+    make = partial(IEBN, SMALL[1], device=DEVICE)
+    yield from check(make, SMALL, torch.float32, "channels_last", True, "IEBN/training")
     for shape, dtype in itertools.product((*SHAPES, LARGE), DTYPES):
         for layout, training in itertools.product(layouts(shape), (True, False)):
             case = f"{described(shape)}/{name_of(dtype)}/{layout}/{'training' if training else 'evaluation'}"
-            yield from check(
-                lambda fused, shape=shape: RBN(shape[1], device=DEVICE, fused=fused),
-                shape, dtype, layout, training, case,
-            )  # fmt: skip
+            yield from check(partial(RBN, shape[1], device=DEVICE), shape, dtype, layout, training, case)
     for layout in layouts(HUGE):
         yield from check_offsets(layout)
 

@@ -9,6 +9,9 @@ A program takes a tile: IMAGES x CHANNELS planes, BLOCK positions at a time. Bot
 kernels, and only strides differ. No sum depends on the order in which programs run: results are reproducible.
 """
 
+# Triton gives the arguments of its kernels types of their own.
+# mypy: disable-error-code="no-untyped-def, no-untyped-call"
+
 from __future__ import annotations
 
 import math
