@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.typing import Dtype
 from jax import Array
+from numpy.typing import NDArray
 
 from rbn import kernels
 from rbn.backends.flax import functional
@@ -109,7 +110,7 @@ class Layer(NamedTuple):
         y, mean, var = functional.rbn(x, stored, running, dtype=None, **self._asdict())
         return y.astype(x.dtype), mean, var
 
-    def plan(self, x: Array, stored: Parameters, running: Running) -> np.ndarray:
+    def plan(self, x: Array, stored: Parameters, running: Running) -> NDArray[np.int64]:
         """As the custom calls of kernels/xla.cpp take it."""
         images, channels = x.shape[0], x.shape[self.axis]
         plan = kernels.Plan(
@@ -127,7 +128,7 @@ class Layer(NamedTuple):
         )
         present = [*(name in stored for name in PARAMETERS), *(running is not None,) * 2]
         bits = sum(is_there << place for place, is_there in enumerate(present))
-        return np.array([bits, *np.frombuffer(plan.structure, np.int64)])
+        return np.array([bits, *np.frombuffer(bytes(plan.structure), np.int64)])
 
 
 # ---- Y ----
