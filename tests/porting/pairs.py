@@ -1,9 +1,10 @@
 """Every ordered pair of the four frameworks, each in a process of its own: networks, gradients, training.
 
-Takes some ten minutes, so that it is not part of `make test`: pytest tests/porting/pairs.py
+Not part of `make test` until its time is measured on a quiet machine: pytest tests/porting/pairs.py
 """
 
 import itertools
+import shutil
 import subprocess
 import sys
 from multiprocessing.connection import Listener
@@ -24,11 +25,26 @@ from rbn_core.networks import INPUT, Activation, Add, Convolution, Linear, Netwo
 
 SUFFIXES = {"torch": ".pth", "flax": ".msgpack", "mindspore": ".ckpt", "jittor": ".pkl"}
 PAIRS = list(itertools.permutations(FRAMEWORKS, 2))
+NAMES = list(FRAMEWORKS)
+ROUNDS = [list(zip(NAMES, NAMES[step:] + NAMES[:step], strict=True)) for step in range(1, len(NAMES))]
+"""The pairs, so that in each round every framework is the target of one: all work at once."""
 
-NORMS = itertools.cycle(
-    ["rbn", "bn", {"layer": "rbn", "stages": [1, 4], "scaling": "channel_std"}, "iebn", "bnet"]
-)
-"""Each network has one of these, in turn."""
+STAGES = {"layer": "rbn", "stages": [1, 4], "scaling": "channel_std"}
+NETWORKS = [
+    ("resnet18", "rbn"),
+    ("resnet34", "bn"),
+    ("resnet50", STAGES),
+    ("resnet50", "bnet"),
+    ("resnet101", "bnet"),
+    ("resnext50_32x4d", "iebn"),
+    ("res2net50_26w_4s", "rbn"),
+    ("mobilenet_v2", "bn"),
+    ("cifar_resnet50", STAGES),
+    ("cifar_resnext29_8x64d", "rbn"),
+    ("cifar_resnet164", "iebn"),
+    ("cifar_resnet164_basic", "rbn"),
+]
+"""Every network, with one of the layers."""
 
 
 class Process:
@@ -56,6 +72,13 @@ class Process:
         self.connection.send(None)
         self.process.wait()
         self.log.close()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder that goes with the test: the files of large networks would fill the disk."""
+    yield tmp_path
+    shutil.rmtree(tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -127,36 +150,54 @@ def close(one, other):
     return np.max(np.abs(one - other)) / np.max(np.abs(other))
 
 
-@pytest.mark.parametrize(("name", "norm"), list(zip(ARCHITECTURES, NORMS, strict=False)), ids=str)
-def test_every_network_moves_between_every_pair(processes, tmp_path, name, norm):
-    """B loads by itself what was ported from A's own file: the same arrays, bit for bit, and logits."""
+def ported(processes, native, source, target):
+    """The file that a framework's own becomes in another's format."""
+    path = native[source].with_name(f"{source}_in_{target}{SUFFIXES[target]}")
+    processes["porter"].ask("port", native[source], path).answer()
+    return path
+
+
+def uncounted(described):
+    """The counts of batches that PyTorch's own BatchNorm alone keeps."""
+    return {
+        f"{node.name}.{COUNTER}" for node in described.nodes if isinstance(node, Norm) and node.layer == "bn"
+    }
+
+
+def check_every_pair(processes, described, start, native, images, logits):
+    """B loads by itself what was ported from A's own file: the same arrays, bit for bit, and A's logits."""
+    for pairs in ROUNDS:
+        for source, target in pairs:
+            path = ported(processes, native, source, target)
+            processes[target].ask("load", path, start, images)
+        for source, target in pairs:
+            wrong, found = processes[target].answer()
+            assert set(wrong) <= uncounted(described), (source, target)
+            assert close(found, logits[source]) < ALLOWED, (source, target)
+
+
+def test_every_network_is_among_them():
+    assert {name for name, _ in NETWORKS} == ARCHITECTURES.keys()
+
+
+@pytest.mark.parametrize(("name", "norm"), NETWORKS, ids=str)
+def test_every_network_moves_between_every_pair(processes, folder, name, norm):
     described = network(name, norm, 7)
-    start = tmp_path / "start.safetensors"
+    start = folder / "start.safetensors"
     size = 16 if name.startswith("cifar_") else 32
     weights.save(start, trained(described, size))
     images = np.random.default_rng(1).normal(size=(2, 3, size, size)).astype(np.float32)
-    native = {framework: tmp_path / f"native{suffix}" for framework, suffix in SUFFIXES.items()}
+    native = {framework: folder / f"native{suffix}" for framework, suffix in SUFFIXES.items()}
     for framework, path in native.items():
         processes[framework].ask("save", described.to_json(), start, path, images)
     logits = {framework: processes[framework].answer() for framework in FRAMEWORKS}
     expected, _ = execution.run(described, weights.load(start), images)
-    plain = [node.name for node in described.nodes if isinstance(node, Norm) and node.layer == "bn"]
-    uncounted = {f"{name}.{COUNTER}" for name in plain}  # PyTorch's BatchNorm alone counts batches
     for framework in FRAMEWORKS:
         assert close(logits[framework], expected) < ALLOWED, framework
-    for source, target in PAIRS:
-        ported = tmp_path / f"ported{SUFFIXES[target]}"
-        processes["porter"].ask("port", native[source], ported).answer()
-        wrong = set(processes[target].ask("load", ported, start).answer())
-        assert wrong <= uncounted, (source, target)
-        ported.unlink()
-    for framework in FRAMEWORKS:
-        processes[framework].ask("run", images)
-    for framework in FRAMEWORKS:
-        np.testing.assert_array_equal(processes[framework].answer(), logits[framework])
+    check_every_pair(processes, described, start, native, images, logits)
 
 
-GRADIENTS = 2e-4
+GRADIENTS = 1e-4
 """How far a gradient may be off, relative to its array's largest: 2e-5 are measured, from the roundings of
 float32 (6e-8) in forty layers there and back, each a sum of some hundred products."""
 
@@ -180,18 +221,14 @@ def images_away_from_the_kink(description, state):
 
     Of 400,000 numbers that reach a rectifier one is else within a few roundings of 0.
     """
-    tried = [np.random.default_rng(seed).normal(size=(4, 3, 48, 48)) for seed in range(60)]
-    best = max(tried, key=lambda images: distance_from_the_kink(description, state, images))
-    assert distance_from_the_kink(description, state, best) > 5e-6
-    return best.astype(np.float32)
+    tried = (
+        np.random.default_rng(seed).normal(size=(4, 3, 48, 48)).astype(np.float32) for seed in range(100)
+    )
+    return next(images for images in tried if distance_from_the_kink(description, state, images) > 8e-6)
 
 
-@pytest.mark.parametrize("norm", ["bn", "rbn", "iebn", "bnet"])
-def test_gradients_in_training_are_the_same_everywhere(processes, tmp_path, norm):
-    described = network("resnet18", norm, 10)
-    start = tmp_path / "start.safetensors"
-    weights.save(start, trained(described))
-    images, classes = images_away_from_the_kink(described, weights.load(start)), np.arange(4)
+def check_gradients(processes, described, start, images, classes):
+    """The gradients of every parameter in training are the same in every pair of frameworks."""
     for framework in FRAMEWORKS:
         processes[framework].ask("gradients", described.to_json(), start, images, classes)
     found = {framework: processes[framework].answer() for framework in FRAMEWORKS}
@@ -207,38 +244,39 @@ def test_gradients_in_training_are_the_same_everywhere(processes, tmp_path, norm
     assert worst[top] < GRADIENTS, top
 
 
-def test_a_network_trained_on_digits_knows_them_everywhere(processes, tmp_path):
-    start, test = tmp_path / "start.safetensors", load_digits()
+@pytest.mark.parametrize("norm", ["bn", "rbn", "iebn", "bnet"])
+def test_gradients_in_training_are_the_same_everywhere(processes, folder, norm):
+    described = network("resnet18", norm, 10)
+    start = folder / "start.safetensors"
+    weights.save(start, trained(described))
+    images = images_away_from_the_kink(described, weights.load(start))
+    check_gradients(processes, described, start, images, np.arange(4))
+
+
+def test_a_network_trained_on_digits_moves_between_every_pair(processes, folder):
+    """It knows them everywhere, and would learn on in the same direction."""
+    start, test = folder / "start.safetensors", load_digits()
     weights.save(start, execution.initial_state(DIGITS))
-    native = {framework: tmp_path / f"digits{suffix}" for framework, suffix in SUFFIXES.items()}
-    half = tmp_path / "half.safetensors"
-    task = (DIGITS.to_json(), start, "adam", 0.01, batches(501), 500, half, native["torch"])
+    native = {framework: folder / f"digits{suffix}" for framework, suffix in SUFFIXES.items()}
+    learned = folder / "learned.safetensors"
+    task = (DIGITS.to_json(), start, "adam", 0.01, batches(501), 500, learned, folder / "unused")
     processes["torch"].ask("train", *task).answer()
     images = (test.images[:, None] / 16).astype(np.float32)
-    for target in ("flax", "mindspore", "jittor"):
-        processes["porter"].ask("port", native["torch"], native[target]).answer()
-    logits = {}
-    for framework in FRAMEWORKS:
-        logits[framework] = (
-            processes[framework].ask("save", DIGITS.to_json(), half, tmp_path / "unused", images).answer()
-        )
+    for framework, path in native.items():
+        processes[framework].ask("save", DIGITS.to_json(), learned, path, images)
+    logits = {framework: processes[framework].answer() for framework in FRAMEWORKS}
     assert np.mean(logits["torch"].argmax(axis=1) == test.target) > 0.95
-    for source, target in PAIRS:
-        ported = tmp_path / f"ported{SUFFIXES[target]}"
-        processes["porter"].ask("port", native[source], ported).answer()
-        assert processes[target].ask("load", ported, half).answer() == [], (source, target)
-        found = processes[target].ask("run", images).answer()
-        assert close(found, logits[source]) < ALLOWED, (source, target)
-        np.testing.assert_array_equal(found.argmax(axis=1), logits[source].argmax(axis=1))
+    check_every_pair(processes, DIGITS, learned, native, images, logits)
+    check_gradients(processes, DIGITS, learned, *batches(1)[0])
 
 
 @pytest.mark.parametrize(("kind", "rate"), [("sgd", 0.2), ("adam", 0.01)])
-def test_training_goes_on_in_any_framework_as_if_nothing_had_happened(processes, tmp_path, kind, rate):
+def test_training_goes_on_in_any_framework_as_if_nothing_had_happened(processes, folder, kind, rate):
     """20 steps in A and 20 in B give the losses of 40 in A."""
-    start, steps = tmp_path / "start.safetensors", batches(40)
+    start, steps = folder / "start.safetensors", batches(40)
     weights.save(start, execution.initial_state(DIGITS))
-    half = {framework: tmp_path / f"{framework}.safetensors" for framework in FRAMEWORKS}
-    native = {framework: tmp_path / f"half{suffix}" for framework, suffix in SUFFIXES.items()}
+    half = {framework: folder / f"{framework}.safetensors" for framework in FRAMEWORKS}
+    native = {framework: folder / f"half{suffix}" for framework, suffix in SUFFIXES.items()}
     for framework in FRAMEWORKS:
         task = (DIGITS.to_json(), start, kind, rate, steps, 20, half[framework], native[framework])
         processes[framework].ask("train", *task)
@@ -246,11 +284,13 @@ def test_training_goes_on_in_any_framework_as_if_nothing_had_happened(processes,
     for framework, losses in whole.items():
         assert losses[-1] < 0.7 * losses[0], framework
     worst = {}
-    for source, target in PAIRS:
-        ported = tmp_path / f"ported{SUFFIXES[target]}"
-        processes["porter"].ask("port", native[source], ported).answer()
-        task = (DIGITS.to_json(), half[source], ported, kind, rate, steps[20:])
-        found = processes[target].ask("go_on", *task).answer()
-        worst[source, target] = np.max(np.abs(np.subtract(found, whole[source][20:])))
+    for pairs in ROUNDS:
+        for source, target in pairs:
+            path = ported(processes, native, source, target)
+            task = (DIGITS.to_json(), half[source], path, kind, rate, steps[20:])
+            processes[target].ask("go_on", *task)
+        for source, target in pairs:
+            found = processes[target].answer()
+            worst[source, target] = np.max(np.abs(np.subtract(found, whole[source][20:])))
     print({pair: f"{value:.1e}" for pair, value in worst.items()})
     assert max(worst.values()) < 1e-4, worst
