@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import jittor as jt
 from jittor import Function, Var
@@ -17,6 +18,7 @@ from rbn import kernels
 from rbn.backends.jittor import functional
 from rbn.kernels.library import DTYPES, PARAMETERS, RESTRICTIONS, STATISTICS, address
 from rbn_core.config import SPATIAL_STATISTICS, Statistic
+from rbn_core.errors import RBNError
 
 VECTORS = (*PARAMETERS, "running_mean", "running_var")
 """The (C,) inputs of both operators, in the order of `rbn_parameters`."""
@@ -144,19 +146,6 @@ class Layer:
         running = {} if self.running is None else dict(zip(VECTORS[-2:], self.running, strict=True))
         return dict(zip(self.names, stored, strict=True)) | running
 
-    def plain(self, x: Var, *stored: Var) -> Var:
-        """Y in Jittor's operations, of the dtype of x."""
-        y, _, _ = functional.rbn(
-            x,
-            dict(zip(self.names, stored, strict=True)),
-            self.running,
-            eps=self.eps,
-            centering=self.centering,
-            scaling=self.scaling,
-            restrict=self.restrict,
-        )
-        return y.cast(x.dtype)
-
     def data(self, x: Var) -> dict[str, float]:
         """What the operators read beside their inputs."""
         present = self.names if self.running is None else (*self.names, *VECTORS[-2:])
@@ -204,10 +193,10 @@ class Forward(Function):
         return y
 
     def grad(self, dy: Var | None) -> list[Var | None]:
-        """The gradients of X and the parameters, which can be differentiated in turn."""
+        """The gradients of X and the parameters."""
         if dy is None:
             return [None] * len(self.inputs)
-        return Backward(self, dy)(dy, *self.inputs)
+        return Backward(self)(dy, *self.inputs)
 
 
 class Backward(Function):
@@ -215,13 +204,11 @@ class Backward(Function):
 
     Args:
         forward: Where X came from.
-        dy: (N, C, M).
     """
 
-    def __init__(self, forward: Forward, dy: Var) -> None:
+    def __init__(self, forward: Forward) -> None:
         super().__init__()
         self.layer, self.mu, self.v = forward.layer, forward.mu, forward.v
-        self.inputs = (dy, *forward.inputs)
 
     def execute(self, dy: Var, x: Var, *stored: Var) -> list[Var | None]:
         """One pass to read dY and X, one to write dX."""
@@ -244,19 +231,13 @@ class Backward(Function):
         gradients = dict(zip(outputs, found, strict=True))
         return [gradients[name] if name in wanted else None for name in names]
 
-    def grad(self, *cotangents: Var | None) -> list[Var | None]:
-        """The gradients of its gradients, of the plain form's: all that follows is in Jittor's operations."""
-        if all(cotangent is None for cotangent in cotangents):
-            return [None] * len(self.inputs)
-        differentiated = [not value.is_stop_grad() for value in self.inputs]
-        # Clones: what one of them has to do with another, as dY with X, is for the gradients outside.
-        dy, *inputs = (value.clone() for value in self.inputs)
-        with functional.full_precision():
-            y = self.layer.plain(*inputs)
-            asked = [(value, c) for value, c in zip(inputs, cotangents, strict=True) if c is not None]
-            gradients = jt.grad((y * dy).sum(), [value for value, _ in asked])
-            loss = sum((g * c).sum() for g, (_, c) in zip(gradients, asked, strict=True))
-            pairs = zip((dy, *inputs), differentiated, strict=True)
-            wanted = [value for value, is_wanted in pairs if is_wanted]
-            found = iter(jt.grad(loss, wanted))
-        return [next(found) if is_wanted else None for is_wanted in differentiated]
+    def grad(self, *_: Var | None) -> NoReturn:
+        """Refuse: Jittor would take gradients of gradients through a `Function` for 0.
+
+        Raises:
+            RBNError: Always.
+        """
+        raise RBNError(
+            "RBN: expected a first gradient of the fast form, got the gradient of a gradient. "
+            "Build the layer with fused=False: Jittor's own operations can be differentiated again."
+        )
