@@ -94,7 +94,7 @@ class Plan:
 
 
 def forward(
-    plan: Plan, parameters: Mapping[str, int], x: int, y: int, mu: int, v: int, mean: int, var: int
+    plan: Plan, parameters: Mapping[str, int | None], x: int, y: int, mu: int, v: int, mean: int, var: int
 ) -> None:
     """Y of eq. 12, on addresses.
 
@@ -119,13 +119,13 @@ def forward(
 
 def backward(
     plan: Plan,
-    parameters: Mapping[str, int],
+    parameters: Mapping[str, int | None],
     dy: int,
     x: int,
     mu: int,
     v: int,
     dx: int | None,
-    gradients: Mapping[str, int],
+    gradients: Mapping[str, int | None],
 ) -> None:
     """The gradients of X and of the parameters, on addresses.
 

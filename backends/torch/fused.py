@@ -75,7 +75,9 @@ def rbn(
     """
     dtype = statistics_dtype(x)
     stored = [parameters.get(name) for name in PARAMETERS]
-    y, _, _, mean, var = torch.ops.rbn.forward.default(
+    eager = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    forward = _Eager.apply if eager else torch.ops.rbn.forward.default
+    y, _, _, mean, var = forward(
         x,
         *(None if value is None else value.to(dtype) for value in stored),
         *((None, None) if running is None else (statistic.to(dtype) for statistic in running)),
@@ -140,6 +142,17 @@ def _differentiate(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None
 torch.library.register_autograd("rbn::forward", _differentiate, setup_context=_remember, lib=LIBRARY)
 
 
+class _Eager(torch.autograd.Function):
+    """`rbn::forward` without what the library wraps around it, which takes longer than a small layer."""
+
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        return torch.ops.rbn.forward.default(*arguments)
+
+    setup_context = staticmethod(_remember)
+    backward = staticmethod(_differentiate)
+
+
 def _differentiable_gradients(
     dy: Tensor, x: Tensor, layer: list[Tensor | None], options: tuple[Any, ...], wanted: tuple[bool, ...]
 ) -> list[Tensor | None]:
@@ -196,7 +209,10 @@ def _backward_cpu(dy: Tensor, x: Tensor, mu: Tensor, v: Tensor, *arguments: Any)
     kernels.backward(
         _plan(x, channels_last, centering, scaling, restrict, layer[-1] is None, eps),
         dict(zip(LAYER, map(_address, layer), strict=True)),
-        *map(Tensor.data_ptr, (dy, x, mu, v)),
+        dy.data_ptr(),
+        x.data_ptr(),
+        mu.data_ptr(),
+        v.data_ptr(),
         dx,
         dict(zip(PARAMETERS, others, strict=True)),
     )
@@ -278,8 +294,4 @@ def _backward_cuda(dy: Tensor, x: Tensor, mu: Tensor, v: Tensor, *arguments: Any
     dx, gradients = triton_kernels.backward(
         dy, x, mu, v, stored, running, eps, centering, scaling, restrict, needs_dx, wanted
     )
-    empty = mu.new_empty(0)
-    return (
-        x.new_empty(0) if dx is None else dx,
-        *(empty.clone() if gradient is None else gradient for gradient in gradients),
-    )
+    return tuple(mu.new_empty(0) if gradient is None else gradient for gradient in (dx, *gradients))
