@@ -46,10 +46,10 @@ class Equations(nn.Module):
         return x_cs * p["gamma"] + p["beta"]
 
 
-# The default is the two-pass form in the framework's operations: there is no other for `PLAIN`.
 LAYERS: dict[str, Callable[[], nn.Module]] = {
     cases.BATCH_NORM: lambda: nn.BatchNorm(momentum=0.9),
     cases.RBN: RBN,
+    cases.PLAIN: lambda: RBN(fused=False),
     cases.EQUATIONS: Equations,
 }
 

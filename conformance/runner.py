@@ -33,6 +33,8 @@ SUBJECTS: dict[str, tuple[str, ...]] = {
     "torch.plain": ("rbn.conformance.subjects.torch:plain",),
     "flax": ("rbn.conformance.subjects.flax:Flax",),
     "flax.nnx": ("rbn.conformance.subjects.flax:FlaxNNX",),
+    # Of both kinds of Flax's layers: they call the same function for it.
+    "flax.plain": ("rbn.conformance.subjects.flax:plain",),
     "mindspore": ("rbn.conformance.subjects.mindspore:MindSpore",),
     "mindspore.plain": ("rbn.conformance.subjects.mindspore:plain",),
     "jittor": ("rbn.conformance.subjects.jittor:Jittor",),

@@ -1,7 +1,7 @@
-"""RBN as one custom call forward and one backward: the compiled loops, where XLA computes on the CPU.
+"""RBN as one custom call forward and one backward: the compiled loops, where XLA computes on one CPU.
 
-Of the image only X is kept for the backward pass, as in BatchNorm. Gradients of gradients go through the
-plain form, and so does everything on other devices.
+Of the image only X is kept for the backward pass, as in BatchNorm. Gradients of gradients and `vmap` go
+through the plain form, and so does everything on other devices.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax.typing import Dtype
 from jax import Array
+from jax.core import ShapedArray
+from jax.extend.core import Primitive
+from jax.interpreters import batching, mlir
 from numpy.typing import NDArray
 
 from rbn import kernels
@@ -24,51 +27,62 @@ from rbn.backends.flax import functional
 from rbn.kernels.library import DTYPES, PARAMETERS, address
 from rbn_core.config import SPATIAL_STATISTICS, Statistic
 
-AVAILABLE = not kernels.problem()
-"""Whether there are compiled loops."""
+TARGETS = ("rbn_xla_forward", "rbn_xla_backward")
+"""The custom calls, under their names in kernels/xla.cpp."""
 
-FORWARD, BACKWARD = "rbn_xla_forward", "rbn_xla_backward"
-if AVAILABLE:
-    for name in (FORWARD, BACKWARD):
-        jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(ctypes.c_void_p(address(name))), platform="cpu")
+RUNNING = ("running_mean", "running_var")
+VECTORS = (*PARAMETERS, *RUNNING)
+"""The numbers of a layer, in the order in which the custom calls take those that are there."""
 
 GRAIN = 32768
 """Values that make it worth waking another thread."""
 
-Parameters = dict[str, Array]
-"""gamma, beta, center_weight, scale_weight and scale_bias, (C,) each, as far as the layer has them."""
+POSITIONS = 4
+"""The fewest values of a plane that make the loops worth it: with fewer, XLA is up to twice as fast."""
 
-Running = tuple[Array, Array] | None
-"""E and Var, (C,) each; `None` for the batch's."""
+
+def _register() -> bool:
+    try:
+        addresses = [address(name) for name in TARGETS]
+    except (OSError, AttributeError):  # not compiled, or by a version without custom calls
+        return False
+    for name, where in zip(TARGETS, addresses, strict=True):
+        jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(ctypes.c_void_p(where)), platform="cpu")
+    return True
+
+
+AVAILABLE = _register()
+"""Whether there are compiled loops."""
 
 
 def takes(
-    x: Array,
+    x: Any,
     parameters: Mapping[str, Array],
     *,
     axis: int,
     centering: Statistic | None,
     scaling: Statistic | None,
-    average: functional.Average,
 ) -> bool:
     """Whether the fast form can compute this input; else it is for `functional.rbn`.
 
-    It is for inputs with the channels last or behind the batch, whose statistics are this device's alone.
+    It is for images with the channels last or behind the batch. Where `shard_map` keeps account of what
+    differs between devices, JAX sums the gradients of parameters, but only through its own operations.
     """
+    arrays = (x, *parameters.values())
     return (
         AVAILABLE
-        and x.dtype.name in DTYPES
-        and x.size > 0
+        and jnp.result_type(x).name in DTYPES
+        and x.size >= POSITIONS * x.shape[0] * x.shape[axis] > 0
         and axis % x.ndim in (1, x.ndim - 1)
         and centering not in SPATIAL_STATISTICS
         and scaling not in SPATIAL_STATISTICS
-        and average is functional.batch_average
-        and jnp.result_type(x, *parameters.values(), jnp.float32) == computed_in(x)
+        and jnp.result_type(*arrays, jnp.float32) == computed_in(x)
+        and not any(jax.typeof(array).vma for array in arrays)
     )
 
 
 def rbn(
-    x: Array,
+    x: Any,
     parameters: Mapping[str, Array],
     running: tuple[Array, Array] | None,
     *,
@@ -85,33 +99,63 @@ def rbn(
         Y, in the dtype of x or, where another output dtype was asked for, in what it is computed in, and the
         E and biased Var it was normalized with, in at least float32 and without a gradient.
     """
+    x = jnp.asarray(x)
     if dtype is not None and dtype != x.dtype:
         x = x.astype(jnp.result_type(computed_in(x), dtype))
-    wide = computed_in(x)
-    stored = {name: parameters[name].astype(wide) for name in PARAMETERS if name in parameters}
+    given = dict(parameters)
     if running is not None:
-        running = (running[0].astype(wide), running[1].astype(wide))
-    layer = Layer(axis % x.ndim, eps, centering, scaling, restrict)
-    y, _, _, mean, var = _forward(layer, x, stored, running)
+        given |= dict(zip(RUNNING, running, strict=True))
+    present = tuple(name for name in VECTORS if name in given)
+    layer = Layer(axis % x.ndim, eps, centering, scaling, restrict, present)
+    y, _, _, mean, var = _forward(layer, x, *(given[name].astype(computed_in(x)) for name in present))
     return y, mean, var
 
 
 class Layer(NamedTuple):
-    """What a layer is but for its arrays."""
+    """What a layer is but for its arrays, the vectors, of which it says which are `present`."""
 
     axis: int
     eps: float
     centering: Statistic | None
     scaling: Statistic | None
     restrict: str
+    present: tuple[str, ...]
 
-    def plain(self, x: Array, stored: Parameters, running: Running) -> tuple[Array, Array, Array]:
+    @property
+    def batch_statistics(self) -> bool:
+        """Whether E and Var are the batch's."""
+        return RUNNING[0] not in self.present
+
+    @property
+    def parameters(self) -> int:
+        """How many of the vectors are parameters."""
+        return len(self.present) - (0 if self.batch_statistics else 2)
+
+    def plain(self, x: Array, *vectors: Array) -> tuple[Array, Array, Array]:
         """Y, E and Var in JAX's operations, Y in the dtype of x."""
-        y, mean, var = functional.rbn(x, stored, running, dtype=None, **self._asdict())
+        given = dict(zip(self.present, vectors, strict=True))
+        running = None if self.batch_statistics else (given.pop(RUNNING[0]), given.pop(RUNNING[1]))
+        y, mean, var = functional.rbn(
+            x,
+            given,
+            running,
+            axis=self.axis,
+            eps=self.eps,
+            centering=self.centering,
+            scaling=self.scaling,
+            restrict=self.restrict,
+            dtype=None,
+        )
         return y.astype(x.dtype), mean, var
 
-    def plan(self, x: Array, stored: Parameters, running: Running) -> NDArray[np.int64]:
-        """As the custom calls of kernels/xla.cpp take it."""
+    def shapes(self, x: Any) -> tuple[Any, Any, Any]:
+        """Those of X, of (N, C) and of (C,) numbers."""
+        images, channels = x.shape[0], x.shape[self.axis]
+        image, wide = jax.ShapeDtypeStruct(x.shape, x.dtype), computed_in(x)
+        return image, *(jax.ShapeDtypeStruct(shape, wide) for shape in ((images, channels), (channels,)))
+
+    def plan(self, x: Any) -> NDArray[np.int64]:
+        """As the custom calls take it."""
         images, channels = x.shape[0], x.shape[self.axis]
         plan = kernels.Plan(
             images,
@@ -122,55 +166,85 @@ class Layer(NamedTuple):
             self.centering,
             self.scaling,
             self.restrict,
-            running is None,
+            self.batch_statistics,
             min(1 + x.size // (GRAIN + 1), os.cpu_count() or 1),
             self.eps,
         )
-        present = [*(name in stored for name in PARAMETERS), *(running is not None,) * 2]
-        bits = sum(is_there << place for place, is_there in enumerate(present))
+        bits = sum((name in self.present) << place for place, name in enumerate(VECTORS))
         return np.array([bits, *np.frombuffer(bytes(plan.structure), np.int64)])
+
+
+def operation(
+    name: str,
+    in_loops: Callable[..., Sequence[Any]],
+    in_operations: Callable[..., Sequence[Any]],
+    shapes: Callable[..., Sequence[Any]],
+) -> Primitive:
+    """What becomes a custom call in a program for one CPU and JAX's operations in every other.
+
+    On what a program runs is known only when it is compiled. XLA would gather a batch that is spread over
+    devices, and an exported program must run where this package is not installed.
+    """
+    primitive = Primitive(name)
+    primitive.multiple_results = True
+    primitive.def_impl(jax.jit(primitive.bind, static_argnames="layer"))
+    primitive.def_abstract_eval(
+        lambda *arrays, layer: [ShapedArray(each.shape, each.dtype) for each in shapes(layer, *arrays)]
+    )
+    plain = mlir.lower_fun(lambda *arrays, layer: in_operations(layer, *arrays))
+    fast = mlir.lower_fun(lambda *arrays, layer: in_loops(layer, *arrays))
+
+    def on_cpu(context: mlir.LoweringRuleContext, *arrays: Any, layer: Layer) -> Any:
+        program = context.module_context
+        alone = getattr(program.axis_context, "num_devices", None) == 1
+        lower = fast if alone and not program.lowering_parameters.for_export else plain
+        return lower(context, *arrays, layer=layer)
+
+    mlir.register_lowering(primitive, plain)
+    mlir.register_lowering(primitive, on_cpu, platform="cpu")
+
+    def batched(arrays: Sequence[Any], axes: Sequence[Any], *, layer: Layer) -> tuple[Any, Any]:
+        results = jax.vmap(functools.partial(in_operations, layer), axes)(*arrays)
+        return results, (0,) * len(results)
+
+    batching.primitive_batchers[primitive] = batched
+    return primitive
 
 
 # ---- Y ----
 
 
+def _forward_in_loops(layer: Layer, x: Array, *vectors: Array) -> list[Array]:
+    results = jax.ffi.ffi_call(TARGETS[0], _forward_shapes(layer, x))(x, *vectors, plan=layer.plan(x))
+    return [*results[:3], *(results[3:] if layer.batch_statistics else vectors[-2:])]
+
+
+def _forward_in_operations(layer: Layer, x: Array, *vectors: Array) -> list[Array]:
+    y, mean, var = layer.plain(x, *vectors)
+    return [y, *functional.moments(x.astype(computed_in(x)), layer.axis), mean, var]
+
+
+def _forward_shapes(layer: Layer, x: Any, *_: Any) -> list[Any]:
+    image, planes, channels = layer.shapes(x)
+    return [image, planes, planes, channels, channels]
+
+
+FORWARD = operation("rbn_forward", _forward_in_loops, _forward_in_operations, _forward_shapes)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _forward(layer: Layer, x: Array, stored: Parameters, running: Running) -> tuple[Array, ...]:
+def _forward(layer: Layer, x: Array, *vectors: Array) -> list[Array]:
     """Y, mu, v, E and Var; only Y has a gradient."""
-    return jax.lax.platform_dependent(
-        x,
-        stored,
-        running,
-        cpu=functools.partial(_forward_in_loops, layer),
-        default=functools.partial(_forward_in_operations, layer),
-    )
+    return FORWARD.bind(x, *vectors, layer=layer)
 
 
-def _forward_in_loops(layer: Layer, x: Array, stored: Parameters, running: Running) -> tuple[Array, ...]:
-    wide, channels = computed_in(x), x.shape[layer.axis]
-    planes, vector = (jax.ShapeDtypeStruct(shape, wide) for shape in ((x.shape[0], channels), (channels,)))
-    image = jax.ShapeDtypeStruct(x.shape, x.dtype)
-    call = jax.ffi.ffi_call(
-        FORWARD,
-        (image, planes, planes, vector, vector),
-        vmap_method="sequential",
-    )
-    y, mu, v, mean, var = call(x, *vectors(stored, running), plan=layer.plan(x, stored, running))
-    return (y, mu, v, *((mean, var) if running is None else running))
-
-
-def _forward_in_operations(layer: Layer, x: Array, stored: Parameters, running: Running) -> tuple[Array, ...]:
-    y, mean, var = layer.plain(x, stored, running)
-    return y, *functional.moments(x.astype(computed_in(x)), layer.axis), mean, var
-
-
-def _remember(layer: Layer, x: Array, stored: Parameters, running: Running) -> tuple[Any, Any]:
-    outputs = _forward(layer, x, stored, running)
+def _remember(layer: Layer, x: Array, *vectors: Array) -> tuple[Any, Any]:
+    outputs = _forward(layer, x, *vectors)
     _, mu, v, _, _ = outputs
-    return outputs, (x, stored, running, mu, v)
+    return outputs, (x, mu, v, *vectors)
 
 
-def _differentiate(layer: Layer, kept: Any, cotangents: Any) -> tuple[Any, ...]:
+def _differentiate(layer: Layer, kept: Any, cotangents: Any) -> tuple[Array, ...]:
     return _gradients(layer, cotangents[0], *kept)
 
 
@@ -180,70 +254,57 @@ _forward.defvjp(_remember, _differentiate)
 # ---- the gradients of X, the parameters, and E and Var where they are given ----
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _gradients(
-    layer: Layer, dy: Array, x: Array, stored: Parameters, running: Running, mu: Array, v: Array
-) -> tuple[Array, Parameters, Running]:
-    dx, gradients = jax.lax.platform_dependent(
-        dy,
-        x,
-        stored,
-        running,
-        mu,
-        v,
-        cpu=functools.partial(_backward_in_loops, layer),
-        default=lambda dy, x, stored, running, *_: _backward(layer, dy, x, stored, running)[:2],
-    )
-    # Rarely wanted: `jit` leaves it out.
-    statistics = None if running is None else _backward(layer, dy, x, stored, running)[2]
-    return dx, gradients, statistics
+def _backward_in_loops(
+    layer: Layer, dy: Array, x: Array, mu: Array, v: Array, *vectors: Array
+) -> list[Array]:
+    image, _, channels = layer.shapes(x)
+    call = jax.ffi.ffi_call(TARGETS[1], (image, *(channels,) * len(PARAMETERS)))
+    dx, *gradients = call(dy, x, mu, v, *vectors, plan=layer.plan(x))
+    wanted = zip(PARAMETERS, gradients, strict=True)
+    return [dx, *(gradient for name, gradient in wanted if name in layer.present)]
 
 
-def _backward(
-    layer: Layer, dy: Array, x: Array, stored: Parameters, running: Running
-) -> tuple[Array, Parameters, Running]:
-    """The gradients in JAX's operations."""
-    _, pull = jax.vjp(lambda *arguments: layer.plain(*arguments)[0], x, stored, running)
+def _backward_in_operations(
+    layer: Layer, dy: Array, x: Array, mu: Array, v: Array, *vectors: Array
+) -> tuple[Array, ...]:
+    return _all_gradients(layer, dy, x, *vectors)[: 1 + layer.parameters]
+
+
+def _all_gradients(layer: Layer, dy: Array, x: Array, *vectors: Array) -> tuple[Array, ...]:
+    _, pull = jax.vjp(lambda *inputs: layer.plain(*inputs)[0], x, *vectors)
     return pull(dy)
 
 
-def _backward_in_loops(
-    layer: Layer, dy: Array, x: Array, stored: Parameters, running: Running, mu: Array, v: Array
-) -> tuple[Array, Parameters]:
-    image = jax.ShapeDtypeStruct(x.shape, x.dtype)
-    vector = jax.ShapeDtypeStruct(mu.shape[1:], mu.dtype)
-    call = jax.ffi.ffi_call(
-        BACKWARD,
-        (image, *(vector,) * len(PARAMETERS)),
-        vmap_method="sequential",
-    )
-    dx, *gradients = call(dy, x, mu, v, *vectors(stored, running), plan=layer.plan(x, stored, running))
-    return dx, {
-        name: gradient for name, gradient in zip(PARAMETERS, gradients, strict=True) if name in stored
-    }
+def _backward_shapes(layer: Layer, dy: Any, x: Any, *_: Any) -> list[Any]:
+    image, _, channels = layer.shapes(x)
+    return [image, *(channels,) * layer.parameters]
 
 
-def _remember_inputs(layer: Layer, *inputs: Any) -> tuple[Any, Any]:
+BACKWARD = operation("rbn_backward", _backward_in_loops, _backward_in_operations, _backward_shapes)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _gradients(layer: Layer, dy: Array, x: Array, mu: Array, v: Array, *vectors: Array) -> tuple[Array, ...]:
+    gradients = BACKWARD.bind(dy, x, mu, v, *vectors, layer=layer)
+    # Those of E and Var are rarely wanted: `jit` leaves them out.
+    statistics = () if layer.batch_statistics else _all_gradients(layer, dy, x, *vectors)[-2:]
+    return (*gradients, *statistics)
+
+
+def _remember_inputs(layer: Layer, *inputs: Array) -> tuple[Any, Any]:
     return _gradients(layer, *inputs), inputs
 
 
-def _differentiate_again(layer: Layer, inputs: Any, cotangents: Any) -> tuple[Any, ...]:
-    *differentiable, mu, v = inputs  # as functions of X, mu and v are part of its gradient
-    _, pull = jax.vjp(functools.partial(_backward, layer), *differentiable)
-    return (*pull(cotangents), jnp.zeros_like(mu), jnp.zeros_like(v))
+def _differentiate_again(layer: Layer, inputs: Any, cotangents: Any) -> tuple[Array, ...]:
+    dy, x, mu, v, *vectors = inputs  # as functions of X, mu and v are part of its gradient
+    _, pull = jax.vjp(functools.partial(_all_gradients, layer), dy, x, *vectors)
+    ddy, dx, *others = pull(cotangents)
+    return (ddy, dx, jnp.zeros_like(mu), jnp.zeros_like(v), *others)
 
 
 _gradients.defvjp(_remember_inputs, _differentiate_again)
 
 
-# ---- arrays ----
-
-
-def computed_in(x: Array) -> Any:
+def computed_in(x: Any) -> Any:
     """What statistics, parameters and their gradients are computed in: at least float32."""
-    return jnp.promote_types(x.dtype, jnp.float32)
-
-
-def vectors(stored: Parameters, running: Running) -> list[Array]:
-    """The layer's numbers that are there, in the order in which the custom calls take them."""
-    return [*(stored[name] for name in PARAMETERS if name in stored), *(running or ())]
+    return jnp.promote_types(jnp.result_type(x), jnp.float32)

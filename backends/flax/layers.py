@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -14,7 +15,7 @@ from flax.linen.linear import default_kernel_init
 from flax.typing import Dtype, Initializer
 from jax import Array
 
-from rbn.backends.flax import distributed, functional
+from rbn.backends.flax import distributed, functional, fused
 from rbn_core.config import Config, Statistic, check_input, refuse_unknown_options
 from rbn_core.names import NAMES
 
@@ -35,6 +36,7 @@ class CalibratedNorm(nn.Module):
     running_var: str = "unbiased"
     axis_name: distributed.AxisName = None
     axis_index_groups: distributed.IndexGroups = None
+    fused: bool = True
 
     def __post_init__(self) -> None:
         self.config(num_features=1)
@@ -77,17 +79,22 @@ class CalibratedNorm(nn.Module):
         running = (stored_mean.value, stored_var.value)
         if training or self.is_initializing():
             tracked = self.variable("batch_stats", "num_batches_tracked", jnp.zeros, (), jnp.int32)
-        y, mean, var = functional.rbn(
+        options: dict[str, Any] = {
+            "axis": self.axis,
+            "centering": config.centering,
+            "scaling": config.scaling,
+        }
+        compute: Callable[..., tuple[Array, Array, Array]] = partial(functional.rbn, average=share.average)
+        if self.fused and share.axis_name is None and fused.takes(x, parameters, **options):
+            compute = fused.rbn
+        y, mean, var = compute(
             x,
             parameters,
             running if use_running_average else None,
-            axis=self.axis,
             eps=self.epsilon,
-            centering=config.centering,
-            scaling=config.scaling,
             restrict=config.restrict,
-            dtype=self.dtype,
-            average=share.average,
+            dtype=self.normalized_dtype(x),
+            **options,
         )
         if training:
             tracked.value += 1
@@ -101,6 +108,11 @@ class CalibratedNorm(nn.Module):
                 values=values,
             )
         return functional.as_output(self.transform(y), x, self.dtype)
+
+    @nn.nowrap
+    def normalized_dtype(self, x: Array) -> Dtype | None:
+        """The dtype that `transform` is to get, if any is asked for."""
+        return self.dtype
 
     @nn.nowrap
     def transform(self, y: Array) -> Array:
@@ -186,6 +198,8 @@ class RBN(AffineNorm):
         axis_name: the axis of `pmap`, `vmap` or `shard_map` that the batch is spread over, or several; under
             `jit` with a sharded batch the statistics are the whole batch's without it.
         axis_index_groups: the groups of devices along it that share their statistics; all by default.
+        fused: whether one custom call computes the layer in a program for one CPU; `False` always takes JAX's
+            own operations. Synchronised and spatial statistics take them, too.
 
     Raises:
         RBNError: An option or an input is refused; no statistic has changed then.
@@ -237,6 +251,8 @@ class IEBN(AffineNorm):
         axis_name: the axis of `pmap`, `vmap` or `shard_map` that the batch is spread over, or several; under
             `jit` with a sharded batch the statistics are the whole batch's without it.
         axis_index_groups: the groups of devices along it that share their statistics; all by default.
+        fused: whether one custom call computes the layer in a program for one CPU; `False` always takes JAX's
+            own operations. Synchronised and spatial statistics take them, too.
 
     Raises:
         RBNError: An option or an input is refused; no statistic has changed then.
@@ -281,6 +297,8 @@ class BNET(CalibratedNorm):
         axis_name: the axis of `pmap`, `vmap` or `shard_map` that the batch is spread over, or several; under
             `jit` with a sharded batch the statistics are the whole batch's without it.
         axis_index_groups: the groups of devices along it that share their statistics; all by default.
+        fused: whether one custom call computes the layer in a program for one CPU; `False` always takes JAX's
+            own operations. Synchronised and spatial statistics take them, too.
 
     Raises:
         RBNError: An option or an input is refused; no statistic has changed then.
@@ -339,6 +357,11 @@ class BNET(CalibratedNorm):
             momentum=self.momentum,
             running_var=self.running_var,
         )
+
+    @nn.nowrap
+    def normalized_dtype(self, x: Array) -> Dtype:
+        """At least float32: half precision is rounded once, after the convolution."""
+        return jnp.promote_types(x.dtype if self.dtype is None else self.dtype, jnp.float32)
 
     @nn.nowrap
     def transform(self, y: Array) -> Array:

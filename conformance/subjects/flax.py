@@ -127,6 +127,7 @@ class Family(FlaxModule):
     Args:
         way: How several devices share their statistics, one of `cases.WAYS`; by default the `usual` one.
         world: How many devices there are.
+        fused: Whether one custom call computes them, where it can.
     """
 
     devices = 4
@@ -134,9 +135,9 @@ class Family(FlaxModule):
     takes_axis = True
     usual: str
 
-    def __init__(self, way: str = "", world: int = 1) -> None:
+    def __init__(self, way: str = "", world: int = 1, fused: bool = True) -> None:
         super().__init__(
-            self.name,
+            self.name if fused else f"{self.name}.plain",
             self.make_rbn,
             NAMES["flax"],
             momentum="old",
@@ -147,6 +148,7 @@ class Family(FlaxModule):
         )
         self.way = way or self.usual
         self.world = world
+        self.fused = fused
 
     def make_rbn(self, config: Config, dtype: Any) -> Any:
         """RBN, IEBN or BNET."""
@@ -155,17 +157,18 @@ class Family(FlaxModule):
     def options(self, config: Config, dtype: Any) -> dict[str, Any]:
         """The options of either kind; under `jit` a batch on several devices needs no name of an axis."""
         named = self.world > 1 and self.way != "jit"
-        return {"axis": self.axis, "axis_name": AXIS if named else None} | options(config, dtype)
+        mine = {"axis": self.axis, "axis_name": AXIS if named else None, "fused": self.fused}
+        return mine | options(config, dtype)
 
     def through(self, way: str) -> Subject:
         """The layers that share their statistics in another way."""
-        return type(self)(way)
+        return type(self)(way, fused=self.fused)
 
     def spread(self, shares: tuple[int, ...]) -> Subject:
         """The layers on so many devices."""
         if len(set(shares)) > 1:
             raise NotImplementedError(ONE_SHAPE)
-        return type(self)(self.way, len(shares))
+        return type(self)(self.way, len(shares), self.fused)
 
     def way_of(self, step: Step, x: jax.Array) -> Step:
         """How the step is run."""
@@ -213,6 +216,11 @@ class FlaxNNX(Family, NNXModule):
     def state(self) -> State:
         """The module's state as users get it."""
         return to_numpy(self.layer)
+
+
+def plain() -> Flax:
+    """The project's linen layers in JAX's own operations."""
+    return Flax(fused=False)
 
 
 def differentiable(x: jax.Array) -> tuple[int, ...]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import ClassVar
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from flax import nnx
@@ -13,7 +14,7 @@ from flax.nnx.nn.linear import default_kernel_init
 from flax.typing import Dtype, Initializer
 from jax import Array
 
-from rbn.backends.flax import distributed, functional
+from rbn.backends.flax import distributed, functional, fused
 from rbn_core.config import (
     CALIBRATION_STARTS,
     IEBN_STARTS,
@@ -45,6 +46,7 @@ class CalibratedNorm(nnx.Module):
         param_dtype: Dtype,
         axis_name: distributed.AxisName,
         axis_index_groups: distributed.IndexGroups,
+        fused: bool,
     ) -> None:
         shape = (config.num_features,)
         self.mean = nnx.BatchStat(jnp.zeros(shape, functional.statistics_dtype(param_dtype)))
@@ -67,6 +69,7 @@ class CalibratedNorm(nnx.Module):
         self.running_var = config.running_var
         self.axis_name = axis_name
         self.axis_index_groups = axis_index_groups
+        self.fused = fused
 
     def __call__(self, x: Array, use_running_average: bool | None = None) -> Array:
         """Y, of the shape of `x`, (N, *spatial, C).
@@ -94,18 +97,20 @@ class CalibratedNorm(nnx.Module):
             spatial_dims=self.spatial_dims,
             layer=self.layer,
         )
+        parameters = self._parameters()
         running = (self.mean[...], self.var[...])
-        y, mean, var = functional.rbn(
+        options: dict[str, Any] = {"axis": self.axis, "centering": self.centering, "scaling": self.scaling}
+        compute: Callable[..., tuple[Array, Array, Array]] = partial(functional.rbn, average=share.average)
+        if self.fused and share.axis_name is None and fused.takes(x, parameters, **options):
+            compute = fused.rbn
+        y, mean, var = compute(
             x,
-            self._parameters(),
+            parameters,
             None if training else running,
-            axis=self.axis,
             eps=self.epsilon,
-            centering=self.centering,
-            scaling=self.scaling,
             restrict=self.restrict,
-            dtype=self.dtype,
-            average=share.average,
+            dtype=self.normalized_dtype(x),
+            **options,
         )
         if training:
             self.num_batches_tracked[...] += 1
@@ -119,6 +124,10 @@ class CalibratedNorm(nnx.Module):
                 values=values,
             )
         return functional.as_output(self.transform(y), x, self.dtype)
+
+    def normalized_dtype(self, x: Array) -> Dtype | None:
+        """The dtype that `transform` is to get, if any is asked for."""
+        return self.dtype
 
     def transform(self, y: Array) -> Array:
         """What follows on (N, C) coefficients; nothing but in BNET."""
@@ -142,6 +151,7 @@ class AffineNorm(CalibratedNorm):
         param_dtype: Dtype,
         axis_name: distributed.AxisName,
         axis_index_groups: distributed.IndexGroups,
+        fused: bool,
         bias_init: Initializer,
         scale_init: Initializer,
         rngs: rnglib.Rngs,
@@ -155,7 +165,9 @@ class AffineNorm(CalibratedNorm):
         self.use_scale = config.gamma
         self.bias_init = bias_init
         self.scale_init = scale_init
-        super().__init__(config, use_running_average, axis, dtype, param_dtype, axis_name, axis_index_groups)
+        super().__init__(
+            config, use_running_average, axis, dtype, param_dtype, axis_name, axis_index_groups, fused
+        )
 
 
 @refuse_unknown_options
@@ -196,6 +208,8 @@ class RBN(AffineNorm):
             `jit` with a sharded batch the statistics are the whole batch's without it.
         axis_index_groups: the groups of devices along it that share their statistics; all by default.
         rngs: the random keys that `bias_init` and `scale_init` draw from.
+        fused: whether one custom call computes the layer in a program for one CPU; `False` always takes JAX's
+            own operations. Synchronised and spatial statistics take them, too.
 
     Raises:
         RBNError: An option or an input is refused; no statistic has changed then.
@@ -224,6 +238,7 @@ class RBN(AffineNorm):
         axis_name: distributed.AxisName = None,
         axis_index_groups: distributed.IndexGroups = None,
         rngs: rnglib.Rngs,
+        fused: bool = True,
     ) -> None:
         config = Config(
             num_features,
@@ -244,6 +259,7 @@ class RBN(AffineNorm):
             param_dtype,
             axis_name,
             axis_index_groups,
+            fused,
             bias_init,
             scale_init,
             rngs,
@@ -277,6 +293,8 @@ class IEBN(AffineNorm):
             `jit` with a sharded batch the statistics are the whole batch's without it.
         axis_index_groups: the groups of devices along it that share their statistics; all by default.
         rngs: the random keys that `bias_init` and `scale_init` draw from.
+        fused: whether one custom call computes the layer in a program for one CPU; `False` always takes JAX's
+            own operations. Synchronised and spatial statistics take them, too.
 
     Raises:
         RBNError: An option or an input is refused; no statistic has changed then.
@@ -302,6 +320,7 @@ class IEBN(AffineNorm):
         axis_name: distributed.AxisName = None,
         axis_index_groups: distributed.IndexGroups = None,
         rngs: rnglib.Rngs,
+        fused: bool = True,
     ) -> None:
         config = Config.iebn(
             num_features,
@@ -319,6 +338,7 @@ class IEBN(AffineNorm):
             param_dtype,
             axis_name,
             axis_index_groups,
+            fused,
             bias_init,
             scale_init,
             rngs,
@@ -352,6 +372,8 @@ class BNET(CalibratedNorm):
             `jit` with a sharded batch the statistics are the whole batch's without it.
         axis_index_groups: the groups of devices along it that share their statistics; all by default.
         rngs: the random keys that `kernel_init` and `bias_init` draw from.
+        fused: whether one custom call computes the layer in a program for one CPU; `False` always takes JAX's
+            own operations. Synchronised and spatial statistics take them, too.
 
     Raises:
         RBNError: An option or an input is refused; no statistic has changed then.
@@ -375,6 +397,7 @@ class BNET(CalibratedNorm):
         axis_name: distributed.AxisName = None,
         axis_index_groups: distributed.IndexGroups = None,
         rngs: rnglib.Rngs,
+        fused: bool = True,
     ) -> None:
         config = Config.bnet(
             num_features,
@@ -384,7 +407,9 @@ class BNET(CalibratedNorm):
             momentum=momentum,
             running_var=running_var,
         )
-        super().__init__(config, use_running_average, axis, dtype, param_dtype, axis_name, axis_index_groups)
+        super().__init__(
+            config, use_running_average, axis, dtype, param_dtype, axis_name, axis_index_groups, fused
+        )
         self.spatial_dims = spatial_dims
         self.conv = nnx.Conv(
             num_features,
@@ -424,6 +449,10 @@ class BNET(CalibratedNorm):
         layer.conv.kernel[...], layer.conv.bias[...] = kernel, bias
         layer.mean[...], layer.var[...] = norm.mean[...], norm.var[...]
         return layer
+
+    def normalized_dtype(self, x: Array) -> Dtype:
+        """At least float32: half precision is rounded once, after the convolution."""
+        return jnp.promote_types(x.dtype if self.dtype is None else self.dtype, jnp.float32)
 
     def transform(self, y: Array) -> Array:
         """The convolution in the place of BatchNorm's affine step."""
