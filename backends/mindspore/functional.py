@@ -134,7 +134,8 @@ def refuse_second_gradients() -> None:
     ):
         raise RBNError(
             "RBN: expected a first gradient in PyNative mode, got the gradient of a gradient, which "
-            "MindSpore computes wrongly there. Compile what is differentiated twice: ms.grad(ms.jit(loss))."
+            "MindSpore computes wrongly there. Build the layer with fused=False and compile what is "
+            "differentiated twice: ms.grad(ms.jit(loss))."
         )
 
 

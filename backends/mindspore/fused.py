@@ -21,6 +21,7 @@ from rbn import kernels
 from rbn.backends.mindspore import functional
 from rbn.kernels.library import PARAMETERS, RESTRICTIONS, STATISTICS, path
 from rbn_core.config import SPATIAL_STATISTICS, Statistic
+from rbn_core.errors import RBNError
 
 AVAILABLE = not kernels.problem()
 DTYPES = (ms.float32, ms.float64, ms.float16, ms.bfloat16)
@@ -88,9 +89,8 @@ class Eager(_Function):
     @staticmethod
     def forward(ctx: Any, options: tuple[Any, ...], x: Tensor, *vectors: Tensor) -> tuple[Tensor, ...]:
         """One pass to measure X, one to write Y."""
-        forward, ctx.operator = operators(*options)
         numbers = plan(*options)
-        y, mu, v, mean, var = forward(x, *vectors, numbers)
+        y, mu, v, mean, var = FORWARD(x, *vectors, numbers)
         # E and Var as the operator copied them: the layer's own may have changed until the backward pass.
         ctx.save_for_backward(x, mu, v, *vectors[: len(PARAMETERS)], mean, var, numbers)
         ctx.mark_non_differentiable(mean, var)
@@ -105,7 +105,7 @@ class Eager(_Function):
             RBNError: It is to be differentiated in turn.
         """
         functional.refuse_second_gradients()
-        return None, *ctx.operator(dy, *ctx.saved_tensors), None, None
+        return None, *BACKWARD(dy, *ctx.saved_tensors), None, None
 
 
 class Compiled(nn.Cell):
@@ -113,7 +113,7 @@ class Compiled(nn.Cell):
 
     def __init__(self, *options: Any) -> None:
         super().__init__(auto_prefix=False)
-        self.operator, _ = operators(*options)
+        self.operator = FORWARD
         self.numbers = plan(*options)
 
     def construct(self, x: Tensor, *vectors: Tensor) -> tuple[Tensor, ...]:
@@ -121,120 +121,45 @@ class Compiled(nn.Cell):
         return self.operator(x, *vectors, self.numbers)
 
 
-class Plain(nn.Cell):
-    """X and the vectors to Y, of the shape and dtype of X, in MindSpore's operations."""
-
-    def __init__(
-        self,
-        eps: float,
-        centering: Statistic | None,
-        scaling: Statistic | None,
-        restrict: str,
-        present: tuple[bool, ...],
-        channels_last: bool,
-    ) -> None:
-        super().__init__(auto_prefix=False)
-        self.eps = eps
-        self.centering = centering
-        self.scaling = scaling
-        self.restrict = restrict
-        self.present = present
-        self.channels_last = channels_last
-
-    def construct(self, x: Tensor, *vectors: Tensor) -> Tensor:
-        """As `functional.rbn`."""
-        stored = (
-            vectors[0] if self.present[0] else None,
-            vectors[1] if self.present[1] else None,
-            vectors[2],
-            vectors[3],
-            vectors[4],
-        )
-        image = ops.movedim(x, -1, 1) if self.channels_last else x
-        y, _, _ = functional.two_pass(
-            image.astype(functional.at_least_float32(x.dtype)),
-            stored,
-            (vectors[5], vectors[6]) if self.present[5] else None,
-            self.eps,
-            self.centering,
-            self.scaling,
-            self.restrict,
-            functional.batch_average,
-        )
-        y = y.astype(x.dtype)
-        return ops.movedim(y, 1, -1) if self.channels_last else y
+# The gradients of the operators, with every parameter by its name: MindSpore's parser counts them.
 
 
-class PlainGradients(nn.Cell):
-    """dY, X and the vectors to the gradients of X and of the parameters, in MindSpore's operations."""
+def _gradients_of_backward(
+    dy: Tensor,
+    x: Tensor,
+    mu: Tensor,
+    v: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    center_weight: Tensor,
+    scale_weight: Tensor,
+    scale_bias: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    numbers: Tensor,
+    out: tuple[Tensor, ...],
+    dout: tuple[Tensor, ...],
+) -> tuple[Tensor, ...]:
+    return refuse_second_gradients()
 
-    def __init__(self, *options: Any) -> None:
-        super().__init__(auto_prefix=False)
-        self.plain = Plain(*options)
 
-    def construct(self, dy: Tensor, x: Tensor, *vectors: Tensor) -> tuple[Tensor, ...]:
-        """As MindSpore differentiates."""
-        return GRADIENTS(self.plain)(x, *vectors, dy)[:6]
-
-
-@functools.lru_cache(maxsize=1024)
-def operators(*options: Any) -> tuple[ops.Custom, ops.Custom]:
-    """Forward and backward, for a layer with these options, which the gradients of gradients need to know."""
-    plain = PlainGradients(*options)
-
-    # Every parameter by its name: MindSpore's parser counts them.
-    def second(
-        dy: Tensor,
-        x: Tensor,
-        mu: Tensor,
-        v: Tensor,
-        gamma: Tensor,
-        beta: Tensor,
-        center_weight: Tensor,
-        scale_weight: Tensor,
-        scale_bias: Tensor,
-        mean: Tensor,
-        var: Tensor,
-        numbers: Tensor,
-        out: tuple[Tensor, ...],
-        dout: tuple[Tensor, ...],
-    ) -> tuple[Tensor, ...]:
-        vectors = (gamma, beta, center_weight, scale_weight, scale_bias, mean, var)
-        found = GRADIENTS(plain)(dy, x, *vectors, dout)
-        return (*found[:2], ZEROS(mu), ZEROS(v), *found[2:], ZEROS(numbers))
-
-    backward = _operator(
-        "rbn_mindspore_backward",
-        lambda dy, x, mu, v, vector, *_: (x, *[vector] * len(PARAMETERS)),
-        lambda dy, x, mu, v, vector, *_: (x, *[vector] * len(PARAMETERS)),
-        second,
-    )
-
-    def first(
-        x: Tensor,
-        gamma: Tensor,
-        beta: Tensor,
-        center_weight: Tensor,
-        scale_weight: Tensor,
-        scale_bias: Tensor,
-        running_mean: Tensor,
-        running_var: Tensor,
-        numbers: Tensor,
-        out: tuple[Tensor, ...],
-        dout: tuple[Tensor, ...],
-    ) -> tuple[Tensor, ...]:
-        _, mu, v, mean, var = out
-        stored = (gamma, beta, center_weight, scale_weight, scale_bias)
-        gradients = backward(dout[0], x, mu, v, *stored, mean, var, numbers)
-        return (*gradients, ZEROS(running_mean), ZEROS(running_var), ZEROS(numbers))
-
-    forward = _operator(
-        "rbn_mindspore_forward",
-        lambda x, vector, *_: (x, (x[0], *vector), (x[0], *vector), vector, vector),
-        lambda x, vector, *_: (x, *[vector] * 4),
-        first,
-    )
-    return forward, backward
+def _gradients_of_forward(
+    x: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    center_weight: Tensor,
+    scale_weight: Tensor,
+    scale_bias: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    numbers: Tensor,
+    out: tuple[Tensor, ...],
+    dout: tuple[Tensor, ...],
+) -> tuple[Tensor, ...]:
+    _, mu, v, mean, var = out
+    stored = (gamma, beta, center_weight, scale_weight, scale_bias)
+    gradients = BACKWARD(dout[0], x, mu, v, *stored, mean, var, numbers)
+    return (*gradients, ZEROS(running_mean), ZEROS(running_var), ZEROS(numbers))
 
 
 def _operator(function: str, shapes: Any, dtypes: Any, bprop: Callable[..., Any] | None) -> ops.Custom:
@@ -242,10 +167,21 @@ def _operator(function: str, shapes: Any, dtypes: Any, bprop: Callable[..., Any]
     return ops.Custom(f"{path()}:{function}", shapes, dtypes, "aot", bprop)
 
 
-GRADIENTS = ops.GradOperation(get_all=True, sens_param=True)
 ZEROS = ops.ZerosLike()
 
 if AVAILABLE:
+    BACKWARD = _operator(
+        "rbn_mindspore_backward",
+        lambda dy, x, mu, v, vector, *_: (x, *[vector] * len(PARAMETERS)),
+        lambda dy, x, mu, v, vector, *_: (x, *[vector] * len(PARAMETERS)),
+        _gradients_of_backward,
+    )
+    FORWARD = _operator(
+        "rbn_mindspore_forward",
+        lambda x, vector, *_: (x, (x[0], *vector), (x[0], *vector), vector, vector),
+        lambda x, vector, *_: (x, *[vector] * 4),
+        _gradients_of_forward,
+    )
     ACCUMULATE = _operator("rbn_mindspore_accumulate", (1,), ms.int32, None)
     ACCUMULATE.add_prim_attr("side_effect_mem", True)
     ACCUMULATE.set_signatures(
@@ -267,6 +203,19 @@ if AVAILABLE:
 def is_compiled(function: Any) -> bool:
     """Whether a graph is being compiled: a function is no constant there, and does not come."""
     return function is None
+
+
+@ops.constexpr
+def refuse_second_gradients() -> None:
+    """Raise while a graph is compiled; `functional.refuse_second_gradients` does so in PyNative.
+
+    Raises:
+        RBNError: Always.
+    """
+    raise RBNError(
+        "RBN: expected a first gradient of the fast form, got the gradient of a gradient. "
+        "Build the layer with fused=False: a graph of MindSpore's own operations can be differentiated again."
+    )
 
 
 @ops.constexpr
