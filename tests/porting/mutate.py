@@ -8,6 +8,7 @@ is then still in FOLDER. A file can be made again: its damage depends on FORMAT,
 import io
 import pickle
 import random
+import re
 import resource
 import shutil
 import signal
@@ -72,6 +73,12 @@ NUMBERS = [
 
 class HangError(BaseException):
     """Reading takes too long."""
+
+
+def memory(which):
+    """The bytes of this process in memory, VmRSS now, VmHWM at most; `resource` counts its parent's, too."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(rf"^{which}:\s+(\d+) kB$", status, flags=re.MULTILINE)[1]) * 1024
 
 
 def example(seed):
@@ -195,7 +202,7 @@ def main(name, count, seed, folder):
     tracemalloc.start()
     virtual = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (virtual + HEADROOM, resource.RLIM_INFINITY))
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    most_resident = memory("VmHWM")
     start, accepted, refused, most, slowest = time.monotonic(), 0, 0, 0, 0.0
     for number in range(count):
         random_ = random.Random(f"{name} {seed} {number}")
@@ -227,7 +234,7 @@ def main(name, count, seed, folder):
         assert taken <= allowed, f"number {number}: {taken} bytes for a file of {size}"
         remove(path)
     seconds = time.monotonic() - start
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - resident) * 1024
+    grown = memory("VmHWM") - most_resident
     print(
         f"{name}: {count} files in {seconds:.0f} s, {accepted} readable, {refused} refused, at most "
         f"{slowest:.2f} s and {most / 1024:.0f} KiB each, {grown / 2**20:.0f} MiB more in the end"

@@ -4,6 +4,7 @@ import itertools
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -21,16 +22,15 @@ MOST = 3
 """How many times the file's size a port may take in memory."""
 
 CODE = """
-import json, resource, sys, time
+import json, sys, time
 began = time.monotonic()
+from mutate import memory
 from rbn.porting import port
 folder, source, destination = sys.argv[1:]
 port(f"{folder}/small_{source}", f"{folder}/again_{destination}")  # imports what the formats need
-with open("/proc/self/status") as status:
-    before = int(next(line for line in status if line.startswith("VmRSS")).split()[1])
+before = memory("VmRSS")
 port(f"{folder}/{source}", f"{folder}/{destination}")
-taken = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-print(json.dumps({"seconds": time.monotonic() - began, "bytes": taken * 1024}))
+print(json.dumps({"seconds": time.monotonic() - began, "bytes": memory("VmHWM") - before}))
 """
 
 
@@ -45,7 +45,10 @@ def chain(tmp_path_factory):
     found = {}
     for source, destination in itertools.pairwise(CHAIN):
         done = subprocess.run(
-            [sys.executable, "-c", CODE, folder, source, destination], capture_output=True, text=True
+            [sys.executable, "-c", CODE, folder, source, destination],
+            cwd=Path(__file__).parent,  # where mutate.py is
+            capture_output=True,
+            text=True,
         )
         assert done.returncode == 0, done.stderr
         (folder / f"again_{destination}").rename(folder / f"small_{destination}")
