@@ -1,6 +1,7 @@
 # Every target sets .venv up first. The stamp is named after what the set-up depends on, so that it is redone when
 # their content changes and only then.
-STAMP := .venv/.set-up-$(shell cat pyproject.toml constraints.txt | sha256sum | cut -c1-16)
+SET_UP_BY := pyproject.toml constraints.txt setup.py $(wildcard kernels/*.cpp kernels/*.h)
+STAMP := .venv/.set-up-$(shell cat $(SET_UP_BY) | sha256sum | cut -c1-16)
 FRAMEWORKS := torch flax mindspore jittor
 
 # The pinned versions are those for Python 3.11.

@@ -29,8 +29,9 @@ if grep -qxF -- "$(basename "$0") $*" "$FAIL"; then echo "it broke"; exit 1; fi
 def make(tmp_path):
     tree = tmp_path / "tree"
     shutil.copytree(ROOT / "tools", tree / "tools")
-    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+    for name in ("Makefile", "pyproject.toml", "constraints.txt", "setup.py"):
         shutil.copy(ROOT / name, tree)
+    shutil.copytree(ROOT / "kernels", tree / "kernels", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     stub = tmp_path / "bin" / "python3.11"
     stub.parent.mkdir()
     stub.write_text(STUB)
@@ -80,7 +81,7 @@ def test_set_up_once_for_all_targets(make):
     assert make("test")[1] == list(TESTS)
 
 
-@pytest.mark.parametrize("name", ["pyproject.toml", "constraints.txt"])
+@pytest.mark.parametrize("name", ["pyproject.toml", "constraints.txt", "setup.py", "kernels/loops.h"])
 def test_set_up_again_when_the_content_changes_and_only_then(make, name):
     make("setup")
     (make.tree / name).touch()
