@@ -131,7 +131,7 @@ def test_what_a_killed_run_measured_is_left_out(make):
 
 def test_mypy_gets_the_tree_of_import_names(make):
     for folder in ("rbn", "rbn_core", "backends", "kernels", "conformance", "benchmarks"):
-        (make.tree / folder).mkdir()
+        (make.tree / folder).mkdir(exist_ok=True)
         (make.tree / folder / "__init__.py").touch()
     result, calls = make("lint")
     assert result.returncode == 0, result.stderr
