@@ -1,7 +1,7 @@
 """RBN as one custom call forward and one backward: the compiled loops, where XLA computes on one CPU.
 
-Of the image only X is kept for the backward pass, as in BatchNorm. Gradients of gradients and `vmap` go
-through the plain form, and so does everything on other devices.
+Of the image only X is kept for the backward pass, as in BatchNorm. Forward-mode derivatives,
+gradients of gradients and `vmap` go through the plain form, and so does everything on other devices.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from flax.typing import Dtype
 from jax import Array
 from jax.core import ShapedArray
 from jax.extend.core import Primitive
-from jax.interpreters import batching, mlir
+from jax.interpreters import ad, batching, mlir
 from numpy.typing import NDArray
 
 from rbn import kernels
@@ -107,7 +107,8 @@ def rbn(
         given |= dict(zip(RUNNING, running, strict=True))
     present = tuple(name for name in VECTORS if name in given)
     layer = Layer(axis % x.ndim, eps, centering, scaling, restrict, present)
-    y, _, _, mean, var = _forward(layer, x, *(given[name].astype(computed_in(x)) for name in present))
+    vectors = [given[name].astype(computed_in(x)) for name in present]
+    y, _, _, mean, var = FORWARD.bind(x, *vectors, layer=layer)
     return y, mean, var
 
 
@@ -125,11 +126,6 @@ class Layer(NamedTuple):
     def batch_statistics(self) -> bool:
         """Whether E and Var are the batch's."""
         return RUNNING[0] not in self.present
-
-    @property
-    def parameters(self) -> int:
-        """How many of the vectors are parameters."""
-        return len(self.present) - (0 if self.batch_statistics else 2)
 
     def plain(self, x: Array, *vectors: Array) -> tuple[Array, Array, Array]:
         """Y, E and Var in JAX's operations, Y in the dtype of x."""
@@ -176,9 +172,9 @@ class Layer(NamedTuple):
 
 def operation(
     name: str,
-    in_loops: Callable[..., Sequence[Any]],
     in_operations: Callable[..., Sequence[Any]],
     shapes: Callable[..., Sequence[Any]],
+    in_loops: Callable[..., Sequence[Any]] | None = None,
 ) -> Primitive:
     """What becomes a custom call in a program for one CPU and JAX's operations in every other.
 
@@ -188,30 +184,34 @@ def operation(
     primitive = Primitive(name)
     primitive.multiple_results = True
     primitive.def_impl(jax.jit(primitive.bind, static_argnames="layer"))
-    primitive.def_abstract_eval(
-        lambda *arrays, layer: [ShapedArray(each.shape, each.dtype) for each in shapes(layer, *arrays)]
-    )
-    plain = mlir.lower_fun(lambda *arrays, layer: in_operations(layer, *arrays))
-    fast = mlir.lower_fun(lambda *arrays, layer: in_loops(layer, *arrays))
+
+    @primitive.def_abstract_eval
+    def shaped(*arrays: Any, layer: Layer) -> list[ShapedArray]:
+        return [ShapedArray(each.shape, each.dtype) for each in shapes(layer, *arrays)]
 
     def on_cpu(context: mlir.LoweringRuleContext, *arrays: Any, layer: Layer) -> Any:
         program = context.module_context
         alone = getattr(program.axis_context, "num_devices", None) == 1
-        lower = fast if alone and not program.lowering_parameters.for_export else plain
-        return lower(context, *arrays, layer=layer)
-
-    mlir.register_lowering(primitive, plain)
-    mlir.register_lowering(primitive, on_cpu, platform="cpu")
+        exported = program.lowering_parameters.for_export
+        compute = in_loops if in_loops and alone and not exported else in_operations
+        return mlir.lower_fun(functools.partial(compute, layer))(context, *arrays)
 
     def batched(arrays: Sequence[Any], axes: Sequence[Any], *, layer: Layer) -> tuple[Any, Any]:
         results = jax.vmap(functools.partial(in_operations, layer), axes)(*arrays)
         return results, (0,) * len(results)
 
+    def derivative(primals: Sequence[Any], tangents: Sequence[Any], *, layer: Layer) -> tuple[Any, Any]:
+        compute = functools.partial(in_operations, layer)
+        return jax.jvp(compute, tuple(primals), tuple(map(ad.instantiate_zeros, tangents)))
+
+    mlir.register_lowering(primitive, mlir.lower_fun(lambda *arrays, layer: in_operations(layer, *arrays)))
+    mlir.register_lowering(primitive, on_cpu, platform="cpu")
     batching.primitive_batchers[primitive] = batched
+    ad.primitive_jvps[primitive] = derivative
     return primitive
 
 
-# ---- Y ----
+# ---- Y, of which the other outputs are a part: only Y has a derivative ----
 
 
 def _forward_in_loops(layer: Layer, x: Array, *vectors: Array) -> list[Array]:
@@ -229,26 +229,7 @@ def _forward_shapes(layer: Layer, x: Any, *_: Any) -> list[Any]:
     return [image, planes, planes, channels, channels]
 
 
-FORWARD = operation("rbn_forward", _forward_in_loops, _forward_in_operations, _forward_shapes)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _forward(layer: Layer, x: Array, *vectors: Array) -> list[Array]:
-    """Y, mu, v, E and Var; only Y has a gradient."""
-    return FORWARD.bind(x, *vectors, layer=layer)
-
-
-def _remember(layer: Layer, x: Array, *vectors: Array) -> tuple[Any, Any]:
-    outputs = _forward(layer, x, *vectors)
-    _, mu, v, _, _ = outputs
-    return outputs, (x, mu, v, *vectors)
-
-
-def _differentiate(layer: Layer, kept: Any, cotangents: Any) -> tuple[Array, ...]:
-    return _gradients(layer, cotangents[0], *kept)
-
-
-_forward.defvjp(_remember, _differentiate)
+FORWARD = operation("rbn_forward", _forward_in_operations, _forward_shapes, _forward_in_loops)
 
 
 # ---- the gradients of X, the parameters, and E and Var where they are given ----
@@ -259,50 +240,65 @@ def _backward_in_loops(
 ) -> list[Array]:
     image, _, channels = layer.shapes(x)
     call = jax.ffi.ffi_call(TARGETS[1], (image, *(channels,) * len(PARAMETERS)))
-    dx, *gradients = call(dy, x, mu, v, *vectors, plan=layer.plan(x))
-    wanted = zip(PARAMETERS, gradients, strict=True)
-    return [dx, *(gradient for name, gradient in wanted if name in layer.present)]
+    dx, *written = call(dy, x, mu, v, *vectors, plan=layer.plan(x))
+    gradients = [each for name, each in zip(PARAMETERS, written, strict=True) if name in layer.present]
+    if not layer.batch_statistics:  # rarely wanted: XLA leaves them out then
+        gradients += _backward_in_operations(layer, dy, x, mu, v, *vectors)[-2:]
+    return [dx, *gradients]
 
 
 def _backward_in_operations(
     layer: Layer, dy: Array, x: Array, mu: Array, v: Array, *vectors: Array
 ) -> tuple[Array, ...]:
-    return _all_gradients(layer, dy, x, *vectors)[: 1 + layer.parameters]
-
-
-def _all_gradients(layer: Layer, dy: Array, x: Array, *vectors: Array) -> tuple[Array, ...]:
     _, pull = jax.vjp(lambda *inputs: layer.plain(*inputs)[0], x, *vectors)
     return pull(dy)
 
 
 def _backward_shapes(layer: Layer, dy: Any, x: Any, *_: Any) -> list[Any]:
     image, _, channels = layer.shapes(x)
-    return [image, *(channels,) * layer.parameters]
+    return [image, *(channels,) * len(layer.present)]
 
 
-BACKWARD = operation("rbn_backward", _backward_in_loops, _backward_in_operations, _backward_shapes)
+BACKWARD = operation("rbn_backward", _backward_in_operations, _backward_shapes, _backward_in_loops)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _gradients(layer: Layer, dy: Array, x: Array, mu: Array, v: Array, *vectors: Array) -> tuple[Array, ...]:
-    gradients = BACKWARD.bind(dy, x, mu, v, *vectors, layer=layer)
-    # Those of E and Var are rarely wanted: `jit` leaves them out.
-    statistics = () if layer.batch_statistics else _all_gradients(layer, dy, x, *vectors)[-2:]
-    return (*gradients, *statistics)
+# ---- the derivative of Y along tangents of X and the vectors, whose transpose are the gradients ----
 
 
-def _remember_inputs(layer: Layer, *inputs: Array) -> tuple[Any, Any]:
-    return _gradients(layer, *inputs), inputs
+def _tangent_in_operations(layer: Layer, x: Array, mu: Array, v: Array, *others: Array) -> list[Array]:
+    vectors, tangents = others[: len(layer.present)], others[len(layer.present) :]
+    return [jax.jvp(lambda *inputs: layer.plain(*inputs)[0], (x, *vectors), tangents)[1]]
 
 
-def _differentiate_again(layer: Layer, inputs: Any, cotangents: Any) -> tuple[Array, ...]:
-    dy, x, mu, v, *vectors = inputs  # as functions of X, mu and v are part of its gradient
-    _, pull = jax.vjp(functools.partial(_all_gradients, layer), dy, x, *vectors)
-    ddy, dx, *others = pull(cotangents)
-    return (ddy, dx, jnp.zeros_like(mu), jnp.zeros_like(v), *others)
+def _tangent_shapes(layer: Layer, x: Any, *_: Any) -> list[Any]:
+    return [layer.shapes(x)[0]]
 
 
-_gradients.defvjp(_remember_inputs, _differentiate_again)
+TANGENT = operation("rbn_tangent", _tangent_in_operations, _tangent_shapes)
+
+
+def _derivative_of_forward(
+    primals: Sequence[Any], tangents: Sequence[Any], *, layer: Layer
+) -> tuple[Any, Any]:
+    x, *vectors = primals
+    outputs = FORWARD.bind(x, *vectors, layer=layer)
+    _, mu, v, mean, var = outputs
+    (dy,) = TANGENT.bind(x, mu, v, *vectors, *map(ad.instantiate_zeros, tangents), layer=layer)
+    return outputs, [dy, *map(ad.Zero.from_primal_value, (mu, v, mean, var))]
+
+
+def _transpose_of_tangent(cotangents: Sequence[Any], *arguments: Any, layer: Layer) -> list[Any]:
+    known, linear = arguments[: 3 + len(layer.present)], arguments[3 + len(layer.present) :]
+    gradients = BACKWARD.bind(ad.instantiate_zeros(cotangents[0]), *known, layer=layer)
+    wanted = zip(gradients, linear, strict=True)
+    return [
+        *(None for _ in known),
+        *(gradient if ad.is_undefined_primal(tangent) else None for gradient, tangent in wanted),
+    ]
+
+
+ad.primitive_jvps[FORWARD] = _derivative_of_forward
+ad.primitive_transposes[TANGENT] = _transpose_of_tangent
 
 
 def computed_in(x: Any) -> Any:
