@@ -65,8 +65,8 @@ def takes(
 ) -> bool:
     """Whether the fast form can compute this input; else it is for `functional.rbn`.
 
-    It is for images with the channels last or behind the batch. Where `shard_map` keeps account of what
-    differs between devices, JAX sums the gradients of parameters, but only through its own operations.
+    It is for images with the channels last or behind the batch. Where types say what lies on which device,
+    as in `shard_map` and with explicit sharding, JAX carries that only through its own operations.
     """
     arrays = (x, *parameters.values())
     return (
@@ -77,7 +77,7 @@ def takes(
         and centering not in SPATIAL_STATISTICS
         and scaling not in SPATIAL_STATISTICS
         and jnp.result_type(*arrays, jnp.float32) == computed_in(x)
-        and not any(jax.typeof(array).vma for array in arrays)
+        and not any(kind.vma or any(kind.sharding.spec) for kind in map(jax.typeof, arrays))
     )
 
 

@@ -347,6 +347,14 @@ def test_shard_map_over_one_device(check_vma):
     assert_close(gradients(), gradients(fused=False), 1e-5)
 
 
+def test_explicit_sharding_stays_in_the_type():
+    run, stored = linen("RBN")
+    mesh = jax.make_mesh((1,), ("batch",), axis_types=(jax.sharding.AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        x = jax.device_put(images(*X), jax.sharding.NamedSharding(mesh, P("batch")))
+        assert jax.eval_shape(lambda x: run(stored, x, True)[0], x).sharding.spec[0] == "batch"
+
+
 def test_a_batch_on_several_devices_is_not_gathered():
     """In a process of its own: the number of devices is fixed when JAX starts."""
     program = textwrap.dedent("""
