@@ -1,7 +1,4 @@
-"""Every ordered pair of the four frameworks, each in a process of its own: networks, gradients, training.
-
-Not part of `make test` until its time is measured on a quiet machine: pytest tests/porting/pairs.py
-"""
+"""Every ordered pair of the four frameworks, each in a process of its own: networks, gradients, training."""
 
 import itertools
 import shutil
