@@ -602,10 +602,10 @@ static void each_plane(const rbn_layer &l, Work work) {
   for (int64_t i = 0; i < planes; i++) work(i, i * l.positions);
 }
 
-// Calls work(n, c, channels) for groups of planes of an image that a second cache holds.
+// Calls work(n, c, channels) for groups of planes of an image that stay near while they are measured.
 template <class T, class Work>
 static void each_group(const rbn_layer &l, Work work) {
-  const int64_t most = Wide<T>::count, fit = ((int64_t)256 << 10) / (l.positions * (int64_t)sizeof(T));
+  const int64_t most = Wide<T>::count, fit = ((int64_t)64 << 10) / (l.positions * (int64_t)sizeof(T));
   const int64_t width = fit < most ? 1 : most, groups = (l.channels + width - 1) / width;
 #pragma omp parallel for schedule(static) num_threads(l.threads)
   for (int64_t g = 0; g < l.images * groups; g++) {
