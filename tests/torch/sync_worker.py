@@ -35,9 +35,10 @@ def main(backend: str, rank: int, world: int, rendezvous: Path) -> None:
             for parameter in whole.parameters():
                 parameter.add_(0.3 * torch.randn_like(parameter))
         shared = convert_sync_rbn(copy.deepcopy(whole))
+        whole.double()  # so that the errors are those of the shared layer alone
         for _ in range(3):
             x, cotangent = torch.randn(sum(sizes), 5, 4, 3), torch.randn(sum(sizes), 5, 4, 3)
-            expected, dx = step(whole, x, cotangent)
+            expected, dx = step(whole, x.double(), cotangent.double())
             y, dx_mine = step(shared, x[mine], cotangent[mine])
             close(f"{name} y", y, expected[mine])
             close(f"{name} dx", dx_mine, dx[mine])
