@@ -4,6 +4,7 @@ import shlex
 from dataclasses import replace
 from functools import cache
 
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, assume, given, note, settings
@@ -132,7 +133,11 @@ def shows_where_it_is(subject, case):
         return
     same = np.ones(x.shape[:2], bool)  # but for the value's own plane, or its image
     same[(0,) if case.config.uses_spatial_statistics else (0, 0)] = False
-    np.testing.assert_array_equal(broken.y[same].astype(float), right.y[same].astype(float))
+    # What is computed a vector at a time may round otherwise beside an infinity, MindSpore's exp by 20 units.
+    close = 32 * float(ml_dtypes.finfo(case.dtype).eps)
+    np.testing.assert_allclose(
+        broken.y[same].astype(float), right.y[same].astype(float), rtol=close, atol=close
+    )
 
 
 @given(case=cases())
