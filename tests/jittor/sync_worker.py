@@ -98,7 +98,7 @@ def train(network, batches):
 
 def check_gradients_of_gradients():
     rng = np.random.default_rng(2)
-    whole, shared = RBN(2, sync=False), RBN(2)
+    whole, shared = RBN(2, sync=False, fused=False), RBN(2)
     whole.float64()
     shared.float64()
     values, cotangent, along = rng.normal(size=(3, 4, 2, 3, 3))
