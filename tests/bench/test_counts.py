@@ -149,6 +149,7 @@ def jittor_images(form):
     from rbn.benchmarks.in_jittor import LAYERS  # isort: split
     import jittor as jt  # after the backend
 
+    jt.sync_all()  # computes, and lets go of, what other tests' modules made while they were collected
     jt.gc()
     before = jt.number_of_lived_vars()
     x = jt.array(random(0))
