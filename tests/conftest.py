@@ -33,6 +33,19 @@ def framework(request):
     return request.param
 
 
+@pytest.fixture(scope="session")
+def runs():
+    """Whether the process of a number runs; one that has ended and that nobody waited for does not."""
+
+    def runs(process):
+        try:
+            return Path("/proc", process, "stat").read_text().rpartition(") ")[2][0] not in "ZX"
+        except (FileNotFoundError, ProcessLookupError):  # the latter when it goes between opening and reading
+            return False
+
+    return runs
+
+
 def pytest_ignore_collect(collection_path, config):
     """Leave the folders of the other frameworks alone: their tests import the framework."""
     name = _folder(collection_path)

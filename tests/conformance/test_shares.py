@@ -59,7 +59,7 @@ def test_a_launcher_that_is_absent_leaves_nothing_behind():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process of its parent's death")
-def test_devices_end_when_their_launcher_is_killed(tmp_path):
+def test_devices_end_when_their_launcher_is_killed(tmp_path, runs):
     body = "import subprocess, sys; subprocess.run([sys.executable, *sys.argv[1:]])"
     script = [shares.__file__, "troubled:device_that_hangs_at_its_start", "1", str(tmp_path)]
     here = str(Path(__file__).parent)
@@ -72,13 +72,6 @@ def test_devices_end_when_their_launcher_is_killed(tmp_path):
     launcher.wait()
     while runs(found[1]):  # until the time limit of this file
         time.sleep(0.1)
-
-
-def runs(process):
-    try:
-        return Path("/proc", process, "stat").read_text().rpartition(") ")[2][0] not in "ZX"
-    except FileNotFoundError:
-        return False
 
 
 @pytest.mark.parametrize(
