@@ -105,7 +105,7 @@ def forward(
         x: The input; read.
         y: Of the same kind; written.
         mu: (N, C), the mean of every plane; written, for `backward`.
-        v: (N, C), its biased variance; written, for `backward`.
+        v: (N, C), its biased variance, or 0 where nothing depends on it; written, for `backward`.
         mean: (C,), E of the batch; written with batch statistics.
         var: (C,), biased Var of the batch; written with batch statistics.
 
@@ -178,6 +178,11 @@ def limit_instructions(level: int) -> int:
     return int(_library().rbn_limit_instructions(level))
 
 
+def limit_cache(size: int) -> int:
+    """Take the last cache to have at most so many bytes; returns how many. For tests."""
+    return int(_library().rbn_limit_cache(size))
+
+
 @functools.cache
 def _library() -> ctypes.CDLL:
     folder = Path(__file__).parent
@@ -186,5 +191,6 @@ def _library() -> ctypes.CDLL:
     if found is None:
         raise OSError("the loops were not compiled: install g++ and install rbn again")
     library = ctypes.CDLL(str(found))
+    library.rbn_limit_cache.argtypes, library.rbn_limit_cache.restype = (ctypes.c_int64,), ctypes.c_int64
     library.rbn_forward.argtypes = library.rbn_backward.argtypes = (ctypes.c_void_p,) * 8
     return library

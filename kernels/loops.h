@@ -35,6 +35,24 @@ static inline To copied(const From *from) {
   return to;
 }
 
+// Whole lines of memory, past the caches: they need not be read for being overwritten.
+template <class Bits>
+static inline void streamed(void *to, Bits bits) {
+#ifdef __SSE2__
+  for (size_t k = 0; k < sizeof bits / 16; k++)
+    _mm_stream_ps((float *)to + 4 * k, copied<__m128>((const char *)&bits + 16 * k));
+#else
+  memcpy(to, &bits, sizeof bits);
+#endif
+}
+
+// What was written past the caches is to be seen by the other threads.
+static inline void all_written() {
+#ifdef __SSE2__
+  _mm_sfence();
+#endif
+}
+
 // One vector of values after another.
 template <class T>
 struct Wide {
@@ -48,6 +66,8 @@ struct Wide {
   static V rounded(Sum s) { return __builtin_convertvector(s, V); }
   static V at(const A *p) { return copied<V>(p); }
   static void set(A *p, V v) { memcpy(p, &v, sizeof v); }
+  static Sum sums_at(const double *p) { return copied<Sum>(p); }
+  static void set_sums(double *p, Sum s) { memcpy(p, &s, sizeof s); }
   static V load(const float *p) { return copied<V>(p); }
   static V load(const double *p) { return copied<V>(p); }
   static V load(const _Float16 *p) { return __builtin_convertvector(copied<Halves>(p), V); }
@@ -55,19 +75,22 @@ struct Wide {
     const Words words = __builtin_convertvector(copied<Shorts>(p), Words) << 16;
     return copied<V>(&words);
   }
-  static void store(float *p, V v) { memcpy(p, &v, sizeof v); }
-  static void store(double *p, V v) { memcpy(p, &v, sizeof v); }
-  static void store(_Float16 *p, V v) {
-    const Halves halves = __builtin_convertvector(v, Halves);
-    memcpy(p, &halves, sizeof halves);
-  }
-  static void store(bfloat16 *p, V v) {
+  static V bits(const float *, V v) { return v; }
+  static V bits(const double *, V v) { return v; }
+  static Halves bits(const _Float16 *, V v) { return __builtin_convertvector(v, Halves); }
+  static Shorts bits(const bfloat16 *, V v) {
     const Words words = copied<Words>(&v);
     const Words nearest_even = (words + 0x7FFFu + ((words >> 16) & 1u)) >> 16;
     const Words quiet = (words >> 16) | 0x40u;  // rounding could turn a NaN into an infinity
     const Words picked = (words & 0x7FFFFFFFu) > 0x7F800000u ? quiet : nearest_even;
-    const Shorts shorts = __builtin_convertvector(picked, Shorts);
-    memcpy(p, &shorts, sizeof shorts);
+    return __builtin_convertvector(picked, Shorts);
+  }
+  static void store(T *p, V v, bool past_the_caches) {
+    const auto b = bits(p, v);
+    if (past_the_caches)
+      streamed(p, b);
+    else
+      memcpy(p, &b, sizeof b);
   }
 };
 
@@ -83,6 +106,8 @@ struct Single {
   static A rounded(double sum) { return (A)sum; }
   static A at(const A *p) { return *p; }
   static void set(A *p, A value) { *p = value; }
+  static double sums_at(const double *p) { return *p; }
+  static void set_sums(double *p, double sum) { *p = sum; }
   static A load(const float *p) { return *p; }
   static A load(const double *p) { return *p; }
   static A load(const _Float16 *p) { return (A)*p; }
@@ -90,10 +115,10 @@ struct Single {
     const uint32_t word = (uint32_t)p->bits << 16;
     return copied<float>(&word);
   }
-  static void store(float *p, A value) { *p = value; }
-  static void store(double *p, A value) { *p = value; }
-  static void store(_Float16 *p, A value) { *p = (_Float16)value; }
-  static void store(bfloat16 *p, A value) {
+  static void store(float *p, A value, bool) { *p = value; }
+  static void store(double *p, A value, bool) { *p = value; }
+  static void store(_Float16 *p, A value, bool) { *p = (_Float16)value; }
+  static void store(bfloat16 *p, A value, bool) {
     const uint32_t word = copied<uint32_t>(&value);
     const bool nan = (word & 0x7FFFFFFFu) > 0x7F800000u;
     p->bits = (uint16_t)(nan ? (word >> 16) | 0x40u : (word + 0x7FFFu + ((word >> 16) & 1u)) >> 16);
@@ -186,6 +211,17 @@ static void plane_moments(const T *x, int64_t positions, A *mean, A *variance) {
   *variance = (A)(all_squares / positions);
 }
 
+template <class T, class A>
+static void plane_mean(const T *x, int64_t positions, A *mean) {
+  double all = 0, sum;
+  for (int64_t begin = 0; begin < positions; begin += BLOCK) {
+    const int64_t end = positions - begin < BLOCK ? positions : begin + BLOCK;
+    summed<T, 1>(begin, end, &sum, [=](auto w, int64_t i, auto *term) { term[0] = w.load(x + i); });
+    all += sum;
+  }
+  *mean = (A)(all / positions);
+}
+
 // S0 = sum dY and S1 = sum dY (X - mu).
 template <class T, class A>
 static void plane_backward_sums(const T *dy, const T *x, int64_t positions, A mu, A *s0, A *s1) {
@@ -205,41 +241,67 @@ static void plane_backward_sums(const T *dy, const T *x, int64_t positions, A mu
 
 // Y = a X + b.
 template <class T, class A>
-static void plane_affine(const T *x, int64_t positions, A a, A b, T *y) {
-  each<T>(0, positions, [=](auto w, int64_t i) { w.store(y + i, w.load(x + i) * a + b); });
+static void plane_affine(const T *x, int64_t positions, A a, A b, T *y, bool past) {
+  each<T>(0, positions, [=](auto w, int64_t i) { w.store(y + i, w.load(x + i) * a + b, past); });
 }
 
 // dX = a dY + e (X - mu) + f.
 template <class T, class A>
-static void plane_backward_affine(const T *dy, const T *x, int64_t positions, A mu, A a, A e, A f, T *dx) {
+static void plane_backward_affine(const T *dy, const T *x, int64_t positions, A mu, A a, A e, A f, T *dx,
+                                  bool past) {
   each<T>(0, positions, [=](auto w, int64_t i) {
-    w.store(dx + i, w.load(dy + i) * a + ((w.load(x + i) - mu) * e + f));
+    w.store(dx + i, w.load(dy + i) * a + ((w.load(x + i) - mu) * e + f), past);
   });
 }
 
 // ---- the same for channels [0, channels) of an image, channels last: rows of `stride` values ----
 
-// Rows that are measured together: they stay in the second cache, and no sum gets long enough to lose digits. They
-// are counted from whole rows and not from the share of one thread, so that results do not depend on the threads.
-template <class T>
-static inline int64_t rows_per_block(int64_t stride) {
-  const int64_t rows = ((int64_t)256 << 10) / (stride * (int64_t)sizeof(T));
-  return rows < 16 ? 16 : rows > 256 ? 256 : rows;
+template <int number>
+struct Vectors {
+  static const int count = number;
+};
+
+// body(Wide, four vectors, c) for as long as they fit, then one vector, then one value.
+template <class T, class Body>
+static inline void each_strip(int64_t channels, Body body) {
+  const int64_t L = Wide<T>::count;
+  int64_t c = 0;
+  for (; c + 4 * L <= channels; c += 4 * L) body(Wide<T>(), Vectors<4>(), c);
+  for (; c + L <= channels; c += L) body(Wide<T>(), Vectors<1>(), c);
+  for (; c < channels; c++) body(Single<T>(), Vectors<1>(), c);
 }
 
-// sums[s][c] += terms(w, offset of the value, c) of these rows, four of them at a time.
+// Rows that a strip of channels is followed through, for its sums to stay in registers: few enough for the other
+// strips to find them in the first cache. Counted from whole rows and not from the share of one thread, so that
+// results do not depend on the threads.
+template <class T>
+static inline int64_t rows_together(int64_t stride) {
+  const int64_t rows = ((int64_t)16 << 10) / (stride * (int64_t)sizeof(T));
+  return rows < 4 ? 4 : rows > 64 ? 64 : rows;
+}
+
+// No sum gets longer before it is added to others in double precision, or it would lose digits.
+static const int64_t ROWS = 64;
+
+// sums[s][c] = terms(w, offset of the value, c) of these rows, added.
 template <class T, int sums, class A, class Terms>
 static inline void summed_rows(int64_t rows, int64_t stride, int64_t channels, A *results, Terms terms) {
-  for (int64_t begin = 0; begin < rows; begin += 4) {
-    const int64_t end = rows - begin < 4 ? rows : begin + 4;
-    each<T>(0, channels, [=](auto w, int64_t c) {
-      typename decltype(w)::Value totals[sums] = {}, more[sums];
-      for (int s = 0; begin && s < sums; s++) totals[s] = w.at(results + s * channels + c);
-      for (int64_t r = begin; r < end; r++) {
-        terms(w, r * stride + c, c, more);
-        for (int s = 0; s < sums; s++) totals[s] += more[s];
-      }
-      for (int s = 0; s < sums; s++) w.set(results + s * channels + c, totals[s]);
+  const int64_t together = rows_together<T>(stride);
+  for (int64_t begin = 0; begin < rows; begin += together) {
+    const int64_t end = rows - begin < together ? rows : begin + together;
+    each_strip<T>(channels, [=](auto w, auto strip, int64_t first) {
+      typename decltype(w)::Value totals[strip.count][sums] = {}, more[sums];
+      for (int64_t r = begin; r < end; r++)
+        for (int j = 0; j < strip.count; j++) {
+          const int64_t c = first + j * w.count;
+          terms(w, r * stride + c, c, more);
+          for (int s = 0; s < sums; s++) totals[j][s] += more[s];
+        }
+      for (int j = 0; j < strip.count; j++)
+        for (int s = 0; s < sums; s++) {
+          A *result = results + s * channels + first + j * w.count;
+          w.set(result, begin ? w.at(result) + totals[j][s] : totals[j][s]);
+        }
     });
   }
 }
@@ -248,37 +310,63 @@ static inline void summed_rows(int64_t rows, int64_t stride, int64_t channels, A
 template <class A>
 struct Room {
   double *totals;  // 2 x channels
-  A *some;         // 2 x channels
+  A *some;         // 3 x channels
 };
 
+template <class T, class A>
+static void image_means(const T *x, int64_t rows, int64_t stride, int64_t channels, A *mean, Room<A> room) {
+  if (rows == 1) {
+    each<T>(0, channels, [=](auto w, int64_t c) { w.set(mean + c, w.load(x + c)); });
+    return;
+  }
+  for (int64_t c = 0; c < channels; c++) room.totals[c] = 0;
+  for (int64_t begin = 0; begin < rows; begin += ROWS) {
+    const int64_t count = rows - begin < ROWS ? rows - begin : ROWS;
+    const T *p = x + begin * stride;
+    summed_rows<T, 1>(count, stride, channels, room.some,
+                      [=](auto w, int64_t i, int64_t, auto *term) { term[0] = w.load(p + i); });
+    for (int64_t c = 0; c < channels; c++) room.totals[c] += room.some[c];
+  }
+  for (int64_t c = 0; c < channels; c++) mean[c] = (A)(room.totals[c] / rows);
+}
+
+// One pass: of every block the sums of X - c and of its square, c the mean of all before it. No block is longer than
+// all before it, so that what c is off by is part of the variance and its square costs no digits (the first block's c
+// is its own mean). Blocks are combined as in Chan et al. 1983.
 template <class T, class A>
 static void image_moments(const T *x, int64_t rows, int64_t stride, int64_t channels, A *mean, A *variance,
                           Room<A> room) {
   if (rows == 1) {
-    each<T>(0, channels, [=](auto w, int64_t c) { w.set(mean + c, w.load(x + c)); });
+    image_means(x, rows, stride, channels, mean, room);
     for (int64_t c = 0; c < channels; c++) variance[c] = mean[c] - mean[c];  // 0, and NaN of what is not finite
     return;
   }
   double *means = room.totals, *squares = room.totals + channels;
   A *centre = room.some, *some = room.some + channels;
   for (int64_t c = 0; c < channels; c++) means[c] = squares[c] = 0;
-  const int64_t block = rows_per_block<T>(stride);
-  for (int64_t begin = 0; begin < rows; begin += block) {
-    const int64_t end = rows - begin < block ? rows : begin + block, count = end - begin;
+  for (int64_t begin = 0, count; begin < rows; begin += count) {
+    const int64_t most = begin == 0 ? 16 : begin < ROWS ? begin : ROWS;
+    count = rows - begin < most ? rows - begin : most;
     const T *p = x + begin * stride;
-    summed_rows<T, 1>(count, stride, channels, centre,
-                      [=](auto w, int64_t i, int64_t, auto *term) { term[0] = w.load(p + i); });
-    for (int64_t c = 0; c < channels; c++) centre[c] /= count;
-    summed_rows<T, 1>(count, stride, channels, some, [=](auto w, int64_t i, int64_t c, auto *term) {
-      const auto d = w.load(p + i) - w.at(centre + c);
-      term[0] = d * d;
-    });
-    const double share = (double)count / end;
-    for (int64_t c = 0; c < channels; c++) {
-      const double delta = centre[c] - means[c];
-      means[c] += delta * share;
-      squares[c] += some[c] + delta * delta * begin * share;
+    if (begin == 0) {
+      summed_rows<T, 1>(count, stride, channels, centre,
+                        [=](auto w, int64_t i, int64_t, auto *term) { term[0] = w.load(p + i); });
+      for (int64_t c = 0; c < channels; c++) centre[c] /= count;
     }
+    summed_rows<T, 2>(count, stride, channels, some, [=](auto w, int64_t i, int64_t c, auto *terms) {
+      terms[0] = w.load(p + i) - w.at(centre + c);
+      terms[1] = terms[0] * terms[0];
+    });
+    const double share = (double)count / (begin + count);
+    each<A>(0, channels, [=](auto w, int64_t c) {
+      const auto sum = w.widened(w.at(some + c)), off = sum / (double)count;
+      const auto delta = w.widened(w.at(centre + c)) - w.sums_at(means + c) + off;
+      const auto mean = w.sums_at(means + c) + delta * share;
+      w.set_sums(means + c, mean);
+      w.set_sums(squares + c, w.sums_at(squares + c) + (w.widened(w.at(some + channels + c)) - sum * off) +
+                                  delta * delta * ((double)begin * share));
+      w.set(centre + c, w.rounded(mean));
+    });
   }
   for (int64_t c = 0; c < channels; c++) {
     mean[c] = (A)means[c];
@@ -290,9 +378,8 @@ template <class T, class A>
 static void image_backward_sums(const T *dy, const T *x, int64_t rows, int64_t stride, int64_t channels,
                                 const A *mu, A *s0, A *s1, Room<A> room) {
   for (int64_t c = 0; c < 2 * channels; c++) room.totals[c] = 0;
-  const int64_t block = rows_per_block<T>(2 * stride);
-  for (int64_t begin = 0; begin < rows; begin += block) {
-    const int64_t count = rows - begin < block ? rows - begin : block;
+  for (int64_t begin = 0; begin < rows; begin += ROWS) {
+    const int64_t count = rows - begin < ROWS ? rows - begin : ROWS;
     const T *g = dy + begin * stride, *p = x + begin * stride;
     summed_rows<T, 2>(count, stride, channels, room.some, [=](auto w, int64_t i, int64_t c, auto *terms) {
       terms[0] = w.load(g + i);
@@ -306,24 +393,57 @@ static void image_backward_sums(const T *dy, const T *x, int64_t rows, int64_t s
   }
 }
 
+// Rows that are transformed together: one after another, as they lie in memory, unless what is known of the channels
+// fits into registers, or does not fit into the first cache.
+template <class A>
+static inline int64_t rows_transformed_together(int64_t stride) {
+  const int64_t bytes = stride * (int64_t)sizeof(A);
+  return bytes <= 256 ? ROWS : bytes <= 4096 ? 1 : 16;
+}
+
 // Y = a X + b.
 template <class T, class A>
-static void image_affine(const T *x, int64_t rows, int64_t stride, int64_t channels, const A *a, const A *b, T *y) {
-  for (int64_t r = 0; r < rows; r++)
-    each<T>(0, channels, [=](auto w, int64_t c) {
-      w.store(y + r * stride + c, w.load(x + r * stride + c) * w.at(a + c) + w.at(b + c));
+static void image_affine(const T *x, int64_t rows, int64_t stride, int64_t channels, const A *a, const A *b, T *y,
+                         bool past) {
+  const int64_t together = rows_transformed_together<A>(stride);
+  for (int64_t begin = 0; begin < rows; begin += together) {
+    const int64_t end = rows - begin < together ? rows : begin + together;
+    each_strip<T>(channels, [=](auto w, auto strip, int64_t c) {
+      typename decltype(w)::Value scale[strip.count], offset[strip.count];
+      for (int j = 0; j < strip.count; j++) {
+        scale[j] = w.at(a + c + j * w.count);
+        offset[j] = w.at(b + c + j * w.count);
+      }
+      for (int64_t r = begin; r < end; r++)
+        for (int j = 0; j < strip.count; j++) {
+          const int64_t i = r * stride + c + j * w.count;
+          w.store(y + i, w.load(x + i) * scale[j] + offset[j], past);
+        }
     });
+  }
 }
 
 // dX = a dY + e (X - mu) + f.
 template <class T, class A>
 static void image_backward_affine(const T *dy, const T *x, int64_t rows, int64_t stride, int64_t channels,
-                                  const A *mu, const A *a, const A *e, const A *f, T *dx) {
-  for (int64_t r = 0; r < rows; r++)
-    each<T>(0, channels, [=](auto w, int64_t c) {
-      const int64_t i = r * stride + c;
-      w.store(dx + i, w.load(dy + i) * w.at(a + c) + ((w.load(x + i) - w.at(mu + c)) * w.at(e + c) + w.at(f + c)));
+                                  const A *mu, const A *a, const A *e, const A *f, T *dx, bool past) {
+  const int64_t together = rows_transformed_together<A>(stride);
+  for (int64_t begin = 0; begin < rows; begin += together) {
+    const int64_t end = rows - begin < together ? rows : begin + together;
+    each_strip<T>(channels, [=](auto w, auto strip, int64_t c) {
+      typename decltype(w)::Value of[strip.count][4];
+      for (int j = 0; j < strip.count; j++) {
+        const A *const from[] = {mu, a, e, f};
+        for (int k = 0; k < 4; k++) of[j][k] = w.at(from[k] + c + j * w.count);
+      }
+      for (int64_t r = begin; r < end; r++)
+        for (int j = 0; j < strip.count; j++) {
+          const int64_t i = r * stride + c + j * w.count;
+          const auto slope = (w.load(x + i) - of[j][0]) * of[j][2] + of[j][3];
+          w.store(dx + i, w.load(dy + i) * of[j][1] + slope, past);
+        }
     });
+  }
 }
 
 // ---- between the passes: equations 2 to 9 on (N, C) numbers, for W::count channels at a time ----
@@ -381,6 +501,11 @@ static inline V restricted_slope(int32_t restriction, V r) {
 // Whether Y depends on a statistic of X, and with it dX on X.
 static inline bool is_measured(const rbn_layer &l) {
   return l.batch_statistics || l.centering != RBN_NONE || l.scaling != RBN_NONE;
+}
+
+// Whether anything depends on the variance of a plane.
+static inline bool varies(const rbn_layer &l) {
+  return l.batch_statistics || l.centering == RBN_CHANNEL_STD || l.scaling == RBN_CHANNEL_STD;
 }
 
 // What channels are, and what a plane of each is; see `calibrate` of rbn_core/fused.py for the names.
@@ -470,14 +595,12 @@ static inline Plane<V> plane_of(const rbn_layer &l, A eps, const Channel<V> &ch,
 }
 
 // The a and b of Y = a X + b for planes of the channels [c, c + W::count), the first of which is plane i. Where no
-// statistic of X is in Y, mu and v are not measured, and any will do for the backward pass.
+// statistic of X is in Y, mu is not measured, and any will do for the backward pass; so for v where nothing varies.
 template <class W, class A>
 static inline void calibrate(const rbn_layer &l, const Channel<typename W::Value> &ch, int64_t i, A *mu, A *v, A *a,
                              A *b) {
-  if (!is_measured(l)) {
-    W::set(mu + i, ch.mean_0);
-    W::set(v + i, typename W::Value{});
-  }
+  if (!is_measured(l)) W::set(mu + i, ch.mean_0);
+  if (!varies(l)) W::set(v + i, typename W::Value{});
   const auto plane = plane_of(l, (A)l.eps, ch, W::at(mu + i), W::at(v + i));
   W::set(a + i, plane.a);
   W::set(b + i, plane.a * plane.translation + ch.beta);
@@ -570,13 +693,14 @@ static bool each_image(const rbn_layer &l, Work work) {
   bool enough = true;
 #pragma omp parallel num_threads(l.threads)
   {
-    double *totals = (double *)malloc(sizeof(double) * 4 * (width ? width : 1));
-#pragma omp for schedule(static)
+    double *totals = (double *)malloc(sizeof(double) * 5 * (width ? width : 1));
+#pragma omp for schedule(static) nowait
     for (int64_t share = 0; share < shares; share++) {
       const int64_t n = share % l.images, first = share / l.images * width;
       const int64_t channels = l.channels - first < width ? l.channels - first : width;
       if (totals) work(n, first, channels, Room<A>{totals, (A *)(totals + 2 * width)});
     }
+    all_written();
     if (!totals) {
 #pragma omp atomic write
       enough = false;
@@ -598,24 +722,41 @@ static void each_channel(const rbn_layer &l, Work work) {
 template <class Work>
 static void each_plane(const rbn_layer &l, Work work) {
   const int64_t planes = l.images * l.channels;
-#pragma omp parallel for schedule(static) num_threads(l.threads)
-  for (int64_t i = 0; i < planes; i++) work(i, i * l.positions);
+#pragma omp parallel num_threads(l.threads)
+  {
+#pragma omp for schedule(static) nowait
+    for (int64_t i = 0; i < planes; i++) work(i, i * l.positions);
+    all_written();
+  }
 }
 
 // Calls work(n, c, channels) for groups of planes of an image that stay near while they are measured.
 template <class T, class Work>
 static void each_group(const rbn_layer &l, Work work) {
   const int64_t most = Wide<T>::count, fit = ((int64_t)64 << 10) / (l.positions * (int64_t)sizeof(T));
-  const int64_t width = fit < most ? 1 : most, groups = (l.channels + width - 1) / width;
-#pragma omp parallel for schedule(static) num_threads(l.threads)
-  for (int64_t g = 0; g < l.images * groups; g++) {
-    const int64_t c = g % groups * width;
-    work(g / groups, c, l.channels - c < width ? l.channels - c : width);
+  const int64_t width = fit < 1 ? 1 : fit < most ? fit : most, groups = (l.channels + width - 1) / width;
+#pragma omp parallel num_threads(l.threads)
+  {
+#pragma omp for schedule(static) nowait
+    for (int64_t g = 0; g < l.images * groups; g++) {
+      const int64_t c = g % groups * width;
+      work(g / groups, c, l.channels - c < width ? l.channels - c : width);
+    }
+    all_written();
   }
 }
 
 // Planes side by side or channels last; a plane of one value is both, and the latter is faster.
 static inline bool in_rows(const rbn_layer &l) { return l.channels_last || l.positions == 1; }
+
+// Whether what is written is too much for the last cache to keep until it is read, beside what else is used; and it
+// must consist of whole lines, or the rest of a line is read after all.
+template <class T>
+static inline bool is_past_the_caches(const rbn_layer &l, const T *written) {
+  const int64_t together = (in_rows(l) ? l.channels : l.positions) * (int64_t)sizeof(T);
+  return l.images * l.channels * l.positions * (int64_t)sizeof(T) > last_cache / 3 && together % 64 == 0 &&
+         (uintptr_t)written % 64 == 0;
+}
 
 template <class T>
 static bool forward(const rbn_layer &l, const rbn_parameters &p, const T *x, T *y, void *mu_, void *v_, void *mean,
@@ -623,15 +764,20 @@ static bool forward(const rbn_layer &l, const rbn_parameters &p, const T *x, T *
   typedef typename Of<T>::A A;
   A *mu = (A *)mu_, *v = (A *)v_;
   const int64_t planes = l.images * l.channels, rows = l.positions, stride = l.channels, size = rows * stride;
-  const bool measured = is_measured(l);
+  const bool measured = is_measured(l), varying = varies(l), past = is_past_the_caches(l, y);
   A *a = (A *)malloc(sizeof(A) * 2 * (planes ? planes : 1)), *b = a + planes;
   if (!a) return false;
   bool enough = true;
   const auto measure_image = [=](int64_t n, int64_t c, int64_t channels, Room<A> room) {
-    image_moments(x + n * size + c, rows, stride, channels, mu + n * stride + c, v + n * stride + c, room);
+    const int64_t i = n * stride + c;
+    if (varying)
+      image_moments(x + n * size + c, rows, stride, channels, mu + i, v + i, room);
+    else
+      image_means(x + n * size + c, rows, stride, channels, mu + i, room);
   };
   const auto transform_image = [=](int64_t n, int64_t c, int64_t channels, Room<A>) {
-    image_affine(x + n * size + c, rows, stride, channels, a + n * stride + c, b + n * stride + c, y + n * size + c);
+    image_affine(x + n * size + c, rows, stride, channels, a + n * stride + c, b + n * stride + c, y + n * size + c,
+                 past);
   };
   const auto calibrate_known = [=](int64_t n, int64_t first, int64_t channels) {
     each<A>(first, first + channels, [=](auto w, int64_t c) {
@@ -651,7 +797,7 @@ static bool forward(const rbn_layer &l, const rbn_parameters &p, const T *x, T *
     if (in_rows(l))
       enough &= each_image<A>(l, transform_image);
     else
-      each_plane(l, [=](int64_t i, int64_t at) { plane_affine(x + at, rows, a[i], b[i], y + at); });
+      each_plane(l, [=](int64_t i, int64_t at) { plane_affine(x + at, rows, a[i], b[i], y + at, past); });
   } else if (in_rows(l)) {  // E and Var are known: every image is measured and transformed while it is near
     enough &= each_image<A>(l, [=](int64_t n, int64_t first, int64_t channels, Room<A> room) {
       if (measured) measure_image(n, first, channels, room);
@@ -661,9 +807,13 @@ static bool forward(const rbn_layer &l, const rbn_parameters &p, const T *x, T *
   } else {
     each_group<T>(l, [=](int64_t n, int64_t first, int64_t channels) {
       const int64_t begin = n * stride + first, end = begin + channels;
-      for (int64_t i = begin; measured && i < end; i++) plane_moments(x + i * rows, rows, mu + i, v + i);
+      for (int64_t i = begin; measured && i < end; i++)
+        if (varying)
+          plane_moments(x + i * rows, rows, mu + i, v + i);
+        else
+          plane_mean(x + i * rows, rows, mu + i);
       calibrate_known(n, first, channels);
-      for (int64_t i = begin; i < end; i++) plane_affine(x + i * rows, rows, a[i], b[i], y + i * rows);
+      for (int64_t i = begin; i < end; i++) plane_affine(x + i * rows, rows, a[i], b[i], y + i * rows, past);
     });
   }
   free(a);
@@ -692,22 +842,23 @@ static bool backward(const rbn_layer &l, const rbn_parameters &p, const T *dy, c
     channel_backward<decltype(w), A>(l, p, c, mu, v, s0, s1, a, gradients);
   });
   const A *e = s0, *f = s1;
+  const bool past = is_past_the_caches(l, dx);
   const bool measured = is_measured(l);  // else e and f are 0, and a value that is not finite stays where it is
   if (!dx) {
   } else if (in_rows(l)) {
     enough &= each_image<A>(l, [=](int64_t n, int64_t c, int64_t channels, Room<A>) {
       const int64_t at = n * size + c, i = n * stride + c;
       if (!measured)
-        image_affine(dy + at, rows, stride, channels, a + i, f + i, dx + at);
+        image_affine(dy + at, rows, stride, channels, a + i, f + i, dx + at, past);
       else
-        image_backward_affine(dy + at, x + at, rows, stride, channels, mu + i, a + i, e + i, f + i, dx + at);
+        image_backward_affine(dy + at, x + at, rows, stride, channels, mu + i, a + i, e + i, f + i, dx + at, past);
     });
   } else {
     each_plane(l, [=](int64_t i, int64_t at) {
       if (!measured)
-        plane_affine(dy + at, rows, a[i], f[i], dx + at);
+        plane_affine(dy + at, rows, a[i], f[i], dx + at, past);
       else
-        plane_backward_affine(dy + at, x + at, rows, mu[i], a[i], e[i], f[i], dx + at);
+        plane_backward_affine(dy + at, x + at, rows, mu[i], a[i], e[i], f[i], dx + at, past);
     });
   }
   free(s0);

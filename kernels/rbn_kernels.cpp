@@ -4,8 +4,25 @@
 #include "rbn_kernels.h"
 
 #include <cmath>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
+
+#ifdef __SSE2__
+#include <immintrin.h>
+#endif
+
+// The bytes of the processor's last cache, or what is usual where the system does not say.
+static int64_t bytes_of_last_cache() {
+  long long kilobytes = 0;
+  if (FILE *file = fopen("/sys/devices/system/cpu/cpu0/cache/index3/size", "r")) {
+    if (fscanf(file, "%lldK", &kilobytes) != 1) kilobytes = 0;
+    fclose(file);
+  }
+  return (kilobytes > 0 ? kilobytes : 32 << 10) << 10;
+}
+
+static int64_t last_cache = bytes_of_last_cache();
 
 namespace plain {
 #include "loops.h"
@@ -46,6 +63,11 @@ static int level = best();
 int rbn_instructions(void) { return level; }
 
 int rbn_limit_instructions(int most) { return level = most < best() ? most : best(); }
+
+int64_t rbn_limit_cache(int64_t most) {
+  const int64_t bytes = bytes_of_last_cache();
+  return last_cache = most < bytes ? most : bytes;
+}
 
 int rbn_forward(const rbn_layer *layer, const rbn_parameters *parameters, const void *x, void *y, void *mu, void *v,
                 void *mean, void *var) {

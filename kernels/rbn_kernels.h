@@ -41,8 +41,9 @@ typedef struct {
   void *gamma, *beta, *center_weight, *scale_weight, *scale_bias;
 } rbn_gradients;
 
-// Y of eq. 12; `mu` and `v`, (N, C), get the mean and biased variance of every plane, which the backward pass
-// takes, `mean` and `var`, (C), the E and biased Var of eq. 2 and 3 (with batch statistics alone).
+// Y of eq. 12; `mu` and `v`, (N, C), get the mean and biased variance of every plane, as far as anything depends on
+// them, which the backward pass takes, `mean` and `var`, (C), the E and biased Var of eq. 2 and 3 (with batch
+// statistics alone).
 // Returns 0, or 1 where memory lacks.
 int rbn_forward(const rbn_layer *, const rbn_parameters *, const void *x, void *y, void *mu, void *v, void *mean,
                 void *var);
@@ -56,6 +57,9 @@ int rbn_instructions(void);
 
 // Use at most this one; returns the one in use. For tests: the best that the processor has is in use at first.
 int rbn_limit_instructions(int level);
+
+// Take the last cache to have at most so many bytes; returns how many. For tests: at first as many as it has.
+int64_t rbn_limit_cache(int64_t bytes);
 
 #ifdef __cplusplus
 }

@@ -22,7 +22,7 @@ PHASES = pytest.mark.parametrize("training", [True, False], ids=["training", "ev
 CENTERINGS = STATISTICS[:3]
 
 GUARD = 72
-"""Bytes around an array, no multiple of a vector: nothing lies as vectors like it."""
+"""Bytes around an array, no multiple of a vector: nothing lies as vectors like it, unless told to."""
 
 
 @pytest.fixture(autouse=True, params=range(len(INSTRUCTIONS)), ids=INSTRUCTIONS)
@@ -37,10 +37,12 @@ def level(request):
 class Guarded:
     """An array in the middle of bytes that must not change, and if `read` must not change itself."""
 
-    def __init__(self, array, read=True):
-        self.room = np.full(array.nbytes + 2 * GUARD, 0xA5, np.uint8)
-        self.array = self.room[GUARD : GUARD + array.nbytes].view(array.dtype).reshape(array.shape)
-        self.address = self.room.ctypes.data + GUARD
+    def __init__(self, array, read=True, line=1):
+        self.room = np.full(array.nbytes + 2 * GUARD + line, 0xA5, np.uint8)
+        begin = GUARD + -(self.room.ctypes.data + GUARD) % line
+        self.inside = slice(begin, begin + array.nbytes)
+        self.array = self.room[self.inside].view(array.dtype).reshape(array.shape)
+        self.address = self.room.ctypes.data + begin
         if read:
             self.array[...] = array
         self.protected = self.room.copy()
@@ -49,7 +51,7 @@ class Guarded:
     def check(self):
         changed = self.room != self.protected
         if not self.read:
-            changed[GUARD : len(changed) - GUARD] = False
+            changed[self.inside] = False
         assert not changed.any()
 
 
@@ -78,7 +80,9 @@ def image_of(shape, dtype="float32", offset=0.0, seed=1):
     return (x + offset).astype(dtype), dy.astype(dtype)
 
 
-def call(layer, x, dy, training=True, channels_last=False, threads=2, wanted=PARAMETERS, wants_dx=True):
+def call(
+    layer, x, dy, training=True, channels_last=False, threads=2, wanted=PARAMETERS, wants_dx=True, line=1
+):
     """What the loops give for a layer of the reference, by the names of `tolerances`."""
     count, channels = x.shape[:2]
     kept = statistics_dtype(x.dtype)
@@ -102,7 +106,7 @@ def call(layer, x, dy, training=True, channels_last=False, threads=2, wanted=PAR
     given = [Guarded(inward(a)) for a in (x, dy)]
     planes = [Guarded(np.empty((count, channels), kept), read=False) for _ in range(2)]
     batch = [Guarded(np.empty(channels, kept), read=False) for _ in range(2)]
-    images = [Guarded(inward(x), read=False) for _ in range(2)]
+    images = [Guarded(inward(x), read=False, line=line) for _ in range(2)]
     gradients = {
         name: Guarded(np.empty(channels, kept), read=False) for name in layer.parameters if name in wanted
     }
@@ -188,6 +192,29 @@ def test_large_planes_far_from_zero(training, channels_last):
     layer = layer_of(2)
     layer.statistics["running_mean"] += 1000
     check(layer, *image_of((1, 2, 1100, 1100), offset=1000), training, channels_last=channels_last)
+
+
+@LAYOUTS
+@PHASES
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(3, 32, 4, 8), (2, 96, 8, 4), (5, 2048, 32), (2, 17, 9)], ids=str)
+def test_what_is_written_past_the_caches_is_the_same(shape, dtype, training, channels_last):
+    layer, (x, dy) = layer_of(shape[1], dtype), image_of(shape, dtype)
+    near = call(layer, x, dy, training, channels_last)
+    try:
+        assert kernels.limit_cache(0) == 0
+        assert_same(call(layer, x, dy, training, channels_last, line=64), near)
+        assert_same(call(layer, x, dy, training, channels_last, line=1), near)  # not whole lines
+    finally:
+        assert kernels.limit_cache(2**40) > 2**20
+
+
+@LAYOUTS
+@pytest.mark.parametrize("first", [1, 15, 16, 17, 40, 64, 100, 9999])
+def test_the_first_values_of_a_plane_tell_nothing_of_the_others(first, channels_last):
+    x, dy = image_of((2, 3, 100, 100))
+    x.reshape(2, 3, 10000)[..., :first] -= 1000
+    check(layer_of(3, centering="channel_std"), x, dy, channels_last=channels_last)
 
 
 @LAYOUTS
