@@ -6,7 +6,6 @@ import dataclasses
 import json
 import os
 import platform
-import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,9 +13,7 @@ from typing import Any
 
 import numpy as np
 from rich import box
-from rich.console import Console, Group, RenderableType
-from rich.live import Live
-from rich.progress_bar import ProgressBar
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -34,6 +31,7 @@ from rbn.benchmarks.cases import (
 )
 from rbn.benchmarks.runner import Run
 from rbn.benchmarks.worker import Measurement
+from rbn.progress import Row
 
 COLUMNS = (
     "BatchNorm\nms",
@@ -48,49 +46,16 @@ COLUMNS = (
 """RBN's time and its ratio with quartiles, the other forms' ratios, and RBN's share of the copy bandwidth."""
 
 
-class Progress:
-    """Shows what is measured and how far every framework is: live on a terminal, else now and then a line.
-
-    Args:
-        console: Where to.
-        interval: Seconds between two lines where the console is no terminal.
-    """
-
-    def __init__(self, console: Console, interval: float = 15.0) -> None:
-        self.console = console
-        self.interval = interval
-        self.live = Live(console=console, transient=True, auto_refresh=False)
-        self.next_line = time.monotonic() + interval
-
-    def __enter__(self) -> Progress:
-        """Take over the last lines of a terminal."""
-        if self.console.is_terminal:
-            self.live.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Give them back."""
-        self.live.stop()
-
-    def __call__(self, runs: Sequence[Run]) -> None:
-        """Show the runs as they stand."""
-        if self.console.is_terminal:
-            table = Table.grid(padding=(0, 1))
-            for run in runs:
-                table.add_row(run.name, ProgressBar(run.total, len(run.measurements), width=30), _stage(run))
-            self.live.update(table, refresh=True)
-        elif time.monotonic() >= self.next_line:
-            self.next_line += self.interval
-            for run in runs:
-                if run.now:
-                    self.console.print(f"{run.name}: {_stage(run)}", soft_wrap=True, highlight=False)
-
-
-def _stage(run: Run) -> str:
+def progress_row(run: Run) -> Row:
+    """How far a run is."""
+    stage = f"{len(run.measurements)} of {run.total}"
     if run.now == "importing":
-        return "importing" + (" (on first use Jittor compiles itself)" if run.name == "jittor" else "")
-    done = f"{len(run.measurements)} of {run.total}"
-    return f"{done}, {run.now}" if run.now else f"done, {run.seconds:.0f} s" if run.seconds else "waiting"
+        stage = "importing" + (" (on first use Jittor compiles itself)" if run.name == "jittor" else "")
+    elif run.now:
+        stage += f", {run.now}"
+    else:
+        stage = f"done, {run.seconds:.0f} s" if run.seconds else "waiting"
+    return Row(run.name, len(run.measurements), run.total, stage, bool(run.now))
 
 
 def share_of_copy(measurement: Measurement) -> float | None:

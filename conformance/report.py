@@ -11,15 +11,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console, Group, RenderableType
-from rich.live import Live
-from rich.progress_bar import ProgressBar
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 import rbn
 from rbn.conformance.checks import ABSENT, EXPECTED, FAILED, PASSED, Result, describe
 from rbn.conformance.runner import Run
+from rbn.progress import Row
 
 IMPORTING = {"jittor": "importing (on first use Jittor compiles itself, about 3 minutes)"}
 
@@ -29,51 +28,12 @@ FAILURES_SHOWN = 10
 STATUSES = (PASSED, FAILED, EXPECTED, ABSENT)
 
 
-class Progress:
-    """Shows how far every framework is: a live table on a terminal, now and then a line elsewhere.
-
-    Args:
-        console: Where to.
-        interval: Seconds between two lines where the console is no terminal.
-    """
-
-    def __init__(self, console: Console, interval: float = 15.0) -> None:
-        self.console = console
-        self.interval = interval
-        self.live = Live(console=console, transient=True, auto_refresh=False)
-        self.next_line = time.monotonic() + interval
-
-    def __enter__(self) -> Progress:
-        """Take over the last lines of a terminal."""
-        if self.console.is_terminal:
-            self.live.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Give them back."""
-        self.live.stop()
-
-    def __call__(self, runs: Sequence[Run]) -> None:
-        """Show the runs as they stand."""
-        if self.console.is_terminal:
-            self.live.update(_progress_table(runs), refresh=True)
-        elif time.monotonic() >= self.next_line:
-            self.next_line += self.interval
-            busy = [run for run in runs if run.stage in ("importing", "checking")]
-            self.console.print(" | ".join(f"{run.name}: {_stage(run)}" for run in busy), soft_wrap=True)
-
-
-def _progress_table(runs: Sequence[Run]) -> RenderableType:
-    table = Table.grid(padding=(0, 1))
-    for run in runs:
-        table.add_row(run.name, ProgressBar(run.total, run.finished, width=30), _stage(run))
-    return table
-
-
-def _stage(run: Run) -> str:
+def progress_row(run: Run) -> Row:
+    """How far a run is."""
     seconds = run.seconds or (time.monotonic() - run.started if run.started else 0.0)
     stage = IMPORTING.get(run.name, run.stage) if run.stage == "importing" else run.stage
-    return f"{stage}, {run.finished} of {run.total} cases, {seconds:.0f} s"
+    stage = f"{stage}, {run.finished} of {run.total} cases, {seconds:.0f} s"
+    return Row(run.name, run.finished, run.total, stage, run.stage in ("importing", "checking"))
 
 
 def render(runs: Sequence[Run]) -> RenderableType:

@@ -117,9 +117,10 @@ def conform(
     not installed.
     """
     # Not needed by the other commands, and slow to import.
-    from rbn.conformance.report import Progress, render, write_json
+    from rbn.conformance.report import progress_row, render, write_json
     from rbn.conformance.runner import SUBJECTS, registered, run
     from rbn.conformance.suite import all_cases, quick_cases, select, with_seeds
+    from rbn.progress import Progress
     from rbn_core import RBNError
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the processes end, too
@@ -147,7 +148,7 @@ def conform(
     targets = (
         {"numpy": SUBJECTS["numpy"]} | targets | {reference: (reference,) for reference in subject or []}
     )
-    with Progress(console) as progress:
+    with Progress(console, progress_row) as progress:
         runs = run(targets, cases, progress, time_limit)
     console.print(render(runs))
     if json is not None:
@@ -188,8 +189,9 @@ def bench(
     """
     # Not needed by the other commands, and slow to import.
     from rbn.benchmarks.cases import NETWORK_SECONDS, SECONDS, Options
-    from rbn.benchmarks.report import Progress, machine, render, write_json
+    from rbn.benchmarks.report import machine, progress_row, render, write_json
     from rbn.benchmarks.runner import run
+    from rbn.progress import Progress
     from rbn_core import architectures
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the processes end, too
@@ -213,7 +215,7 @@ def bench(
         raise typer.Exit(2)
     seconds = 0.0 if quick else SECONDS if network is None else NETWORK_SECONDS
     options = Options(network=network, dtype=dtype, device=device, seconds=seconds)
-    with Progress(console) as progress:
+    with Progress(console, progress_row) as progress:
         runs = run([name for name in asked if name not in missing], options, progress)
     console.print(render(runs, options))
     command = shlex.join(["rbn", *sys.argv[1:]])

@@ -22,6 +22,7 @@ from rbn.benchmarks.cases import (
 from rbn.benchmarks.runner import WORKERS, Run
 from rbn.benchmarks.timing import Comparison
 from rbn.benchmarks.worker import Measurement
+from rbn.progress import Progress
 
 SHAPES = ((2, 3, 4, 4), (4, 3))
 
@@ -162,6 +163,6 @@ def test_the_picture_has_a_bar_for_each_form_and_the_floor(tmp_path, monkeypatch
 
 def test_progress_on_no_terminal_is_a_line_now_and_then():
     console = Console(record=True, force_terminal=False, width=100)
-    with report.Progress(console, interval=0.0) as progress:
+    with Progress(console, report.progress_row, interval=0.0) as progress:
         progress([Run("torch", now="(2, 3), RBN, training", total=8), Run("flax")])
     assert console.export_text() == "torch: 0 of 8, (2, 3), RBN, training\n"

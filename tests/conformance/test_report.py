@@ -10,8 +10,9 @@ from rich.console import Console
 from rbn.conformance import runner
 from rbn.conformance.checks import ABSENT, EXPECTED, FAILED, PASSED, Result
 from rbn.conformance.comparison import Deviation
-from rbn.conformance.report import Progress, render, write_json
+from rbn.conformance.report import progress_row, render, write_json
 from rbn.conformance.suite import all_cases
+from rbn.progress import Progress
 
 CAUSE = "behaves like: The momentum weighs the new value instead of the old."
 
@@ -73,7 +74,7 @@ def test_progress_on_a_terminal_is_a_bar_for_every_framework():
     console = Console(width=100, file=io.StringIO(), force_terminal=True)
     half_done = finished_run()
     half_done.stage, half_done.total, half_done.seconds = "checking", 2, 7.0
-    with Progress(console) as progress:
+    with Progress(console, progress_row) as progress:
         progress([half_done, runner.Run("torch", ("a:B",), all_cases())])
         assert "━" in console.file.getvalue()
         for text in ("checking, 1 of 2 cases, 7 s", f"waiting, 0 of {len(all_cases())} cases"):
@@ -81,7 +82,7 @@ def test_progress_on_a_terminal_is_a_bar_for_every_framework():
 
 
 def test_progress_without_a_terminal_is_a_line_now_and_then(capsys):
-    progress = Progress(Console(width=120), interval=0.0)
+    progress = Progress(Console(width=120), progress_row, interval=0.0)
     waiting = runner.Run("jittor", ("a:B",), all_cases(), "importing")
     with progress:
         progress([waiting, runner.Run("torch", ("a:B",), all_cases())])
