@@ -7,11 +7,12 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Group, RenderableType
+from rich import box
+from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -42,32 +43,61 @@ def render(runs: Sequence[Run]) -> RenderableType:
     A cell is the group's worst error in units of its case's tolerance: at most 1 is right.
     """
     columns = columns_of(runs)
-    groups = list(dict.fromkeys(result.group for results in columns.values() for result in results))
-    table = Table(title="worst error / tolerance (at most 1 is right)")
-    table.add_column("cases", no_wrap=True)
-    for name in columns:
-        table.add_column(name, justify="right", no_wrap=True)
-    for group in groups:
-        cells = [_cell([r for r in results if r.group == group]) for results in columns.values()]
-        table.add_row(group, *cells)
-    parts: list[RenderableType | None] = [table]
+    parts: list[RenderableType | None] = [_Matrix(columns)]
     parts += [_failures(name, results) for name, results in columns.items()]
     parts += [Text(f"{run.name}: {run.failure}", style="red") for run in runs if run.failure]
     parts += [_declared(columns), coverage(runs), _summary(runs)]
     return Group(*(part for part in parts if part is not None))
 
 
+class _Matrix:
+    """Tables below each other, each of as many subjects as there is room for."""
+
+    def __init__(self, columns: Mapping[str, Sequence[Result]]) -> None:
+        self.columns = columns
+        self.groups = list(dict.fromkeys(result.group for results in columns.values() for result in results))
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table]:
+        names = list(self.columns)
+        while names:
+            widths = (
+                self._table(names[:count]).__rich_measure__(console, options).minimum
+                for count in range(1, len(names) + 1)
+            )
+            count = max(1, sum(width <= options.max_width for width in widths))
+            yield self._table(names[:count])
+            names = names[count:]
+
+    def _table(self, names: Sequence[str]) -> Table:
+        table = Table(title="worst error / tolerance (at most 1 is right)", box=box.SIMPLE_HEAD, padding=0)
+        table.add_column("cases", no_wrap=True)
+        for name in names:
+            table.add_column(_heading(name), justify="right", no_wrap=True)
+        for group in self.groups:
+            cells = [_cell([r for r in self.columns[name] if r.group == group]) for name in names]
+            table.add_row(group, *cells)
+        return table
+
+
+def _heading(name: str) -> str:
+    """A subject's name on two lines where it has a dot."""
+    return name.replace(".", "\n.", 1)
+
+
 def coverage(runs: Sequence[Run]) -> Table:
-    """Which values of every option ran, for each subject: all of them, or all but those named."""
+    """Which values of every option ran: in all subjects, but for those named."""
     columns = columns_of(runs)
-    table = Table(title="coverage: which values of an option ran")
+    table = Table(title="coverage: which values of an option ran", box=box.SIMPLE_HEAD)
     table.add_column("option", no_wrap=True)
-    table.add_column("values", overflow="fold")
-    for name in columns:
-        table.add_column(name, overflow="fold")
+    table.add_column("values", ratio=3)
+    table.add_column("ran", ratio=2)
     for option, (values, lacking) in coverage_of(list(columns.values()), runs).items():
-        cells = [f"not {', '.join(each)}" if each else "all" for each in lacking]
-        table.add_row(option, ", ".join(values), *cells)
+        without: dict[tuple[str, ...], list[str]] = {}
+        for name, each in zip(columns, lacking, strict=True):
+            if each:
+                without.setdefault(tuple(each), []).append(name)
+        exceptions = [f"not {', '.join(each)}: {', '.join(names)}" for each, names in without.items()]
+        table.add_row(option, ", ".join(values), "\n".join(exceptions) or "all")
     return table
 
 

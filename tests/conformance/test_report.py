@@ -10,7 +10,7 @@ from rich.console import Console
 from rbn.conformance import runner
 from rbn.conformance.checks import ABSENT, EXPECTED, FAILED, PASSED, Result
 from rbn.conformance.comparison import Deviation
-from rbn.conformance.report import progress_row, render, write_json
+from rbn.conformance.report import coverage, progress_row, render, write_json
 from rbn.conformance.suite import all_cases
 from rbn.progress import Progress
 
@@ -38,6 +38,36 @@ def test_the_matrix_shows_the_worst_ratio_what_failed_and_the_cause():
     assert f"rbn/train/x/float32: why\n    {CAUSE}" in text
     assert f"1 of them: {CAUSE}" in text
     assert "DIFFERS" in text
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_the_matrix_is_whole_however_narrow_the_terminal(width):
+    run = finished_run()
+    (results,) = run.results.values()
+    run.results = {f"framework{number}.plain": results for number in range(9)}
+    matrix, *_ = render([run]).renderables
+    console = Console(width=width, file=io.StringIO())
+    console.print(matrix)
+    text = console.file.getvalue()
+    assert "…" not in text
+    assert text.count("framework") == text.count(".plain") == text.count("0.50") == 9
+
+
+def test_the_coverage_names_who_lacks_a_value():
+    cases = [
+        case
+        for case in all_cases()
+        if case.id in ("rbn/train/offset0/8x3/float32", "rbn/eval/offset0/8x3/float32")
+    ]
+    results = {
+        name: [Result(case.id, case.group, PASSED, (), "", 0.1, ()) for case in some]
+        for name, some in {"a": cases, "b": cases[:1], "c": cases[:1]}.items()
+    }
+    run = runner.Run("a", ("a:B",), cases, "done", results=results)
+    rows = dict(zip(coverage([run]).columns[0].cells, coverage([run]).columns[2].cells, strict=True))
+    assert len(cases) == 2
+    assert rows["mode"] == f"not {cases[1].features['mode']}: b, c"
+    assert rows["layer"] == "all"
 
 
 @pytest.mark.parametrize("status", [ABSENT, EXPECTED])
