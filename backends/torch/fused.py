@@ -74,13 +74,14 @@ def rbn(
         float32 and without a gradient.
     """
     dtype = statistics_dtype(x)
-    stored = [parameters.get(name) for name in PARAMETERS]
-    eager = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    forward = _Eager.apply if eager else torch.ops.rbn.forward.default
+    layer = [*map(parameters.get, PARAMETERS), *(running or (None, None))]
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        forward = torch.ops.rbn.forward.default
+    else:
+        forward = _Eager.apply if torch.is_grad_enabled() else _forward
     y, _, _, mean, var = forward(
         x,
-        *(None if value is None else value.to(dtype) for value in stored),
-        *((None, None) if running is None else (statistic.to(dtype) for statistic in running)),
+        *(value if value is None or value.dtype is dtype else value.to(dtype) for value in layer),
         eps,
         centering,
         scaling,
@@ -132,7 +133,8 @@ def _differentiate(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None
     if torch.is_grad_enabled():  # the gradients are to be differentiated again
         gradients = _differentiable_gradients(dy, x, layer, ctx.options, wanted)
     else:
-        gradients = torch.ops.rbn.backward.default(dy, x, mu, v, *layer, *ctx.options, wanted[0])
+        operator = _backward_cpu if _nobody_listens(dy) else torch.ops.rbn.backward.default
+        gradients = operator(dy, x, mu, v, *layer, *ctx.options, wanted[0])
     return (
         *(gradient if want else None for gradient, want in zip(gradients, wanted, strict=True)),
         *nothing,
@@ -146,11 +148,25 @@ class _Eager(torch.autograd.Function):
     """`rbn::forward` without what the library wraps around it, which takes longer than a small layer."""
 
     @staticmethod
-    def forward(*arguments: Any) -> tuple[Tensor, ...]:
-        return torch.ops.rbn.forward.default(*arguments)
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:  # a setup_context beside it takes its own time
+        output = _forward(*inputs)
+        _remember(ctx, inputs, output)
+        return output
 
-    setup_context = staticmethod(_remember)
     backward = staticmethod(_differentiate)
+
+
+def _forward(x: Tensor, *layer: Any) -> tuple[Tensor, ...]:
+    operator = _forward_cpu if _nobody_listens(x) else torch.ops.rbn.forward.default
+    return operator(x, *layer)
+
+
+def _nobody_listens(x: Tensor) -> bool:
+    """Whether the loops can be called at once: no mode and no kind of tensor must learn of the operator.
+
+    Python's own way to the operator takes longer than the loops on a small layer.
+    """
+    return x.is_cpu and type(x) in (Tensor, torch.nn.Parameter) and not torch._C._len_torch_dispatch_stack()
 
 
 def _differentiable_gradients(
@@ -247,7 +263,7 @@ _known_plan = lru_cache(maxsize=1024)(kernels.Plan)
 
 
 def _address(tensor: Tensor | None) -> int | None:
-    return None if tensor is None or tensor.numel() == 0 else tensor.data_ptr()
+    return None if tensor is None else tensor.data_ptr() or None  # no address: nothing in it
 
 
 def _gradients_of(x: Tensor, mu: Tensor, stored: Any, needs_dx: bool) -> tuple[Tensor, ...]:

@@ -240,6 +240,17 @@ def test_an_exported_program_needs_nothing_of_this_package():
     torch.testing.assert_close(program.module()(x), layer(x))
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("gradients", [True, False])
+def test_a_trace_knows_the_operator(gradients):
+    layer = trained(RBN(3)).eval()
+    x, other = torch.randn(2, 4, 3, 5, 5)
+    with torch.set_grad_enabled(gradients):
+        traced = torch.jit.trace(layer, x)
+        torch.testing.assert_close(traced(other), layer(other))
+
+
 def test_autocast_and_half_precision_layers():
     x = images(2, 4, 5, 5, dtype=torch.bfloat16)
     for layer in (trained(RBN(4)), trained(RBN(4)).bfloat16(), trained(BNET(4)).bfloat16()):
