@@ -211,15 +211,49 @@ static void plane_moments(const T *x, int64_t positions, A *mean, A *variance) {
   *variance = (A)(all_squares / positions);
 }
 
-template <class T, class A>
-static void plane_mean(const T *x, int64_t positions, A *mean) {
+// The mean of a plane, while `beside(w, i)` does at every value what else is to be done, sometimes twice.
+template <class T, class A, class Beside>
+static void plane_mean(const T *x, int64_t positions, A *mean, Beside beside) {
   double all = 0, sum;
   for (int64_t begin = 0; begin < positions; begin += BLOCK) {
     const int64_t end = positions - begin < BLOCK ? positions : begin + BLOCK;
-    summed<T, 1>(begin, end, &sum, [=](auto w, int64_t i, auto *term) { term[0] = w.load(x + i); });
+    summed<T, 1>(begin, end, &sum, [=](auto w, int64_t i, auto *term) {
+      term[0] = w.load(x + i);
+      beside(w, i);
+    });
     all += sum;
   }
   *mean = (A)(all / positions);
+}
+
+// The sums of neighbouring values, of one vector and then of the other.
+static inline Floats paired(Floats u, Floats v) {
+  return __builtin_shufflevector(u, v, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
+         __builtin_shufflevector(u, v, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+}
+
+static inline Doubles paired(Doubles u, Doubles v) {
+  return __builtin_shufflevector(u, v, 0, 2, 4, 6, 8, 10, 12, 14) +
+         __builtin_shufflevector(u, v, 1, 3, 5, 7, 9, 11, 13, 15);
+}
+
+// The means of as many planes as a vector has values, at least as long as one: with small planes, the ends of sums
+// weigh as much as the sums, and here they are shared.
+template <class T, class A>
+static void plane_means(const T *x, int64_t positions, A *mean) {
+  typedef typename Of<T>::V V;
+  const int64_t L = Wide<T>::count;
+  V sums[L];
+  for (int64_t k = 0; k < L; k++, x += positions) {
+    V sum = {};
+    int64_t i = 0;
+    for (; i + L <= positions; i += L) sum += Wide<T>::load(x + i);
+    const V last = Wide<T>::load(x + positions - L);
+    sums[k] = sum + (numbered<V>() < (A)(L - (positions - i)) ? V{} : last);  // those before have been counted
+  }
+  for (int64_t left = L / 2; left; left /= 2)
+    for (int64_t k = 0; k < left; k++) sums[k] = paired(sums[2 * k], sums[2 * k + 1]);
+  Wide<T>::set(mean, sums[0] / (A)positions);
 }
 
 // S0 = sum dY and S1 = sum dY (X - mu).
@@ -730,22 +764,6 @@ static void each_plane(const rbn_layer &l, Work work) {
   }
 }
 
-// Calls work(n, c, channels) for groups of planes of an image that stay near while they are measured.
-template <class T, class Work>
-static void each_group(const rbn_layer &l, Work work) {
-  const int64_t most = Wide<T>::count, fit = ((int64_t)64 << 10) / (l.positions * (int64_t)sizeof(T));
-  const int64_t width = fit < 1 ? 1 : fit < most ? fit : most, groups = (l.channels + width - 1) / width;
-#pragma omp parallel num_threads(l.threads)
-  {
-#pragma omp for schedule(static) nowait
-    for (int64_t g = 0; g < l.images * groups; g++) {
-      const int64_t c = g % groups * width;
-      work(g / groups, c, l.channels - c < width ? l.channels - c : width);
-    }
-    all_written();
-  }
-}
-
 // Planes side by side or channels last; a plane of one value is both, and the latter is faster.
 static inline bool in_rows(const rbn_layer &l) { return l.channels_last || l.positions == 1; }
 
@@ -756,6 +774,68 @@ static inline bool is_past_the_caches(const rbn_layer &l, const T *written) {
   const int64_t together = (in_rows(l) ? l.channels : l.positions) * (int64_t)sizeof(T);
   return l.images * l.channels * l.positions * (int64_t)sizeof(T) > last_cache / 3 && together % 64 == 0 &&
          (uintptr_t)written % 64 == 0;
+}
+
+// `calibrate` of the planes [begin, end) of an image, with the running statistics.
+template <class A>
+static inline void calibrate_known(const rbn_layer &l, const rbn_parameters &p, int64_t begin, int64_t end, A *mu, A *v,
+                                   A *a, A *b) {
+  each<A>(begin, end, [=](auto w, int64_t i) {
+    const auto ch = channel_of<decltype(w), A>(l, p, i % l.channels, mu, v, (A *)nullptr, (A *)nullptr);
+    calibrate<decltype(w), A>(l, ch, i, mu, v, a, b);
+  });
+}
+
+// Planes side by side, with the running statistics: each is measured and transformed while it is near, some at a time
+// whose calibrations are computed together. Where the means of large planes are all that is measured, those of the
+// next ones are taken while these are written, for memory to be read and written at once.
+template <class T, class A>
+static void evaluate_planes(const rbn_layer &l, const rbn_parameters &p, const T *x, T *y, A *mu, A *v, A *a, A *b,
+                            bool past) {
+  struct Planes {
+    int64_t begin, end;
+  };
+  const int64_t rows = l.positions, most = Wide<T>::count, fit = ((int64_t)64 << 10) / (rows * (int64_t)sizeof(T));
+  const int64_t width = fit < 1 ? 1 : fit < most ? fit : most, in_image = (l.channels + width - 1) / width;
+  const bool measured = is_measured(l), varying = varies(l), small = rows >= most && rows <= 256;
+  const bool at_once = measured && !varying && rows > 256;
+  const auto planes_of = [=](int64_t group) {
+    const int64_t c = group % in_image * width, begin = group / in_image * l.channels + c;
+    return Planes{begin, begin + (l.channels - c < width ? l.channels - c : width)};
+  };
+  const auto measure = [=](int64_t begin, int64_t end) {
+    if (measured && !varying && small && end - begin == most)
+      plane_means(x + begin * rows, rows, mu + begin);
+    else
+      for (int64_t i = begin; measured && i < end; i++)
+        if (varying)
+          plane_moments(x + i * rows, rows, mu + i, v + i);
+        else
+          plane_mean(x + i * rows, rows, mu + i, [](auto, int64_t) {});
+  };
+#pragma omp parallel num_threads(l.threads)
+  {
+    const int64_t groups = l.images * in_image, thread = omp_get_thread_num(), threads = omp_get_num_threads();
+    const int64_t first = groups * thread / threads, last = groups * (thread + 1) / threads;
+    Planes planes = planes_of(first);
+    if (first < last) measure(planes.begin, planes.end);
+    for (int64_t group = first; group < last; group++) {
+      calibrate_known(l, p, planes.begin, planes.end, mu, v, a, b);
+      const Planes next = group + 1 < last ? planes_of(group + 1) : Planes{planes.end, planes.end};
+      int64_t i = planes.begin, k = next.begin;
+      for (; at_once && i < planes.end && k < next.end; i++, k++) {
+        const T *from = x + i * rows;
+        T *to = y + i * rows;
+        const A scale = a[i], offset = b[i];
+        plane_mean(x + k * rows, rows, mu + k,
+                   [=](auto w, int64_t j) { w.store(to + j, w.load(from + j) * scale + offset, past); });
+      }
+      for (; i < planes.end; i++) plane_affine(x + i * rows, rows, a[i], b[i], y + i * rows, past);
+      measure(k, next.end);
+      planes = next;
+    }
+    all_written();
+  }
 }
 
 template <class T>
@@ -779,12 +859,6 @@ static bool forward(const rbn_layer &l, const rbn_parameters &p, const T *x, T *
     image_affine(x + n * size + c, rows, stride, channels, a + n * stride + c, b + n * stride + c, y + n * size + c,
                  past);
   };
-  const auto calibrate_known = [=](int64_t n, int64_t first, int64_t channels) {
-    each<A>(first, first + channels, [=](auto w, int64_t c) {
-      const auto ch = channel_of<decltype(w), A>(l, p, c, mu, v, (A *)nullptr, (A *)nullptr);
-      calibrate<decltype(w), A>(l, ch, n * stride + c, mu, v, a, b);
-    });
-  };
   if (l.batch_statistics) {
     if (in_rows(l))
       enough &= each_image<A>(l, measure_image);
@@ -801,20 +875,11 @@ static bool forward(const rbn_layer &l, const rbn_parameters &p, const T *x, T *
   } else if (in_rows(l)) {  // E and Var are known: every image is measured and transformed while it is near
     enough &= each_image<A>(l, [=](int64_t n, int64_t first, int64_t channels, Room<A> room) {
       if (measured) measure_image(n, first, channels, room);
-      calibrate_known(n, first, channels);
+      calibrate_known(l, p, n * stride + first, n * stride + first + channels, mu, v, a, b);
       transform_image(n, first, channels, room);
     });
   } else {
-    each_group<T>(l, [=](int64_t n, int64_t first, int64_t channels) {
-      const int64_t begin = n * stride + first, end = begin + channels;
-      for (int64_t i = begin; measured && i < end; i++)
-        if (varying)
-          plane_moments(x + i * rows, rows, mu + i, v + i);
-        else
-          plane_mean(x + i * rows, rows, mu + i);
-      calibrate_known(n, first, channels);
-      for (int64_t i = begin; i < end; i++) plane_affine(x + i * rows, rows, a[i], b[i], y + i * rows, past);
-    });
+    evaluate_planes(l, p, x, y, mu, v, a, b, past);
   }
   free(a);
   return enough;

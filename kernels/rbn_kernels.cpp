@@ -3,6 +3,8 @@
 
 #include "rbn_kernels.h"
 
+#include <omp.h>
+
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
