@@ -251,3 +251,27 @@ def test_a_cell_may_hold_the_one_that_holds_it():
     outer.insert_child_to_cell("inner", inner)
     inner.insert_child_to_cell("outer", outer)
     assert to_numpy(outer).keys() == {"inner.weight", "inner.bias"}
+
+
+def test_a_compiled_training_step_goes_on_from_what_is_loaded():
+    cell = nn.SequentialCell(nn.Dense(3, 4), RBN(4))
+    cell.set_train()
+    optimizer = nn.SGD(cell.trainable_params(), 0.1)
+    x, target = (Tensor(rng.normal(size=shape), ms.float32) for shape in ((5, 3), (5, 4)))
+
+    def loss_of(x):
+        return ((cell(x) - target) ** 2).mean()
+
+    gradient = ms.value_and_grad(loss_of, None, optimizer.parameters)
+
+    @ms.jit
+    def step(x):
+        loss, gradients = gradient(x)
+        optimizer(gradients)
+        return loss
+
+    start = to_numpy(cell)
+    losses = [float(step(x)) for _ in range(3)]
+    from_numpy(cell, start)
+    assert [float(step(x)) for _ in range(3)] == pytest.approx(losses)
+    assert losses[0] > losses[1] > losses[2]
