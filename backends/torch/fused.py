@@ -162,11 +162,16 @@ def _forward(x: Tensor, *layer: Any) -> tuple[Tensor, ...]:
 
 
 def _nobody_listens(x: Tensor) -> bool:
-    """Whether the loops can be called at once: no mode and no kind of tensor must learn of the operator.
+    """Whether the loops can be called at once: no mode, profiler or kind of tensor must learn of them.
 
     Python's own way to the operator takes longer than the loops on a small layer.
     """
-    return x.is_cpu and type(x) in (Tensor, torch.nn.Parameter) and not torch._C._len_torch_dispatch_stack()
+    return (
+        x.is_cpu
+        and type(x) in (Tensor, torch.nn.Parameter)
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch.autograd._profiler_enabled()
+    )
 
 
 def _differentiable_gradients(

@@ -240,6 +240,17 @@ def test_an_exported_program_needs_nothing_of_this_package():
     torch.testing.assert_close(program.module()(x), layer(x))
 
 
+@pytest.mark.parametrize("gradients", [True, False])
+def test_a_profile_names_the_operators(gradients):
+    layer, x = RBN(3), torch.randn(4, 3, 5, 5, requires_grad=gradients)
+    with torch.set_grad_enabled(gradients), torch.profiler.profile() as profile:
+        y = layer(x)
+        if gradients:
+            y.sum().backward()
+    names = {event.name for event in profile.events()}
+    assert names >= ({"rbn::forward", "rbn::backward"} if gradients else {"rbn::forward"})
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("gradients", [True, False])
