@@ -133,7 +133,7 @@ def _differentiate(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None
     if torch.is_grad_enabled():  # the gradients are to be differentiated again
         gradients = _differentiable_gradients(dy, x, layer, ctx.options, wanted)
     else:
-        operator = _backward_cpu if _nobody_listens(dy) else torch.ops.rbn.backward.default
+        operator = _backward_cpu if _nobody_listens(dy, x) else torch.ops.rbn.backward.default
         gradients = operator(dy, x, mu, v, *layer, *ctx.options, wanted[0])
     return (
         *(gradient if want else None for gradient, want in zip(gradients, wanted, strict=True)),
@@ -161,14 +161,13 @@ def _forward(x: Tensor, *layer: Any) -> tuple[Tensor, ...]:
     return operator(x, *layer)
 
 
-def _nobody_listens(x: Tensor) -> bool:
+def _nobody_listens(*images: Tensor) -> bool:
     """Whether the loops can be called at once: no mode, profiler or kind of tensor must learn of them.
 
     Python's own way to the operator takes longer than the loops on a small layer.
     """
     return (
-        x.is_cpu
-        and type(x) in (Tensor, torch.nn.Parameter)
+        all(image.is_cpu and type(image) in (Tensor, torch.nn.Parameter) for image in images)
         and not torch._C._len_torch_dispatch_stack()
         and not torch.autograd._profiler_enabled()
     )

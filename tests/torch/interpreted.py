@@ -59,7 +59,7 @@ def on_the_cpu():
         warnings.simplefilter("ignore")  # of the loops that are in place there
         for name, implementation in (("forward", fused._forward_cuda), ("backward", fused._backward_cuda)):
             fused.LIBRARY.impl(name, implementation, "CPU", allow_override=True)
-        patch.setattr(fused, "_nobody_listens", lambda x: False)  # or the loops are called at once
+        patch.setattr(fused, "_nobody_listens", lambda *_: False)  # or the loops are called at once
         patch.setitem(fused.AVAILABLE, "cpu", True)
         patch.setattr(triton_kernels, "processors", lambda device: PROCESSORS)
         yield
