@@ -2,12 +2,24 @@
 
 from rbn.kernels.library import (
     Plan,
+    accumulate,
     backward,
     forward,
     instructions,
     limit_cache,
     limit_instructions,
     problem,
+    worthwhile_threads,
 )
 
-__all__ = ["Plan", "backward", "forward", "instructions", "limit_cache", "limit_instructions", "problem"]
+__all__ = [
+    "Plan",
+    "accumulate",
+    "backward",
+    "forward",
+    "instructions",
+    "limit_cache",
+    "limit_instructions",
+    "problem",
+    "worthwhile_threads",
+]

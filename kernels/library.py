@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.machinery
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,8 @@ STATISTICS = (None, "channel_mean", "channel_std", "input_mean")
 RESTRICTIONS = ("sigmoid", "hard_sigmoid")
 INSTRUCTIONS = ("the compiler's default", "AVX2", "AVX-512")
 PARAMETERS = ("gamma", "beta", "center_weight", "scale_weight", "scale_bias")
+VECTORS = (*PARAMETERS, "running_mean", "running_var")
+"""The (C,) inputs of a layer, in the order of `rbn_parameters`; the last two where E and Var are known."""
 
 
 class _Layer(ctypes.Structure):
@@ -36,7 +38,7 @@ class _Layer(ctypes.Structure):
 class _Parameters(ctypes.Structure):
     """`rbn_parameters` of rbn_kernels.h."""
 
-    _fields_ = tuple((name, ctypes.c_void_p) for name in (*PARAMETERS, "running_mean", "running_var"))
+    _fields_ = tuple((name, ctypes.c_void_p) for name in VECTORS)
 
 
 class _Gradients(ctypes.Structure):
@@ -94,59 +96,93 @@ class Plan:
 
 
 def forward(
-    plan: Plan, parameters: Mapping[str, int | None], x: int, y: int, mu: int, v: int, mean: int, var: int
+    plan: Plan,
+    vectors: Sequence[int | None],
+    x: int,
+    y: int,
+    mu: int | None,
+    v: int | None,
+    mean: int | None,
+    var: int | None,
 ) -> None:
     """Y of eq. 12, on addresses.
 
     Args:
         plan: The layer.
-        parameters: gamma, beta, center_weight, scale_weight, scale_bias, and without batch statistics
-            running_mean and running_var, (C,) each, as far as the layer has them.
+        vectors: `VECTORS`, (C,) each, as far as the layer has them; the last two are not read with batch
+            statistics.
         x: The input; read.
         y: Of the same kind; written.
-        mu: (N, C), the mean of every plane; written, for `backward`.
-        v: (N, C), its biased variance, or 0 where nothing depends on it; written, for `backward`.
+        mu: (N, C), the mean of every plane; written, for `backward`, or `None` where there will be none.
+        v: (N, C), its biased variance, or 0 where nothing depends on it; as `mu`.
         mean: (C,), E of the batch; written with batch statistics.
         var: (C,), biased Var of the batch; written with batch statistics.
 
     Raises:
         MemoryError: There is no memory for (N, C) numbers.
     """
-    stored = _Parameters(**parameters)
-    if _library().rbn_forward(ctypes.byref(plan.structure), ctypes.byref(stored), x, y, mu, v, mean, var):
+    if _library().rbn_forward(plan.structure, _Parameters(*vectors), x, y, mu, v, mean, var):
         raise MemoryError
 
 
 def backward(
     plan: Plan,
-    parameters: Mapping[str, int | None],
+    vectors: Sequence[int | None],
     dy: int,
     x: int,
     mu: int,
     v: int,
     dx: int | None,
-    gradients: Mapping[str, int | None],
+    gradients: Sequence[int | None],
 ) -> None:
     """The gradients of X and of the parameters, on addresses.
 
     Args:
         plan: As in `forward`.
-        parameters: As in `forward`.
+        vectors: As in `forward`.
         dy: The gradient of Y, laid out as X; read.
         x: The input; read.
         mu: As `forward` wrote it; read.
         v: As `forward` wrote it; read.
         dx: The gradient of X; written, unless `None`.
-        gradients: Of the parameters, (C,) each; written, those that are there.
+        gradients: Of `PARAMETERS`, (C,) each; written, those that are there.
 
     Raises:
         MemoryError: There is no memory for (N, C) numbers.
     """
-    stored, wanted = _Parameters(**parameters), _Gradients(**gradients)
     if _library().rbn_backward(
-        ctypes.byref(plan.structure), ctypes.byref(stored), dy, x, mu, v, dx, ctypes.byref(wanted)
+        plan.structure, _Parameters(*vectors), dy, x, mu, v, dx, _Gradients(*gradients)
     ):
         raise MemoryError
+
+
+def accumulate(
+    channels: int,
+    dtype: str,
+    batch_dtype: str,
+    running: int,
+    batch: int,
+    new_weight: float,
+    correction: float = 1.0,
+) -> None:
+    """Eq. 3, in place: running <- running + new_weight (correction batch - running), on addresses.
+
+    Args:
+        channels: C.
+        dtype: Of the running statistic, float32 or float64.
+        batch_dtype: Of the batch's, the same choice.
+        running: (C,); changed.
+        batch: (C,); read.
+        new_weight: 1 - m, the weight of the batch.
+        correction: What the batch's is multiplied with before.
+    """
+    wide, wide_batch = (name == "float64" for name in (dtype, batch_dtype))
+    _library().rbn_accumulate(channels, wide, wide_batch, running, batch, new_weight, correction)
+
+
+def worthwhile_threads(images: int, channels: int, positions: int, most: int) -> int:
+    """How many of so many threads are worth waking for a batch."""
+    return int(_library().rbn_worthwhile_threads(images, channels, positions, most))
 
 
 def problem() -> str:
@@ -191,6 +227,12 @@ def _library() -> ctypes.CDLL:
     if found is None:
         raise OSError("the loops were not compiled: install g++ and install rbn again")
     library = ctypes.CDLL(str(found))
-    library.rbn_limit_cache.argtypes, library.rbn_limit_cache.restype = (ctypes.c_int64,), ctypes.c_int64
-    library.rbn_forward.argtypes = library.rbn_backward.argtypes = (ctypes.c_void_p,) * 8
+    integer, number, address = ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
+    layer, vectors, gradients = map(ctypes.POINTER, (_Layer, _Parameters, _Gradients))
+    library.rbn_forward.argtypes = (layer, vectors, *(address,) * 6)
+    library.rbn_backward.argtypes = (layer, vectors, *(address,) * 5, gradients)
+    library.rbn_accumulate.argtypes = (integer, ctypes.c_int, ctypes.c_int, address, address, number, number)
+    library.rbn_accumulate.restype = None
+    library.rbn_worthwhile_threads.argtypes = (integer, integer, integer, ctypes.c_int32)
+    library.rbn_limit_cache.argtypes, library.rbn_limit_cache.restype = (integer,), integer
     return library

@@ -842,11 +842,11 @@ template <class T>
 static bool forward(const rbn_layer &l, const rbn_parameters &p, const T *x, T *y, void *mu_, void *v_, void *mean,
                     void *var) {
   typedef typename Of<T>::A A;
-  A *mu = (A *)mu_, *v = (A *)v_;
   const int64_t planes = l.images * l.channels, rows = l.positions, stride = l.channels, size = rows * stride;
   const bool measured = is_measured(l), varying = varies(l), past = is_past_the_caches(l, y);
-  A *a = (A *)malloc(sizeof(A) * 2 * (planes ? planes : 1)), *b = a + planes;
+  A *a = (A *)malloc(sizeof(A) * 4 * (planes ? planes : 1)), *b = a + planes;
   if (!a) return false;
+  A *mu = mu_ ? (A *)mu_ : b + planes, *v = v_ ? (A *)v_ : b + 2 * planes;
   bool enough = true;
   const auto measure_image = [=](int64_t n, int64_t c, int64_t channels, Room<A> room) {
     const int64_t i = n * stride + c;

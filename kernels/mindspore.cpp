@@ -17,9 +17,6 @@ enum plan { CHANNELS_LAST, CENTERING, SCALING, RESTRICTION, THREADS, EPS, PRESEN
 
 enum accumulation { NEW_WEIGHT, CORRECTION };
 
-// Values that make it worth waking another thread.
-const int64_t GRAIN = 32768;
-
 rbn_layer layer_of(int dimensions, const int64_t *shape, const char *dtype, const double *plan) {
   rbn_layer layer = {};
   layer.channels_last = plan[CHANNELS_LAST] != 0;
@@ -38,21 +35,14 @@ rbn_layer layer_of(int dimensions, const int64_t *shape, const char *dtype, cons
   layer.restriction = (int32_t)plan[RESTRICTION];
   layer.batch_statistics = plan[SIZE - 1] == 0;
   layer.eps = plan[EPS];
-  const int64_t worth = 1 + layer.images * layer.channels * layer.positions / (GRAIN + 1);
-  int64_t threads = (int64_t)plan[THREADS];
-  if (threads > omp_get_max_threads()) threads = omp_get_max_threads();
-  layer.threads = (int32_t)(threads < worth ? threads : worth);
+  const int threads = (int)plan[THREADS], most = omp_get_max_threads();
+  layer.threads = rbn_worthwhile_threads(layer.images, layer.channels, layer.positions, threads < most ? threads : most);
   return layer;
 }
 
 rbn_parameters parameters_of(void **vectors, const double *plan) {
   const auto one = [&](int i) { return plan[PRESENT + i] ? vectors[i] : nullptr; };
   return {one(0), one(1), one(2), one(3), one(4), one(5), one(6)};
-}
-
-template <class A, class B>
-void accumulate(A *running, const B *batch, int64_t channels, double new_weight, double correction) {
-  for (int64_t c = 0; c < channels; c++) running[c] += (A)(new_weight * (batch[c] * correction - running[c]));
 }
 
 }  // namespace
@@ -88,20 +78,9 @@ int rbn_mindspore_accumulate(int, void **tensors, int *, int64_t **shapes, const
   const double *plan = (const double *)tensors[5];
   const int32_t count = ++*(int32_t *)tensors[2];
   const double new_weight = plan[NEW_WEIGHT] < 0 ? 1.0 / count : plan[NEW_WEIGHT];
-  for (int i = 0; i < 2; i++) {
-    const double correction = i == 1 ? plan[CORRECTION] : 1;
-    const int64_t channels = shapes[i][0];
-    const bool wide = !strcmp(dtypes[i], "float64"), wide_batch = !strcmp(dtypes[3 + i], "float64");
-    void *running = tensors[i], *batch = tensors[3 + i];
-    if (wide && wide_batch)
-      accumulate((double *)running, (double *)batch, channels, new_weight, correction);
-    else if (wide)
-      accumulate((double *)running, (float *)batch, channels, new_weight, correction);
-    else if (wide_batch)
-      accumulate((float *)running, (double *)batch, channels, new_weight, correction);
-    else
-      accumulate((float *)running, (float *)batch, channels, new_weight, correction);
-  }
+  for (int i = 0; i < 2; i++)
+    rbn_accumulate(shapes[i][0], !strcmp(dtypes[i], "float64"), !strcmp(dtypes[3 + i], "float64"), tensors[i],
+                   tensors[3 + i], new_weight, i == 1 ? plan[CORRECTION] : 1);
   *(int32_t *)tensors[6] = count;
   return 0;
 }

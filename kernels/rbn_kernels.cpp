@@ -88,3 +88,26 @@ int rbn_backward(const rbn_layer *layer, const rbn_parameters *parameters, const
 #endif
   return plain::backward_of_dtype(layer, parameters, dy, x, mu, v, dx, gradients);
 }
+
+static double number(int wide, const void *numbers, int64_t i) {
+  return wide ? ((const double *)numbers)[i] : ((const float *)numbers)[i];
+}
+
+void rbn_accumulate(int64_t channels, int wide, int wide_batch, void *running, const void *batch, double new_weight,
+                    double correction) {
+  for (int64_t c = 0; c < channels; c++) {
+    const double from = number(wide, running, c), to = number(wide_batch, batch, c) * correction;
+    // From the one that weighs more: with the weight 1 nothing is left of the other.
+    const double between = new_weight < 0.5 ? from + new_weight * (to - from) : to - (1 - new_weight) * (to - from);
+    if (wide)
+      ((double *)running)[c] = between;
+    else
+      ((float *)running)[c] = (float)between;
+  }
+}
+
+int32_t rbn_worthwhile_threads(int64_t images, int64_t channels, int64_t positions, int32_t most) {
+  // A plane's own numbers take about as long as two values; waking a thread as long as 32768.
+  const int64_t worth = 1 + images * channels * (positions + 2) / (32768 + 1);
+  return most < worth ? most : (int32_t)worth;
+}

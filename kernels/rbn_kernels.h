@@ -42,8 +42,8 @@ typedef struct {
 } rbn_gradients;
 
 // Y of eq. 12; `mu` and `v`, (N, C), get the mean and biased variance of every plane, as far as anything depends on
-// them, which the backward pass takes, `mean` and `var`, (C), the E and biased Var of eq. 2 and 3 (with batch
-// statistics alone).
+// them, which the backward pass takes (both null where there is none), `mean` and `var`, (C), the E and biased Var of
+// eq. 2 and 3 (with batch statistics alone).
 // Returns 0, or 1 where memory lacks.
 int rbn_forward(const rbn_layer *, const rbn_parameters *, const void *x, void *y, void *mu, void *v, void *mean,
                 void *var);
@@ -51,6 +51,14 @@ int rbn_forward(const rbn_layer *, const rbn_parameters *, const void *x, void *
 // The gradients of X, where `dx` is not null, and of the parameters, from that of Y.
 int rbn_backward(const rbn_layer *, const rbn_parameters *, const void *dy, const void *x, const void *mu,
                  const void *v, void *dx, const rbn_gradients *);
+
+// Eq. 3, in place: running <- running + new_weight (correction * batch - running), (C) numbers each; `wide` and
+// `wide_batch` say which are float64, and not float32.
+void rbn_accumulate(int64_t channels, int wide, int wide_batch, void *running, const void *batch, double new_weight,
+                    double correction);
+
+// How many of so many threads are worth waking for a batch.
+int32_t rbn_worthwhile_threads(int64_t images, int64_t channels, int64_t positions, int32_t most);
 
 // The instruction set in use: 0 the compiler's own, 1 AVX2 with FMA and F16C, 2 AVX-512.
 int rbn_instructions(void);

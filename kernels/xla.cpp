@@ -91,7 +91,8 @@ struct Plan {
 Plan plan_of(const Call *call) {
   Plan plan;
   memcpy(&plan, call->attributes.values[0]->data, sizeof plan);
-  if (plan.layer.threads > omp_get_max_threads()) plan.layer.threads = omp_get_max_threads();
+  rbn_layer &layer = plan.layer;
+  layer.threads = rbn_worthwhile_threads(layer.images, layer.channels, layer.positions, omp_get_max_threads());
   return plan;
 }
 

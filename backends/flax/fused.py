@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -24,18 +23,13 @@ from numpy.typing import NDArray
 
 from rbn import kernels
 from rbn.backends.flax import functional
-from rbn.kernels.library import DTYPES, PARAMETERS, address
+from rbn.kernels.library import DTYPES, PARAMETERS, VECTORS, address
 from rbn_core.config import SPATIAL_STATISTICS, Statistic
 
 TARGETS = ("rbn_xla_forward", "rbn_xla_backward")
 """The custom calls, under their names in kernels/xla.cpp."""
 
-RUNNING = ("running_mean", "running_var")
-VECTORS = (*PARAMETERS, *RUNNING)
-"""The numbers of a layer, in the order in which the custom calls take those that are there."""
-
-GRAIN = 32768
-"""Values that make it worth waking another thread."""
+RUNNING = VECTORS[-2:]
 
 POSITIONS = 4
 """The fewest values of a plane that make the loops worth it: with fewer, XLA is up to twice as fast."""
@@ -163,7 +157,7 @@ class Layer(NamedTuple):
             self.scaling,
             self.restrict,
             self.batch_statistics,
-            min(1 + x.size // (GRAIN + 1), os.cpu_count() or 1),
+            1,  # for the call to change: a program may run on a machine with more
             self.eps,
         )
         bits = sum((name in self.present) << place for place, name in enumerate(VECTORS))

@@ -16,12 +16,9 @@ from jittor import Function, Var
 
 from rbn import kernels
 from rbn.backends.jittor import functional
-from rbn.kernels.library import DTYPES, PARAMETERS, RESTRICTIONS, STATISTICS, address
+from rbn.kernels.library import DTYPES, PARAMETERS, RESTRICTIONS, STATISTICS, VECTORS, address
 from rbn_core.config import SPATIAL_STATISTICS, Statistic
 from rbn_core.errors import RBNError
-
-VECTORS = (*PARAMETERS, "running_mean", "running_var")
-"""The (C,) inputs of both operators, in the order of `rbn_parameters`."""
 
 # The text itself, without a path: Jittor compiles anew when it changes, wherever the package lies.
 HEADER = f"""

@@ -150,17 +150,24 @@ def affine(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return x * a.reshape(plane) + b.reshape(plane)
 
 
-def accumulate(running: tuple[Tensor, Tensor], mean: Tensor, var: Tensor, new_weight: float | Tensor) -> None:
+def accumulate(
+    running: tuple[Tensor, Tensor],
+    mean: Tensor,
+    var: Tensor,
+    new_weight: float | Tensor,
+    correction: float,
+) -> None:
     """Eq. 3, in place: running <- running + (1 - m) (batch - running), without a gradient.
 
     Args:
         running: E and Var, (C,) each.
         mean: mu_B, (C,).
-        var: sigma_B^2, (C,), already divided as the layer wants it.
+        var: sigma_B^2, (C,), biased.
         new_weight: 1 - m, the weight of the batch.
+        correction: What the layer wants sigma_B^2 multiplied with: n / (n - 1), or 1.
     """
     with torch.no_grad():
-        for old, batch in zip(running, (mean, var), strict=True):
+        for old, batch in zip(running, (mean, var * correction), strict=True):
             old.lerp_(batch.to(old.dtype), new_weight)
 
 

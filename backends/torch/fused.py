@@ -7,7 +7,8 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -18,19 +19,18 @@ from torch.autograd import forward_ad
 from rbn import kernels
 from rbn.backends.torch import functional
 from rbn.kernels.library import DTYPES as NAMES_OF_DTYPES
-from rbn.kernels.library import PARAMETERS
+from rbn.kernels.library import PARAMETERS, VECTORS
 from rbn_core.config import SPATIAL_STATISTICS, Statistic
 
 DTYPES = {getattr(torch, name): name for name in NAMES_OF_DTYPES}
 AVAILABLE = {"cpu": not kernels.problem(), "cuda": importlib.util.find_spec("triton") is not None}
 """On which kinds of device there is a fast form."""
 
-LIBRARY = torch.library.Library("rbn", "DEF")
-LAYER = (*PARAMETERS, "running_mean", "running_var")
-"""The numbers of a layer, in the order in which the operators take them; running ones only in evaluation."""
+STATISTICS_DTYPES = (torch.float32, torch.float64)
 
+LIBRARY = torch.library.Library("rbn", "DEF")
 ARGUMENTS = ", ".join(
-    (*(f"Tensor? {name}" for name in LAYER), "float eps, str? centering, str? scaling, str restrict")
+    (*(f"Tensor? {name}" for name in VECTORS), "float eps, str? centering, str? scaling, str restrict")
 )
 LIBRARY.define(f"forward(Tensor x, {ARGUMENTS}) -> ({', '.join(['Tensor'] * 5)})")
 LIBRARY.define(
@@ -51,7 +51,7 @@ def takes(x: Tensor, centering: Statistic | None, scaling: Statistic | None) -> 
         and x.numel() > 0
         and centering not in SPATIAL_STATISTICS
         and scaling not in SPATIAL_STATISTICS
-        and not torch.compiler.is_exporting()
+        and not (torch.compiler.is_compiling() and torch.compiler.is_exporting())
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
     )
@@ -74,25 +74,49 @@ def rbn(
         float32 and without a gradient.
     """
     dtype = statistics_dtype(x)
-    layer = [*map(parameters.get, PARAMETERS), *(running or (None, None))]
+    layer = [
+        value if value is None or value.dtype is dtype else value.to(dtype)
+        for value in (*map(parameters.get, PARAMETERS), *(running or (None, None)))
+    ]
+    options = (eps, centering, scaling, restrict)
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         forward = torch.ops.rbn.forward.default
+    elif torch.is_grad_enabled():
+        forward = _Eager.apply
+    elif running is not None and _nobody_listens(x):
+        return _evaluated(x, layer, options), *running
     else:
-        forward = _Eager.apply if torch.is_grad_enabled() else _forward
-    y, _, _, mean, var = forward(
-        x,
-        *(value if value is None or value.dtype is dtype else value.to(dtype) for value in layer),
-        eps,
-        centering,
-        scaling,
-        restrict,
-    )
+        forward = _forward
+    y, _, _, mean, var = forward(x, *layer, *options)
     return y, mean, var
+
+
+def accumulate(
+    running: tuple[Tensor, Tensor],
+    mean: Tensor,
+    var: Tensor,
+    new_weight: float | Tensor,
+    correction: float,
+) -> None:
+    """`functional.accumulate`, on the CPU in one call for each statistic."""
+    at_once = (
+        isinstance(new_weight, float)
+        and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
+        and _nobody_listens(*running, mean, var)
+        and all(statistic.dtype in STATISTICS_DTYPES and statistic.is_contiguous() for statistic in running)
+    )
+    if not at_once:
+        functional.accumulate(running, mean, var, new_weight, correction)
+        return
+    torch.autograd.graph.increment_version(running)
+    for old, batch, factor in zip(running, (mean, var), (1.0, correction), strict=True):
+        names = DTYPES[old.dtype], DTYPES[batch.dtype]
+        kernels.accumulate(old.numel(), *names, old.data_ptr(), batch.data_ptr(), new_weight, factor)
 
 
 def statistics_dtype(x: Tensor) -> torch.dtype:
     """What statistics, parameters and their gradients are computed in: at least float32."""
-    return torch.promote_types(x.dtype, torch.float32)
+    return torch.float64 if x.dtype is torch.float64 else torch.float32
 
 
 # ---- what autograd and the compiler know of the operators ----
@@ -166,11 +190,10 @@ def _nobody_listens(*images: Tensor) -> bool:
 
     Python's own way to the operator takes longer than the loops on a small layer.
     """
-    return (
-        all(image.is_cpu and type(image) in (Tensor, torch.nn.Parameter) for image in images)
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch.autograd._profiler_enabled()
-    )
+    for image in images:
+        if not image.is_cpu or type(image) not in (Tensor, torch.nn.Parameter):
+            return False
+    return not torch._C._len_torch_dispatch_stack() and not torch.autograd._profiler_enabled()
 
 
 def _differentiable_gradients(
@@ -200,80 +223,106 @@ def _differentiable_gradients(
 @torch.library.impl(LIBRARY, "forward", "CPU")
 def _forward_cpu(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     *layer, eps, centering, scaling, restrict = arguments
-    layer = [None if value is None else value.contiguous() for value in layer]
-    *_, running_mean, running_var = layer
+    images, channels = x.shape[:2]
+    dtype = statistics_dtype(x)
+    mu = torch.empty(images, channels, dtype=dtype)  # in fewer steps than `new_empty`
+    v = torch.empty_like(mu)
+    *_, mean, var = layer
+    if batch_statistics := mean is None:
+        mean, var = torch.empty(channels, dtype=dtype), torch.empty(channels, dtype=dtype)
+    y = _transformed(x, layer, (eps, centering, scaling, restrict), mu, v, mean, var)
+    return (y, mu, v, mean, var) if batch_statistics else (y, mu, v, mean.clone(), var.clone())
+
+
+def _evaluated(x: Tensor, layer: list[Tensor | None], options: tuple[Any, ...]) -> Tensor:
+    """Y with the E and Var that are in the layer, and nothing for a backward pass."""
+    return _transformed(x, layer, options, None, None, None, None)
+
+
+def _transformed(
+    x: Tensor, layer: list[Tensor | None], options: tuple[Any, ...], *statistics: Tensor | None
+) -> Tensor:
+    """Y, while the moments of the planes and of the batch are written, where there is room for them."""
     x, channels_last = dense(x)
     y = torch.empty_like(x)
-    mu = x.new_empty(x.shape[:2], dtype=statistics_dtype(x))
-    v = torch.empty_like(mu)
-    if running_mean is None:
-        mean, var = mu.new_empty(mu.shape[1]), mu.new_empty(mu.shape[1])
-    else:
-        mean, var = running_mean.clone(), running_var.clone()
+    vectors = _contiguous(layer)
     kernels.forward(
-        _plan(x, channels_last, centering, scaling, restrict, running_mean is None, eps),
-        dict(zip(LAYER, map(_address, layer), strict=True)),
-        *map(Tensor.data_ptr, (x, y, mu, v, mean, var)),
+        _plan(x, channels_last, layer[-1] is None, *options),
+        _addresses(vectors),
+        x.data_ptr(),
+        y.data_ptr(),
+        *_addresses(statistics),
     )
-    return y, mu, v, mean, var
+    return y
 
 
 @torch.library.impl(LIBRARY, "backward", "CPU")
 def _backward_cpu(dy: Tensor, x: Tensor, mu: Tensor, v: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     *layer, eps, centering, scaling, restrict, needs_dx = arguments
-    layer = [None if value is None else value.contiguous() for value in layer]
     x, channels_last = dense(x)
     dy = dy.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last else dy.contiguous()
     gradients = _gradients_of(x, mu, layer[: len(PARAMETERS)], needs_dx)
-    dx, *others = map(_address, gradients)
+    vectors = _contiguous(layer)
+    dx, *others = _addresses(gradients)
     kernels.backward(
-        _plan(x, channels_last, centering, scaling, restrict, layer[-1] is None, eps),
-        dict(zip(LAYER, map(_address, layer), strict=True)),
+        _plan(x, channels_last, layer[-1] is None, eps, centering, scaling, restrict),
+        _addresses(vectors),
         dy.data_ptr(),
         x.data_ptr(),
         mu.data_ptr(),
         v.data_ptr(),
         dx,
-        dict(zip(PARAMETERS, others, strict=True)),
+        others,
     )
     return gradients
 
 
-def _plan(
-    x: Tensor,
+def _plan(x: Tensor, channels_last: bool, batch_statistics: bool, *options: Any) -> kernels.Plan:
+    return _known_plan(
+        tuple(x.shape), DTYPES[x.dtype], channels_last, batch_statistics, torch.get_num_threads(), *options
+    )
+
+
+@lru_cache(maxsize=1024)
+def _known_plan(
+    shape: tuple[int, ...],
+    dtype: str,
     channels_last: bool,
+    batch_statistics: bool,
+    threads: int,
+    eps: float,
     centering: Statistic | None,
     scaling: Statistic | None,
     restrict: str,
-    batch_statistics: bool,
-    eps: float,
 ) -> kernels.Plan:
-    return _known_plan(
-        x.shape[0],
-        x.shape[1],
-        x.shape[2:].numel(),
-        DTYPES[x.dtype],
+    planes = shape[0], shape[1], math.prod(shape[2:])
+    return kernels.Plan(
+        *planes,
+        dtype,
         channels_last,
         centering,
         scaling,
         restrict,
         batch_statistics,
-        torch.get_num_threads(),
+        kernels.worthwhile_threads(*planes, threads),
         eps,
     )
 
 
-_known_plan = lru_cache(maxsize=1024)(kernels.Plan)
+def _contiguous(layer: list[Tensor | None]) -> list[Tensor | None]:
+    """As the loops read it; a copy must live as long as they run."""
+    return [None if value is None else value.contiguous() for value in layer]
 
 
-def _address(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr() or None  # no address: nothing in it
+def _addresses(tensors: Iterable[Tensor | None]) -> list[int | None]:
+    """Where they lie, and 0, which is none, where nothing is in one."""
+    return [None if tensor is None else tensor.data_ptr() for tensor in tensors]
 
 
 def _gradients_of(x: Tensor, mu: Tensor, stored: Any, needs_dx: bool) -> tuple[Tensor, ...]:
     """Room for the gradients of X and of the parameters; none for what the layer lacks or nobody wants."""
     dx = torch.empty_like(x) if needs_dx else x.new_empty(0)
-    return dx, *(mu.new_empty(0 if value is None else mu.shape[1]) for value in stored)
+    return dx, *[mu.new_empty(0) if value is None else torch.empty_like(value) for value in stored]
 
 
 def dense(x: Tensor) -> tuple[Tensor, bool]:

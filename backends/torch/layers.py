@@ -36,11 +36,18 @@ class CalibratedNorm(_NormBase):
 
     Attributes:
         starts: Where the parameters beyond BatchNorm's start.
+        stored: What the (C,) parameters are called here, by their canonical names.
         spatial_dims: How many spatial axes an input must have; any number where `None`.
     """
 
     starts: ClassVar[Mapping[str, float]] = {}
+    stored: ClassVar[Mapping[str, str]]
     spatial_dims: int | None = None
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        own = ("weight", "bias", *cls.starts)
+        cls.stored = {canonical: name for canonical, name in NAMES["torch"].items() if name in own}
 
     def __init__(
         self,
@@ -100,21 +107,23 @@ class CalibratedNorm(_NormBase):
 
     def forward(self, input: Tensor) -> Tensor:
         """Y, of the shape, dtype and memory format of `input`, (N, C, *spatial)."""
-        running = None if self.running_mean is None else (self.running_mean, self.running_var)
+        mean, var = self.running_mean, self.running_var
+        running = None if mean is None else (mean, var)
         batch_statistics = self.training or running is None
         share = distributed.Share(input, self.process_group) if batch_statistics and self.sync else None
         values = input.numel() // self.num_features if share is None else share.values
         self._check(input, training=batch_statistics, values=values)
         parameters = {
-            canonical: self._parameters[name]
-            for canonical, name in NAMES["torch"].items()
-            if self._parameters.get(name) is not None
+            canonical: value
+            for canonical, name in self.stored.items()
+            if (value := getattr(self, name)) is not None  # in `_parameters` there are no parametrized ones
         }
         compute: Callable[..., tuple[Tensor, Tensor, Tensor]]
+        accumulate = functional.accumulate
         if share is not None:
             compute = partial(functional.rbn, average=share.average)
         elif self.fused and fused.takes(input, self.centering, self.scaling):
-            compute = fused.rbn
+            compute, accumulate = fused.rbn, fused.accumulate
         else:
             compute = functional.rbn
         y, mean, var = compute(
@@ -127,8 +136,10 @@ class CalibratedNorm(_NormBase):
             restrict=self.restrict,
         )
         if self.training and self.track_running_stats and running is not None:
-            self._track(mean, var, values)
-        return self.transform(y).to(input.dtype)
+            correction = values / (values - 1) if self.variance_estimator == "unbiased" else 1.0
+            accumulate(running, mean, var, self._count_batch(), correction)
+        y = self.transform(y)
+        return y if y.dtype is input.dtype else y.to(input.dtype)
 
     def transform(self, y: Tensor) -> Tensor:
         """What follows on (N, C) coefficients; nothing but in BNET."""
@@ -149,15 +160,12 @@ class CalibratedNorm(_NormBase):
         """The options, as `print(model)` shows them."""
         return f"{super().extra_repr()}, running_var={self.variance_estimator!r}, sync={self.sync}"
 
-    def _track(self, mean: Tensor, var: Tensor, values: int) -> None:
+    def _count_batch(self) -> float | Tensor:
+        """Count one more batch; returns its weight in the running statistics."""
         self.num_batches_tracked.add_(1)
         if self.momentum is None:  # in the statistics' dtype: 1 / an integer tensor is float32
-            new_weight = self.num_batches_tracked.to(self.running_mean.dtype).reciprocal()
-        else:
-            new_weight = self.momentum
-        if self.variance_estimator == "unbiased":
-            var = var * (values / (values - 1))
-        functional.accumulate((self.running_mean, self.running_var), mean, var, new_weight)
+            return self.num_batches_tracked.to(self.running_mean.dtype).reciprocal()
+        return self.momentum
 
 
 @refuse_unknown_options

@@ -10,7 +10,7 @@ import pytest
 from rbn import kernels
 from rbn.conformance.comparison import Extended, compare
 from rbn.conformance.tolerances import tolerances
-from rbn.kernels.library import DTYPES, INSTRUCTIONS, PARAMETERS, RESTRICTIONS, STATISTICS
+from rbn.kernels.library import DTYPES, INSTRUCTIONS, PARAMETERS, RESTRICTIONS, STATISTICS, VECTORS
 from rbn_core.config import Config
 from rbn_core.reference import Layer, batch_mean_and_variance, per_channel
 
@@ -110,17 +110,20 @@ def call(
     gradients = {
         name: Guarded(np.empty(channels, kept), read=False) for name in layer.parameters if name in wanted
     }
-    addresses = {name: value.address for name, value in stored.items()}
+    vectors = [stored[name].address if name in stored else None for name in VECTORS]
     (x_, dy_), (y, dx) = given, images
-    kernels.forward(plan, addresses, *(a.address for a in (x_, y, *planes, *batch)))
+    kernels.forward(plan, vectors, x_.address, y.address, None, None, *(a.address for a in batch))
+    alone = y.array.copy()
+    kernels.forward(plan, vectors, *(a.address for a in (x_, y, *planes, *batch)))
+    assert alone.tobytes() == y.array.tobytes()  # whether or not the moments of the planes are kept
     for array in planes:
         array.protected, array.read = array.room.copy(), True  # from now on
     kernels.backward(
         plan,
-        addresses,
+        vectors,
         *(a.address for a in (dy_, x_, *planes)),
         dx.address if wants_dx else None,
-        {name: value.address for name, value in gradients.items()},
+        [gradients[name].address if name in gradients else None for name in PARAMETERS],
     )
     for array in (*stored.values(), *given, *planes, *batch, *images, *gradients.values()):
         array.check()
@@ -314,3 +317,31 @@ def test_the_variance_is_not_a_difference_of_squares(channels_last):
     found = call(layer_of(3, centering=None), x, dy, channels_last=channels_last)
     _, var = batch_mean_and_variance(x.astype(np.float64))
     np.testing.assert_allclose(found["running_var"], var, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("batch_dtype", ["float32", "float64"])
+@pytest.mark.parametrize("new_weight", [0.0, 0.1, 0.5, 0.9, 1.0])
+def test_running_statistics(dtype, batch_dtype, new_weight):
+    rng = np.random.default_rng(0)
+    running, batch = (
+        Guarded(rng.normal(size=37, scale=scale).astype(name), read=False)
+        for name, scale in ((dtype, 1e8), (batch_dtype, 1.0))
+    )
+    old, new = rng.normal(size=37, scale=1e8).astype(dtype), rng.normal(size=37).astype(batch_dtype)
+    running.array[...], batch.array[...] = old, new
+    kernels.accumulate(37, dtype, batch_dtype, running.address, batch.address, new_weight, 1.25)
+    expected = (1 - new_weight) * old.astype(np.longdouble) + new_weight * 1.25 * new.astype(np.longdouble)
+    # The last rounding, and two in double precision of numbers as large as the old one.
+    unit, exact = (np.finfo(name).eps for name in (dtype, "float64"))
+    bound = unit * np.abs(expected) + (0 if new_weight == 1 else 2 * exact * np.abs(old))
+    assert (np.abs(running.array - expected) <= bound).all()
+    running.check()
+
+
+def test_threads_are_woken_where_there_is_work_for_them():
+    assert kernels.worthwhile_threads(1, 1, 1, 8) == kernels.worthwhile_threads(8, 64, 7, 8) == 1
+    assert kernels.worthwhile_threads(32, 64, 3136, 8) == 8  # as many as there are
+    assert kernels.worthwhile_threads(256, 128, 1, 8) == 3  # the planes' own numbers are work, too
+    for images, channels, positions in ((0, 5, 4), (5, 0, 4), (5, 4, 0), (2**20, 2**20, 2**20)):
+        assert 1 <= kernels.worthwhile_threads(images, channels, positions, 4) <= 4

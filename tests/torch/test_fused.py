@@ -196,6 +196,39 @@ def test_evaluation_before_a_training_step_keeps_its_gradient():
     assert_same(*both(trained(RBN(4, dtype=torch.float64)), images(2, 4, 3, 3), step))
 
 
+@pytest.mark.parametrize("momentum", [0.1, 0.7, 1.0, 0.0, 1, None])
+@pytest.mark.parametrize("running_var", ["unbiased", "biased"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("statistics", [torch.float32, torch.float64])
+def test_running_statistics(momentum, running_var, dtype, statistics):
+    layer = trained(RBN(4, momentum=momentum, running_var=running_var, dtype=statistics))
+    for change in (lambda old: old, lambda old: torch.stack([old, old], dim=1)[:, 0]):  # one with gaps
+        layer.running_mean = change(layer.running_mean)
+        other, x = plain(layer), images(3, 4, 5, 5, dtype=dtype)
+        for _ in range(2):
+            layer(x), other(x)
+        unit = torch.finfo(torch.promote_types(dtype, statistics)).eps if dtype is statistics else 2**-23
+        torch.testing.assert_close(layer.state_dict(), other.state_dict(), rtol=8 * unit, atol=8 * unit)
+
+
+def test_autograd_knows_that_the_running_statistics_have_changed():
+    layer = RBN(4)
+    square = layer.running_mean.requires_grad_().square()
+    layer.running_mean.requires_grad_(False)
+    layer(images(2, 4, 3, 3, dtype=torch.float32))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        square.sum().backward()
+
+
+def test_evaluation_with_and_without_gradients_is_the_same():
+    layer = trained(RBN(4)).eval()
+    for x in (images(2, 4, 3, 3, dtype=torch.float32), images(2, 4, 40, 30, dtype=torch.bfloat16)):
+        for given in (x, x.to(memory_format=torch.channels_last)):
+            with torch.no_grad():
+                alone = layer(given)
+            assert torch.equal(alone, layer(given).detach())
+
+
 def test_a_changed_input_is_refused_in_the_backward_pass():
     x = images(2, 4, 3, 3).requires_grad_()
     layer = RBN(4, dtype=torch.float64)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize, prune
 
 from rbn.backends.torch import BNET, IEBN, RBN, from_numpy, to_numpy
 from rbn_core import RBNTypeError, RBNValueError
@@ -160,6 +161,34 @@ def test_state_dict_and_pickle_survive(tmp_path) -> None:
 
 def test_printing_shows_every_option() -> None:
     assert "centering='channel_std'" in repr(nn.Sequential(RBN(3, centering="channel_std")))
+
+
+class Doubled(nn.Module):
+    """A parametrization."""
+
+    def forward(self, value: torch.Tensor) -> torch.Tensor:
+        """Twice of it."""
+        return 2 * value
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("name", ["weight", "bias", "center_weight", "scale_weight", "scale_bias"])
+def test_parameters_that_are_computed_from_others(name: str, fused: bool) -> None:
+    layer, x = RBN(3, fused=fused), torch.randn(4, 3, 5, 5)
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter)
+    expected, pruned = copy.deepcopy(layer), copy.deepcopy(layer)
+    with torch.no_grad():
+        getattr(expected, name).mul_(2)
+    parametrize.register_parametrization(layer, name, Doubled())
+    torch.testing.assert_close(layer(x), expected(x))
+    layer(x).square().sum().backward()
+    assert layer.parametrizations[name].original.grad.abs().sum() > 0
+
+    prune.l1_unstructured(pruned, name, amount=2)  # sets the value and keeps the parameter elsewhere
+    with torch.no_grad():
+        getattr(expected, name).div_(2).mul_(getattr(pruned, f"{name}_mask"))
+    torch.testing.assert_close(pruned(x), expected(x))
 
 
 def test_frozen_parameters_get_no_gradient() -> None:
