@@ -195,14 +195,14 @@ static void plane_moments(const T *x, int64_t positions, A *mean, A *variance) {
   double all_mean = 0, all_squares = 0;
   for (int64_t begin = 0; begin < positions; begin += BLOCK) {
     const int64_t end = positions - begin < BLOCK ? positions : begin + BLOCK, count = end - begin;
-    double sum, squares;
+    double sum, sums[2];
     summed<T, 1>(begin, end, &sum, [=](auto w, int64_t i, auto *term) { term[0] = w.load(x + i); });
-    const double block_mean = sum / count;
-    const A centre = (A)block_mean;
-    summed<T, 1>(begin, end, &squares, [=](auto w, int64_t i, auto *term) {
-      const auto d = w.load(x + i) - centre;
-      term[0] = d * d;
+    const A centre = (A)(sum / count);  // near the mean: the second pass corrects what rounding left
+    summed<T, 2>(begin, end, sums, [=](auto w, int64_t i, auto *terms) {
+      terms[0] = w.load(x + i) - centre;
+      terms[1] = terms[0] * terms[0];
     });
+    const double off = sums[0] / count, block_mean = centre + off, squares = sums[1] - sums[0] * off;
     const double delta = block_mean - all_mean, share = count == positions ? 1 : (double)count / end;
     all_mean += delta * share;
     all_squares += squares + delta * delta * begin * share;
@@ -237,23 +237,68 @@ static inline Doubles paired(Doubles u, Doubles v) {
          __builtin_shufflevector(u, v, 1, 3, 5, 7, 9, 11, 13, 15);
 }
 
-// The means of as many planes as a vector has values, at least as long as one: with small planes, the ends of sums
-// weigh as much as the sums, and here they are shared.
-template <class T, class A>
-static void plane_means(const T *x, int64_t positions, A *mean) {
+// Whether planes are so small that the ends of their sums weigh as much as the sums: as many planes as a vector has
+// values are then measured together, and share the ends.
+template <class T>
+static inline bool are_small(int64_t positions) {
+  return positions >= Wide<T>::count && positions <= 256;
+}
+
+// Sums of so many planes, a vector for each of the sums with a plane in every value: terms(k, offset, more) gives what
+// is added of the plane k, whose values begin at k * positions.
+template <class T, int sums, class Terms>
+static inline void summed_planes(int64_t positions, typename Of<T>::V *results, Terms terms) {
   typedef typename Of<T>::V V;
   const int64_t L = Wide<T>::count;
-  V sums[L];
-  for (int64_t k = 0; k < L; k++, x += positions) {
-    V sum = {};
-    int64_t i = 0;
-    for (; i + L <= positions; i += L) sum += Wide<T>::load(x + i);
-    const V last = Wide<T>::load(x + positions - L);
-    sums[k] = sum + (numbered<V>() < (A)(L - (positions - i)) ? V{} : last);  // those before have been counted
+  V all[sums][L], more[sums];
+  for (int64_t k = 0; k < L; k++) {
+    const int64_t begin = k * positions, end = begin + positions;
+    V totals[sums] = {};
+    int64_t i = begin;
+    for (; i + L <= end; i += L) {
+      terms(k, i, more);
+      for (int s = 0; s < sums; s++) totals[s] += more[s];
+    }
+    terms(k, end - L, more);
+    for (int s = 0; s < sums; s++)  // those before have been counted
+      all[s][k] = totals[s] + (numbered<V>() < (typename Of<T>::A)(L - (end - i)) ? V{} : more[s]);
   }
-  for (int64_t left = L / 2; left; left /= 2)
-    for (int64_t k = 0; k < left; k++) sums[k] = paired(sums[2 * k], sums[2 * k + 1]);
-  Wide<T>::set(mean, sums[0] / (A)positions);
+  for (int s = 0; s < sums; s++) {
+    for (int64_t left = L / 2; left; left /= 2)
+      for (int64_t k = 0; k < left; k++) all[s][k] = paired(all[s][2 * k], all[s][2 * k + 1]);
+    results[s] = all[s][0];
+  }
+}
+
+template <class T, class A>
+static void small_means(const T *x, int64_t positions, A *mean) {
+  typename Of<T>::V sum;
+  summed_planes<T, 1>(positions, &sum, [=](int64_t, int64_t i, auto *term) { term[0] = Wide<T>::load(x + i); });
+  Wide<T>::set(mean, sum / (A)positions);
+}
+
+template <class T, class A>
+static void small_moments(const T *x, int64_t positions, A *mean, A *variance) {
+  typename Of<T>::V sums[2];
+  small_means(x, positions, mean);
+  summed_planes<T, 2>(positions, sums, [=](int64_t k, int64_t i, auto *terms) {
+    terms[0] = Wide<T>::load(x + i) - mean[k];
+    terms[1] = terms[0] * terms[0];
+  });
+  const auto off = sums[0] / (A)positions;
+  Wide<T>::set(mean, Wide<T>::at(mean) + off);
+  Wide<T>::set(variance, sums[1] / (A)positions - off * off);
+}
+
+template <class T, class A>
+static void small_backward_sums(const T *dy, const T *x, int64_t positions, const A *mu, A *s0, A *s1) {
+  typename Of<T>::V sums[2];
+  summed_planes<T, 2>(positions, sums, [=](int64_t k, int64_t i, auto *terms) {
+    terms[0] = Wide<T>::load(dy + i);
+    terms[1] = terms[0] * (Wide<T>::load(x + i) - mu[k]);
+  });
+  Wide<T>::set(s0, sums[0]);
+  Wide<T>::set(s1, sums[1]);
 }
 
 // S0 = sum dY and S1 = sum dY (X - mu).
@@ -753,13 +798,14 @@ static void each_channel(const rbn_layer &l, Work work) {
     each<A>(c, l.channels - c < width ? l.channels : c + width, work);
 }
 
-template <class Work>
+// Calls work(begin, end) for groups of planes: of one, or of small ones as many as are measured together.
+template <class T, class Work>
 static void each_plane(const rbn_layer &l, Work work) {
-  const int64_t planes = l.images * l.channels;
+  const int64_t planes = l.images * l.channels, width = are_small<T>(l.positions) ? Wide<T>::count : 1;
 #pragma omp parallel num_threads(l.threads)
   {
 #pragma omp for schedule(static) nowait
-    for (int64_t i = 0; i < planes; i++) work(i, i * l.positions);
+    for (int64_t i = 0; i < planes; i += width) work(i, planes - i < width ? planes : i + width);
     all_written();
   }
 }
@@ -774,6 +820,23 @@ static inline bool is_past_the_caches(const rbn_layer &l, const T *written) {
   const int64_t together = (in_rows(l) ? l.channels : l.positions) * (int64_t)sizeof(T);
   return l.images * l.channels * l.positions * (int64_t)sizeof(T) > last_cache / 3 && together % 64 == 0 &&
          (uintptr_t)written % 64 == 0;
+}
+
+// What is measured of the planes [begin, end).
+template <class T, class A>
+static inline void measure_planes(const T *x, int64_t rows, int64_t begin, int64_t end, bool varying, A *mu, A *v) {
+  if (are_small<T>(rows) && end - begin == Wide<T>::count) {
+    if (varying)
+      small_moments(x + begin * rows, rows, mu + begin, v + begin);
+    else
+      small_means(x + begin * rows, rows, mu + begin);
+    return;
+  }
+  for (int64_t i = begin; i < end; i++)
+    if (varying)
+      plane_moments(x + i * rows, rows, mu + i, v + i);
+    else
+      plane_mean(x + i * rows, rows, mu + i, [](auto, int64_t) {});
 }
 
 // `calibrate` of the planes [begin, end) of an image, with the running statistics.
@@ -797,21 +860,14 @@ static void evaluate_planes(const rbn_layer &l, const rbn_parameters &p, const T
   };
   const int64_t rows = l.positions, most = Wide<T>::count, fit = ((int64_t)64 << 10) / (rows * (int64_t)sizeof(T));
   const int64_t width = fit < 1 ? 1 : fit < most ? fit : most, in_image = (l.channels + width - 1) / width;
-  const bool measured = is_measured(l), varying = varies(l), small = rows >= most && rows <= 256;
+  const bool measured = is_measured(l), varying = varies(l);
   const bool at_once = measured && !varying && rows > 256;
   const auto planes_of = [=](int64_t group) {
     const int64_t c = group % in_image * width, begin = group / in_image * l.channels + c;
     return Planes{begin, begin + (l.channels - c < width ? l.channels - c : width)};
   };
   const auto measure = [=](int64_t begin, int64_t end) {
-    if (measured && !varying && small && end - begin == most)
-      plane_means(x + begin * rows, rows, mu + begin);
-    else
-      for (int64_t i = begin; measured && i < end; i++)
-        if (varying)
-          plane_moments(x + i * rows, rows, mu + i, v + i);
-        else
-          plane_mean(x + i * rows, rows, mu + i, [](auto, int64_t) {});
+    if (measured) measure_planes(x, rows, begin, end, varying, mu, v);
   };
 #pragma omp parallel num_threads(l.threads)
   {
@@ -863,7 +919,7 @@ static bool forward(const rbn_layer &l, const rbn_parameters &p, const T *x, T *
     if (in_rows(l))
       enough &= each_image<A>(l, measure_image);
     else
-      each_plane(l, [=](int64_t i, int64_t at) { plane_moments(x + at, rows, mu + i, v + i); });
+      each_plane<T>(l, [=](int64_t begin, int64_t end) { measure_planes(x, rows, begin, end, true, mu, v); });
     each_channel<A>(l, [=](auto w, int64_t c) {
       const auto ch = channel_of<decltype(w), A>(l, p, c, mu, v, (A *)mean, (A *)var);
       for (int64_t n = 0; n < l.images; n++) calibrate<decltype(w), A>(l, ch, n * stride + c, mu, v, a, b);
@@ -871,7 +927,9 @@ static bool forward(const rbn_layer &l, const rbn_parameters &p, const T *x, T *
     if (in_rows(l))
       enough &= each_image<A>(l, transform_image);
     else
-      each_plane(l, [=](int64_t i, int64_t at) { plane_affine(x + at, rows, a[i], b[i], y + at, past); });
+      each_plane<T>(l, [=](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; i++) plane_affine(x + i * rows, rows, a[i], b[i], y + i * rows, past);
+      });
   } else if (in_rows(l)) {  // E and Var are known: every image is measured and transformed while it is near
     enough &= each_image<A>(l, [=](int64_t n, int64_t first, int64_t channels, Room<A> room) {
       if (measured) measure_image(n, first, channels, room);
@@ -900,8 +958,12 @@ static bool backward(const rbn_layer &l, const rbn_parameters &p, const T *dy, c
       image_backward_sums(dy + at, x + at, rows, stride, channels, mu + i, s0 + i, s1 + i, room);
     });
   else
-    each_plane(l, [=](int64_t i, int64_t at) {
-      plane_backward_sums(dy + at, x + at, rows, mu[i], s0 + i, s1 + i);
+    each_plane<T>(l, [=](int64_t begin, int64_t end) {
+      if (are_small<T>(rows) && end - begin == Wide<T>::count)
+        small_backward_sums(dy + begin * rows, x + begin * rows, rows, mu + begin, s0 + begin, s1 + begin);
+      else
+        for (int64_t i = begin; i < end; i++)
+          plane_backward_sums(dy + i * rows, x + i * rows, rows, mu[i], s0 + i, s1 + i);
     });
   each_channel<A>(l, [=](auto w, int64_t c) {
     channel_backward<decltype(w), A>(l, p, c, mu, v, s0, s1, a, gradients);
@@ -919,11 +981,12 @@ static bool backward(const rbn_layer &l, const rbn_parameters &p, const T *dy, c
         image_backward_affine(dy + at, x + at, rows, stride, channels, mu + i, a + i, e + i, f + i, dx + at, past);
     });
   } else {
-    each_plane(l, [=](int64_t i, int64_t at) {
-      if (!measured)
-        plane_affine(dy + at, rows, a[i], f[i], dx + at, past);
-      else
-        plane_backward_affine(dy + at, x + at, rows, mu[i], a[i], e[i], f[i], dx + at, past);
+    each_plane<T>(l, [=](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; i++)
+        if (const int64_t at = i * rows; !measured)
+          plane_affine(dy + at, rows, a[i], f[i], dx + at, past);
+        else
+          plane_backward_affine(dy + at, x + at, rows, mu[i], a[i], e[i], f[i], dx + at, past);
     });
   }
   free(s0);

@@ -191,10 +191,12 @@ def test_every_shape_and_dtype(shape, dtype, training, channels_last):
 
 @LAYOUTS
 @PHASES
-def test_large_planes_far_from_zero(training, channels_last):
-    layer = layer_of(2)
+@pytest.mark.parametrize("shape", [(1, 2, 1100, 1100), (4, 17, 7, 7), (3, 32, 14, 14), (9, 2, 4, 4)], ids=str)
+@pytest.mark.parametrize("centering", CENTERINGS)
+def test_planes_far_from_zero(shape, centering, training, channels_last):
+    layer = layer_of(shape[1], centering=centering)
     layer.statistics["running_mean"] += 1000
-    check(layer, *image_of((1, 2, 1100, 1100), offset=1000), training, channels_last=channels_last)
+    check(layer, *image_of(shape, offset=1000), training, channels_last=channels_last)
 
 
 @LAYOUTS
@@ -213,11 +215,18 @@ def test_what_is_written_past_the_caches_is_the_same(shape, dtype, training, cha
 
 
 @LAYOUTS
-@pytest.mark.parametrize("first", [1, 15, 16, 17, 40, 64, 100, 9999])
-def test_the_first_values_of_a_plane_tell_nothing_of_the_others(first, channels_last):
-    x, dy = image_of((2, 3, 100, 100))
-    x.reshape(2, 3, 10000)[..., :first] -= 1000
-    check(layer_of(3, centering="channel_std"), x, dy, channels_last=channels_last)
+@pytest.mark.parametrize(
+    ("shape", "first"),
+    [
+        *(((2, 3, 100, 100), first) for first in (1, 15, 16, 17, 40, 64, 100, 9999)),
+        *(((2, 20, 7, 7), first) for first in (1, 15, 16, 17, 48)),
+    ],
+    ids=str,
+)
+def test_the_first_values_of_a_plane_tell_nothing_of_the_others(shape, first, channels_last):
+    x, dy = image_of(shape)
+    x.reshape(*shape[:2], -1)[..., :first] -= 1000
+    check(layer_of(shape[1], centering="channel_std"), x, dy, channels_last=channels_last)
 
 
 @LAYOUTS
@@ -317,6 +326,16 @@ def test_the_variance_is_not_a_difference_of_squares(channels_last):
     found = call(layer_of(3, centering=None), x, dy, channels_last=channels_last)
     _, var = batch_mean_and_variance(x.astype(np.float64))
     np.testing.assert_allclose(found["running_var"], var, rtol=1e-4)
+
+
+@LAYOUTS
+@pytest.mark.parametrize("size", [5, 7, 16, 40])
+def test_moments_are_exact_where_the_mean_is_far_larger_than_the_deviation(size, channels_last):
+    x, dy = image_of((1, 32, size, size), offset=1e5)
+    found = call(layer_of(32, centering=None), x, dy, channels_last=channels_last)
+    mean, var = batch_mean_and_variance(x.astype(np.float64))
+    np.testing.assert_allclose(found["running_mean"], mean, rtol=1.01 * 2**-24, atol=0)  # the last rounding
+    np.testing.assert_allclose(found["running_var"], var, rtol=16 * 2**-23, atol=0)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
