@@ -259,9 +259,12 @@ static inline void summed_planes(int64_t positions, typename Of<T>::V *results, 
       terms(k, i, more);
       for (int s = 0; s < sums; s++) totals[s] += more[s];
     }
-    terms(k, end - L, more);
-    for (int s = 0; s < sums; s++)  // those before have been counted
-      all[s][k] = totals[s] + (numbered<V>() < (typename Of<T>::A)(L - (end - i)) ? V{} : more[s]);
+    if (i < end) {
+      terms(k, end - L, more);
+      for (int s = 0; s < sums; s++)  // those before have been counted
+        totals[s] += numbered<V>() < (typename Of<T>::A)(L - (end - i)) ? V{} : more[s];
+    }
+    for (int s = 0; s < sums; s++) all[s][k] = totals[s];
   }
   for (int s = 0; s < sums; s++) {
     for (int64_t left = L / 2; left; left /= 2)
@@ -270,17 +273,21 @@ static inline void summed_planes(int64_t positions, typename Of<T>::V *results, 
   }
 }
 
-template <class T, class A>
-static void small_means(const T *x, int64_t positions, A *mean) {
+// Their means, while `beside(k, offset)` does at every value what else is to be done, sometimes twice.
+template <class T, class A, class Beside>
+static void small_means(const T *x, int64_t positions, A *mean, Beside beside) {
   typename Of<T>::V sum;
-  summed_planes<T, 1>(positions, &sum, [=](int64_t, int64_t i, auto *term) { term[0] = Wide<T>::load(x + i); });
+  summed_planes<T, 1>(positions, &sum, [=](int64_t k, int64_t i, auto *term) {
+    term[0] = Wide<T>::load(x + i);
+    beside(k, i);
+  });
   Wide<T>::set(mean, sum / (A)positions);
 }
 
 template <class T, class A>
 static void small_moments(const T *x, int64_t positions, A *mean, A *variance) {
   typename Of<T>::V sums[2];
-  small_means(x, positions, mean);
+  small_means(x, positions, mean, [](int64_t, int64_t) {});
   summed_planes<T, 2>(positions, sums, [=](int64_t k, int64_t i, auto *terms) {
     terms[0] = Wide<T>::load(x + i) - mean[k];
     terms[1] = terms[0] * terms[0];
@@ -355,7 +362,7 @@ static inline void each_strip(int64_t channels, Body body) {
 // results do not depend on the threads.
 template <class T>
 static inline int64_t rows_together(int64_t stride) {
-  const int64_t rows = ((int64_t)16 << 10) / (stride * (int64_t)sizeof(T));
+  const int64_t rows = ((int64_t)32 << 10) / (stride * (int64_t)sizeof(T));
   return rows < 4 ? 4 : rows > 64 ? 64 : rows;
 }
 
@@ -829,7 +836,7 @@ static inline void measure_planes(const T *x, int64_t rows, int64_t begin, int64
     if (varying)
       small_moments(x + begin * rows, rows, mu + begin, v + begin);
     else
-      small_means(x + begin * rows, rows, mu + begin);
+      small_means(x + begin * rows, rows, mu + begin, [](int64_t, int64_t) {});
     return;
   }
   for (int64_t i = begin; i < end; i++)
@@ -850,8 +857,8 @@ static inline void calibrate_known(const rbn_layer &l, const rbn_parameters &p, 
 }
 
 // Planes side by side, with the running statistics: each is measured and transformed while it is near, some at a time
-// whose calibrations are computed together. Where the means of large planes are all that is measured, those of the
-// next ones are taken while these are written, for memory to be read and written at once.
+// whose calibrations are computed together. Where means are all that is measured, those of the next ones are taken
+// while these are written, for memory to be read and written at once.
 template <class T, class A>
 static void evaluate_planes(const rbn_layer &l, const rbn_parameters &p, const T *x, T *y, A *mu, A *v, A *a, A *b,
                             bool past) {
@@ -860,8 +867,8 @@ static void evaluate_planes(const rbn_layer &l, const rbn_parameters &p, const T
   };
   const int64_t rows = l.positions, most = Wide<T>::count, fit = ((int64_t)64 << 10) / (rows * (int64_t)sizeof(T));
   const int64_t width = fit < 1 ? 1 : fit < most ? fit : most, in_image = (l.channels + width - 1) / width;
-  const bool measured = is_measured(l), varying = varies(l);
-  const bool at_once = measured && !varying && rows > 256;
+  const bool measured = is_measured(l), varying = varies(l), at_once = measured && !varying && rows >= most;
+  const bool small = are_small<T>(rows);
   const auto planes_of = [=](int64_t group) {
     const int64_t c = group % in_image * width, begin = group / in_image * l.channels + c;
     return Planes{begin, begin + (l.channels - c < width ? l.channels - c : width)};
@@ -879,9 +886,17 @@ static void evaluate_planes(const rbn_layer &l, const rbn_parameters &p, const T
       calibrate_known(l, p, planes.begin, planes.end, mu, v, a, b);
       const Planes next = group + 1 < last ? planes_of(group + 1) : Planes{planes.end, planes.end};
       int64_t i = planes.begin, k = next.begin;
-      for (; at_once && i < planes.end && k < next.end; i++, k++) {
-        const T *from = x + i * rows;
-        T *to = y + i * rows;
+      const T *from = x + i * rows;
+      T *to = y + i * rows;
+      if (at_once && small && planes.end - i == most && next.end - k == most) {
+        const A *scale = a + i, *offset = b + i;
+        small_means(x + k * rows, rows, mu + k, [=](int64_t plane, int64_t j) {
+          Wide<T>::store(to + j, Wide<T>::load(from + j) * scale[plane] + offset[plane], past);
+        });
+        i = planes.end;
+        k = next.end;
+      }
+      for (; at_once && !small && i < planes.end && k < next.end; i++, k++, from += rows, to += rows) {
         const A scale = a[i], offset = b[i];
         plane_mean(x + k * rows, rows, mu + k,
                    [=](auto w, int64_t j) { w.store(to + j, w.load(from + j) * scale + offset, past); });
