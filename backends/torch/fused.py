@@ -108,8 +108,8 @@ def accumulate(
     if not at_once:
         functional.accumulate(running, mean, var, new_weight, correction)
         return
-    torch.autograd.graph.increment_version(running)
     for old, batch, factor in zip(running, (mean, var), (1.0, correction), strict=True):
+        torch.autograd.graph.increment_version(old)
         names = DTYPES[old.dtype], DTYPES[batch.dtype]
         kernels.accumulate(old.numel(), *names, old.data_ptr(), batch.data_ptr(), new_weight, factor)
 
@@ -223,13 +223,11 @@ def _differentiable_gradients(
 @torch.library.impl(LIBRARY, "forward", "CPU")
 def _forward_cpu(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     *layer, eps, centering, scaling, restrict = arguments
-    images, channels = x.shape[:2]
-    dtype = statistics_dtype(x)
-    mu = torch.empty(images, channels, dtype=dtype)  # in fewer steps than `new_empty`
-    v = torch.empty_like(mu)
+    like = {"dtype": statistics_dtype(x), "device": x.device}  # `new_empty` takes longer
+    mu, v = torch.empty(x.shape[:2], **like), torch.empty(x.shape[:2], **like)
     *_, mean, var = layer
     if batch_statistics := mean is None:
-        mean, var = torch.empty(channels, dtype=dtype), torch.empty(channels, dtype=dtype)
+        mean, var = torch.empty(x.shape[1], **like), torch.empty(x.shape[1], **like)
     y = _transformed(x, layer, (eps, centering, scaling, restrict), mu, v, mean, var)
     return (y, mu, v, mean, var) if batch_statistics else (y, mu, v, mean.clone(), var.clone())
 

@@ -107,8 +107,8 @@ class CalibratedNorm(_NormBase):
 
     def forward(self, input: Tensor) -> Tensor:
         """Y, of the shape, dtype and memory format of `input`, (N, C, *spatial)."""
-        mean, var = self.running_mean, self.running_var
-        running = None if mean is None else (mean, var)
+        running_mean, running_var = self.running_mean, self.running_var
+        running = None if running_mean is None else (running_mean, running_var)
         batch_statistics = self.training or running is None
         share = distributed.Share(input, self.process_group) if batch_statistics and self.sync else None
         values = input.numel() // self.num_features if share is None else share.values

@@ -220,6 +220,15 @@ def test_autograd_knows_that_the_running_statistics_have_changed():
         square.sum().backward()
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_what_a_step_makes_lies_where_the_input_lies(training):
+    layer, x = trained(RBN(4)).train(training), images(2, 4, 3, 3, dtype=torch.float32).requires_grad_()
+    with torch.device("meta"):  # where tensors are made by default
+        y = layer(x)
+        y.sum().backward()
+    assert {tensor.device.type for tensor in (y, x.grad, layer.weight.grad, layer.running_mean)} == {"cpu"}
+
+
 def test_evaluation_with_and_without_gradients_is_the_same():
     layer = trained(RBN(4)).eval()
     for x in (images(2, 4, 3, 3, dtype=torch.float32), images(2, 4, 40, 30, dtype=torch.bfloat16)):
