@@ -1,5 +1,7 @@
 """The compiled loops; all else about the package is in pyproject.toml."""
 
+from glob import glob
+
 from setuptools import Extension, setup
 
 setup(
@@ -7,7 +9,7 @@ setup(
         Extension(
             "rbn.kernels.rbn_kernels",  # a plain library that is loaded by its path
             sources=["kernels/rbn_kernels.cpp", "kernels/mindspore.cpp", "kernels/xla.cpp"],
-            depends=["kernels/loops.h", "kernels/rbn_kernels.h"],
+            depends=glob("kernels/*.h"),
             extra_compile_args=[
                 "-O3",
                 "-std=c++17",

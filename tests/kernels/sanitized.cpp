@@ -41,7 +41,8 @@ static int call(const Shape &s, int dtype, int flags, int centering, int scaling
                            scaling,  scaling % 2, flags >> 1 & 1, flags & 4 ? 3 : 1, 1e-5};
   const rbn_parameters parameters = {own[0], own[1], own[2], own[3], own[4], own[5], own[6]};
   const rbn_gradients gradients = {own[7], own[8], own[9], own[10], own[11]};
-  const int lacks = rbn_forward(&layer, &parameters, x, y, mu, v, own[12], own[13]) |
+  const int lacks = rbn_forward(&layer, &parameters, x, y, nullptr, nullptr, own[12], own[13]) |
+                    rbn_forward(&layer, &parameters, x, y, mu, v, own[12], own[13]) |
                     rbn_backward(&layer, &parameters, dy, x, mu, v, dx, &gradients);
   for (char *each : blocks) free(each);
   blocks.clear();
