@@ -44,8 +44,8 @@ class CalibratedNorm(_NormBase):
     stored: ClassVar[Mapping[str, str]]
     spatial_dims: int | None = None
 
-    def __init_subclass__(cls) -> None:
-        super().__init_subclass__()
+    def __init_subclass__(cls, **options: object) -> None:
+        super().__init_subclass__(**options)
         own = ("weight", "bias", *cls.starts)
         cls.stored = {canonical: name for canonical, name in NAMES["torch"].items() if name in own}
 
