@@ -22,10 +22,10 @@ def after_a_large_batch(framework):
     if framework == "torch":
         import torch
 
-        from rbn.backends.torch import RBN
+        from rbn.backends.torch import RBN, functional
 
         layer = RBN(2)
-        layer._track(torch.tensor(mean), torch.tensor(var), VALUES)
+        layer._track(torch.tensor(mean), torch.tensor(var), VALUES, functional.accumulate)
         shape = RBN(2, device="meta")(torch.empty(SHAPE, device="meta")).shape
         return layer.running_var.numpy(), tuple(shape)
     if framework == "flax":

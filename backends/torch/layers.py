@@ -136,8 +136,7 @@ class CalibratedNorm(_NormBase):
             restrict=self.restrict,
         )
         if self.training and self.track_running_stats and running is not None:
-            correction = values / (values - 1) if self.variance_estimator == "unbiased" else 1.0
-            accumulate(running, mean, var, self._count_batch(), correction)
+            self._track(mean, var, values, accumulate)
         y = self.transform(y)
         return y if y.dtype is input.dtype else y.to(input.dtype)
 
@@ -160,12 +159,14 @@ class CalibratedNorm(_NormBase):
         """The options, as `print(model)` shows them."""
         return f"{super().extra_repr()}, running_var={self.variance_estimator!r}, sync={self.sync}"
 
-    def _count_batch(self) -> float | Tensor:
-        """Count one more batch; returns its weight in the running statistics."""
+    def _track(self, mean: Tensor, var: Tensor, values: int, accumulate: Callable[..., None]) -> None:
         self.num_batches_tracked.add_(1)
         if self.momentum is None:  # in the statistics' dtype: 1 / an integer tensor is float32
-            return self.num_batches_tracked.to(self.running_mean.dtype).reciprocal()
-        return self.momentum
+            new_weight = self.num_batches_tracked.to(self.running_mean.dtype).reciprocal()
+        else:
+            new_weight = self.momentum
+        correction = values / (values - 1) if self.variance_estimator == "unbiased" else 1.0
+        accumulate((self.running_mean, self.running_var), mean, var, new_weight, correction)
 
 
 @refuse_unknown_options
