@@ -35,8 +35,8 @@ rbn_layer layer_of(int dimensions, const int64_t *shape, const char *dtype, cons
   layer.restriction = (int32_t)plan[RESTRICTION];
   layer.batch_statistics = plan[SIZE - 1] == 0;
   layer.eps = plan[EPS];
-  const int threads = (int)plan[THREADS], most = omp_get_max_threads();
-  layer.threads = rbn_worthwhile_threads(layer.images, layer.channels, layer.positions, threads < most ? threads : most);
+  const int asked = (int)plan[THREADS], there = omp_get_max_threads(), most = asked < there ? asked : there;
+  layer.threads = rbn_worthwhile_threads(layer.images, layer.channels, layer.positions, most);
   return layer;
 }
 
