@@ -6,7 +6,7 @@ import difflib
 import functools
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -235,6 +235,47 @@ def check_input(
         raise RBNValueError(
             f"{layer}: expected more than one value per channel in training, got an input of shape {shape}. "
             "Use a larger batch, or switch the layer to evaluation."
+        )
+
+
+def check_vectors(
+    shapes: Mapping[str, tuple[int, ...] | None], num_features: int, layer: str = "RBN"
+) -> None:
+    """Refuse parameters and statistics that are not one number for each channel: nothing may broadcast.
+
+    Args:
+        shapes: The shape of everything that the layer must have, under the name that it has there; `None`
+            for what is missing.
+        num_features: C, what the layer was built for.
+        layer: What the error calls the layer.
+
+    Raises:
+        RBNValueError: Something is missing, or its shape is not (C,).
+    """
+    for name, shape in shapes.items():
+        check_shape(name, shape, (num_features,), layer)
+
+
+def check_shape(name: str, shape: tuple[int, ...] | None, due: tuple[int, ...], layer: str = "RBN") -> None:
+    """Refuse a stored array that is missing or has another shape than is due."""
+    if shape is None:
+        raise RBNValueError(
+            f"{layer}: expected {name} of shape {due}, got None. "
+            "Assign one, or build a layer whose options do without it."
+        )
+    if tuple(shape) != due:
+        raise RBNValueError(
+            f"{layer}: expected {name} of shape {due}, got one of shape {tuple(shape)}. "
+            "Assign one that fits, or build the layer with another num_features."
+        )
+
+
+def check_counter(counter: object, momentum: float | None, layer: str = "RBN") -> None:
+    """Refuse to average all batches seen so far where nobody counts them; with a momentum nobody needs to."""
+    if counter is None and momentum is None:
+        raise RBNValueError(
+            f"{layer}: expected num_batches_tracked with momentum=None, the mean of all batches, got None. "
+            "Assign the number of batches so far, or a momentum."
         )
 
 

@@ -1,4 +1,4 @@
-"""The errors that every `rbn` layer, in every framework, raises for bad input."""
+"""The errors that every `rbn` layer, in every framework, raises for bad input, and its one warning."""
 
 from __future__ import annotations
 
@@ -13,3 +13,7 @@ class RBNValueError(RBNError, ValueError):
 
 class RBNTypeError(RBNError, TypeError):
     """The kind of thing is wrong: an integer image, a text where a number belongs."""
+
+
+class RBNWarning(UserWarning):
+    """What still gives the right numbers, but not as it was meant to: the text says what is lost and why."""

@@ -15,7 +15,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rbn_core.config import SPATIAL_STATISTICS, Config, Statistic, check_input, refuse_unknown_options
+from rbn_core.config import (
+    SPATIAL_STATISTICS,
+    Config,
+    Statistic,
+    check_counter,
+    check_input,
+    check_shape,
+    refuse_unknown_options,
+)
 from rbn_core.matching import State, match
 
 Array = NDArray[Any]
@@ -114,7 +122,7 @@ class Layer:
         return y
 
     def check_input(self, x: Array, batch_statistics: bool) -> None:
-        """Refuse an input that the layer cannot normalize."""
+        """Refuse an input that the layer cannot normalize, and what is stored where it does not fit."""
         check_input(
             x.shape,
             x.dtype.name,
@@ -123,6 +131,12 @@ class Layer:
             spatial_dims=None if self.config.kernel_size is None else self.config.spatial_dims,
             layer=self.config.layer,
         )
+        stored, due = self.parameters | self.statistics, self.config.state_shapes()
+        if due.pop("num_batches_tracked", None) is not None and batch_statistics:
+            check_counter(stored.get("num_batches_tracked"), self.config.momentum, self.config.layer)
+        for name, shape in due.items():
+            found = stored.get(name)
+            check_shape(name, None if found is None else np.shape(found), shape, self.config.layer)
 
     def calibrate_centering(self, x: Array) -> tuple[Array | None, Array]:
         """Eq. 5: X_cm = X + w_m K_m."""
@@ -146,7 +160,8 @@ class Layer:
 
         `values` is n of eq. 2, the number of values behind each channel's statistic.
         """
-        self.statistics["num_batches_tracked"] += 1
+        if self.statistics.get("num_batches_tracked") is not None:
+            self.statistics["num_batches_tracked"] += 1
         m = self.config.momentum
         if m is None:
             m = 1.0 - 1.0 / self.statistics["num_batches_tracked"]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.ndimage
 
-from rbn_core import BNET, IEBN, RBN, Config
+from rbn_core import BNET, IEBN, RBN, Config, RBNValueError
 from rbn_core.config import CHANNEL_STATISTICS, STATISTICS
 from rbn_core.fused import TwoPass
 from rbn_core.reference import Layer
@@ -242,3 +242,46 @@ def test_the_convolution_of_bnet_is_scipys():
         kernel = layer.parameters["conv_weight"][c, 0]
         expected = scipy.ndimage.correlate(layer.steps.x_s[n, c], kernel, mode="constant")
         np.testing.assert_allclose(y[n, c], expected + layer.parameters["conv_bias"][c], rtol=1e-12)
+
+
+@pytest.mark.parametrize("make", [Layer, TwoPass])
+@pytest.mark.parametrize(
+    "wrong", [np.ones(3), np.ones(1), np.ones(8), np.ones(0), np.ones((1, 4)), np.float64(2), None]
+)
+@pytest.mark.parametrize(
+    "name", ["gamma", "beta", "center_weight", "scale_weight", "scale_bias", "running_mean", "running_var"]
+)
+def test_a_stored_array_that_does_not_fit_is_refused_and_nothing_changes(name, wrong, make):
+    for training in (True, False):
+        layer = filled(make(Config(4)))
+        stored = layer.parameters if name in layer.parameters else layer.statistics
+        stored[name] = wrong
+        before = layer.state()
+        with pytest.raises(RBNValueError, match=rf"RBN: expected {name} of shape \(4,\), got "):
+            layer.forward(np.ones((2, 4, 3)), training)
+        for other, value in layer.state().items():
+            np.testing.assert_array_equal(value, before[other])
+
+
+def test_a_kernel_that_does_not_fit_is_refused():
+    layer = BNET(4)
+    layer.parameters["conv_weight"] = layer.parameters["conv_weight"][:1]
+    with pytest.raises(
+        RBNValueError, match=r"BNET: expected conv_weight of shape \(4, 1, 3, 3\), got one of"
+    ):
+        layer.forward(np.ones((2, 4, 3, 3)), training=True)
+
+
+@pytest.mark.parametrize("make", [Layer, TwoPass])
+def test_without_a_counter_a_layer_trains_unless_it_averages_all_batches(make):
+    x, _ = plain_numbers((3, 4, 5))
+    layer, other = make(Config(4)), make(Config(4))
+    layer.statistics["num_batches_tracked"] = None
+    np.testing.assert_array_equal(layer.forward(x, True), other.forward(x, True))
+    np.testing.assert_array_equal(layer.statistics["running_var"], other.statistics["running_var"])
+    assert layer.statistics["num_batches_tracked"] is None
+    layer = make(Config(4, momentum=None))
+    del layer.statistics["num_batches_tracked"]
+    with pytest.raises(RBNValueError, match="RBN: expected num_batches_tracked with momentum=None"):
+        layer.forward(x, True)
+    layer.forward(x, False)
