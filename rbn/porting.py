@@ -207,10 +207,8 @@ def read(path: Path, framework: str, kinds: Mapping[str, str] | None = None) -> 
         with os_errors_explained(path):
             known = weights.read(path)
         state = known.state
-        told = told_kinds(state) | {
-            owner: cast("Kind", layer["kind"])
-            for owner, layer in (known.network.layers() if known.network else {} | known.layers).items()
-        }
+        described = (known.network.layers() if known.network else {}) | known.layers
+        told = told_kinds(state) | {owner: cast("Kind", layer["kind"]) for owner, layer in described.items()}
         said = said_kinds(kinds, told)
         content = Content(state, told | said, known.layers, known.network, known.training)
     else:

@@ -15,6 +15,7 @@ from rbn.porting import port
 from rbn_core import RBNError, RBNTypeError, RBNValueError, weights
 from rbn_core.architectures import network
 from rbn_core.execution import initial_state
+from rbn_core.names import to_layout
 from rbn_core.networks import Network
 from rbn_core.weights import Training
 
@@ -197,6 +198,18 @@ def test_an_inert_layer_of_ours_keeps_its_count(small):
     state, layers = initial_state(described), described.layers()
     content = porting.Content(state, {path: layer["kind"] for path, layer in layers.items()}, layers)
     assert "n.num_batches_tracked" in porting.own_state(content, "jittor")
+
+
+def test_described_layers_count_beside_a_network(tmp_path):
+    """A network that two files share, and a decoder that one has: its kernels lie as the layers say."""
+    described = network("resnet18", "bn", 3)
+    kernel = np.random.default_rng(0).normal(size=(4, 3, 2, 2)).astype(np.float32)
+    state = initial_state(described) | {"up.weight": kernel}
+    layers = {"up": {"kind": "transposed_convolution"}}
+    weights.save(tmp_path / "a.safetensors", state, layers=layers, network=described)
+    content = porting.read(tmp_path / "a.safetensors", "canonical")
+    own = porting.own_state(content, "flax")["params/up/kernel"]
+    np.testing.assert_array_equal(own, to_layout("flax", "weight", "transposed_convolution", kernel))
 
 
 # Names
