@@ -16,10 +16,10 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from rbn_core.bfloat16 import bfloat16
 from rbn_core.config import check_choice
 from rbn_core.errors import RBNTypeError, RBNValueError
 from rbn_core.files import replacing
@@ -43,8 +43,6 @@ DTYPES = {
     code: np.dtype(code) for code in ("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8")
 }
 """What Jittor's variables can be, as NumPy calls it in a pickle."""
-
-BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 
 def read(path: str | PathLike[str]) -> State:
@@ -86,7 +84,7 @@ def write(path: str | PathLike[str], stored: Mapping[str, Any], layout: str | No
     check_choice("layout", layout or "pkl", LAYOUTS, "write")
     arrays = {name: np.atleast_1d(np.asarray(value)) for name, value in stored.items()}
     for name, array in arrays.items():
-        dtype = np.dtype(np.float32) if array.dtype == BFLOAT16 else array.dtype.newbyteorder("=")
+        dtype = np.dtype(np.float32) if array.dtype.name == "bfloat16" else array.dtype.newbyteorder("=")
         arrays[name] = array.astype(dtype, copy=False)
     if wrong := [
         f"{name} of {array.dtype}" for name, array in arrays.items() if array.dtype not in DTYPES.values()
@@ -351,7 +349,7 @@ class Machine:
             case Name("dtype"), (str(code), False, True) if code in DTYPES:
                 made = DTYPES[code]
             case Name("dtype"), (Name("bfloat16"), False, True):
-                made = BFLOAT16
+                made = bfloat16()
             case Name("bytes"), (str(text), "latin1"):
                 made = self.copied(text.encode("latin1"))
             case Name("no bytes"), ():
@@ -366,7 +364,7 @@ class Machine:
             ):
                 made = self.array(dtype, shape, order, data)
             case Name("variable"), (Array(array=np.ndarray() as array),):
-                made = Array(array.view(BFLOAT16) if array.dtype == np.uint16 else array)
+                made = Array(array.view(bfloat16()) if array.dtype == np.uint16 else array)
             case _:
                 raise ValueError("a value is not put together as Jittor and NumPy do")
         self.push(made)

@@ -21,11 +21,11 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
+from rbn_core.bfloat16 import bfloat16
 from rbn_core.config import check_choice
 from rbn_core.errors import RBNValueError
 from rbn_core.files import replacing
@@ -34,22 +34,22 @@ from rbn_core.weights import read_safetensors
 
 LAYOUTS = ("ckpt", "safetensors")
 
-DTYPES: dict[str, np.dtype[Any]] = {
-    "Bool": np.dtype(np.bool_),
-    "Int8": np.dtype("<i1"),
-    "Int16": np.dtype("<i2"),
-    "Int32": np.dtype("<i4"),
-    "Int64": np.dtype("<i8"),
-    "UInt8": np.dtype("<u1"),
-    "UInt16": np.dtype("<u2"),
-    "UInt32": np.dtype("<u4"),
-    "UInt64": np.dtype("<u8"),
-    "Float16": np.dtype("<f2"),
-    "Float32": np.dtype("<f4"),
-    "Float64": np.dtype("<f8"),
-    "BFloat16": np.dtype(ml_dtypes.bfloat16),
+DTYPES = {
+    "Bool": "bool",
+    "Int8": "int8",
+    "Int16": "int16",
+    "Int32": "int32",
+    "Int64": "int64",
+    "UInt8": "uint8",
+    "UInt16": "uint16",
+    "UInt32": "uint32",
+    "UInt64": "uint64",
+    "Float16": "float16",
+    "Float32": "float32",
+    "Float64": "float64",
+    "BFloat16": "bfloat16",
 }
-"""MindSpore's names of the dtypes that its checkpoints hold."""
+"""MindSpore's names of the dtypes that its checkpoints hold, and NumPy's."""
 
 SLICE = 512 * 2**20
 """The bytes of an array that one value holds at most."""
@@ -171,7 +171,7 @@ def _array(slices: Iterator[Value]) -> NDArray[Any] | None:
         whole += more.content
     if kind == "str":
         return None
-    dtype = DTYPES[kind]
+    dtype = bfloat16() if kind == "BFloat16" else np.dtype(DTYPES[kind]).newbyteorder("<")
     shape = () if dims == [0] and whole else tuple(dims)  # a scalar has no dims, or the one 0
     proper = len(shape) <= 32 and all(isinstance(extent, int) and extent < 2**63 for extent in shape)
     if not proper or math.prod(shape) * dtype.itemsize != len(whole):
@@ -231,18 +231,17 @@ def _varint(data: memoryview, at: int) -> tuple[int, int]:
 
 def _storable(name: str, array: NDArray[Any], layout: str) -> NDArray[Any]:
     """The array in a dtype of MindSpore's, in the order of C."""
-    dtype = next((dtype for dtype in DTYPES.values() if dtype == array.dtype.newbyteorder("=")), None)
-    if dtype is None or (layout == "ckpt" and array.size == 0):
+    if array.dtype.name not in DTYPES.values() or (layout == "ckpt" and array.size == 0):
         raise RBNValueError(
             f"RBN: expected arrays of {', '.join(DTYPES)}, in a .ckpt with at least one value, got {name} of "
             f"{array.dtype} and shape {array.shape}. Convert it, or leave it out."
         )
-    return np.asarray(array, dtype, "C")
+    return np.asarray(array, array.dtype.newbyteorder("="), "C")
 
 
 def _write(file: BinaryIO, name: str, array: NDArray[Any]) -> None:
     """Append an array's values."""
-    kind = next(kind for kind, dtype in DTYPES.items() if dtype == array.dtype)
+    kind = next(kind for kind, name in DTYPES.items() if name == array.dtype.name)
     content = array.reshape(-1).view(np.uint8)
     tag = _field(1, name.encode())
     described = b"".join(b"\x08" + _number(extent) for extent in array.shape) + _field(2, kind.encode())

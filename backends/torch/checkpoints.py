@@ -18,7 +18,6 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, Literal, NamedTuple
 
-import ml_dtypes
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -26,6 +25,7 @@ from safetensors.numpy import save_file
 
 from rbn.backends.torch.weights import to_tensor
 from rbn_core import weights
+from rbn_core.bfloat16 import bfloat16
 from rbn_core.config import check_choice
 from rbn_core.errors import RBNError, RBNValueError
 from rbn_core.files import replacing
@@ -512,7 +512,7 @@ def _arrays(tensors: Mapping[str, torch.Tensor]) -> State:
 def _array(tensor: torch.Tensor) -> NDArray[Any]:
     if tensor.dtype == torch.bfloat16:
         bits: NDArray[Any] = tensor.contiguous().view(torch.int16).numpy()
-        return bits.view(ml_dtypes.bfloat16).copy()
+        return bits.view(bfloat16()).copy()
     return np.array(tensor.numpy(), order="C")
 
 
