@@ -27,6 +27,77 @@ WAYS = ("vmap", "pmap", "shard_map", "shard_map_unchecked", "jit")
 """How devices share a batch in a framework that knows more than one way: JAX's transformations over a named
 axis, of which `shard_map` has a check of its own that can be off, and `jit` on a sharded array."""
 
+PRECISIONS_OF: dict[str, dict[str, str]] = {
+    "": {"mixed_float16": "float16", "mixed_bfloat16": "bfloat16"},
+    "torch": {
+        "autocast_float16": "float16",
+        "autocast_bfloat16": "bfloat16",
+        "autocast_float16_scaled": "float16",
+    },
+    "flax": {
+        "dtype_float16": "float16",
+        "dtype_bfloat16": "bfloat16",
+        "dtype_float32": "bfloat16",
+        "param_float16": "float16",
+        "param_float16_dtype_float32": "float16",
+        "param_float16_dtype_float16": "float16",
+        "param_float16_dtype_bfloat16": "bfloat16",
+        "param_bfloat16": "bfloat16",
+        "param_bfloat16_dtype_float32": "bfloat16",
+        "param_bfloat16_dtype_float16": "bfloat16",
+        "param_bfloat16_dtype_bfloat16": "bfloat16",
+    },
+    "mindspore": {
+        f"{way}{mode}": "float16"
+        for mode in ("", ".graph")
+        for way in ("O2", "O3", "O1", "auto", "to_float16", "custom")
+    },
+    "jittor": {
+        f"level{level}{made}": "float16" for made in ("", ".outside") for level in (5, 6, 4, 3, 2, 1, 0)
+    },
+}
+"""The ways into mixed precision, each with the narrowest type that is in play, under the framework that has
+them; anybody's layer can have those of "".
+
+In Flax they are the dtypes of the parameters and of the work, where these are not float32 and the promoted
+one; in MindSpore and Jittor the levels that they know, also in graph mode (".graph") and with an input that
+was made before the level was set (".outside"). "scaled" has a loss scale. A quick run takes the first ones.
+"""
+
+PRECISIONS: dict[str, str] = {way: dtype for ways in PRECISIONS_OF.values() for way, dtype in ways.items()}
+"""Every way into mixed precision, and the narrowest type that is in play."""
+
+REFUSED_SPOILS = ("short", "one", "long", "empty", "elsewhere")
+"""What is stored is no vector of the layer's: C - 1 values, a single one, which would broadcast, 2 C of them,
+or none; or it is on another device."""
+
+SPOILS = (
+    *REFUSED_SPOILS,
+    "missing",
+    "half",
+    "double",
+    "integer",
+    "read_only",
+    "shared",
+    "subclass",
+    "strided",
+)
+"""What can happen to an array that a layer stores. Beside the above: it is gone; it is float16, float64 or
+integers; it is not to be written to; it lies in the memory of another stored array; it is of a subclass that
+wraps another array; it is every second value of a larger array."""
+
+SHARED_WITH = {
+    "gamma": ("running_var",),
+    "beta": ("running_mean",),
+    "center_weight": ("gamma",),
+    "scale_weight": ("beta",),
+    "scale_bias": ("gamma",),
+    "conv_bias": ("running_mean",),
+    "running_mean": ("beta", "conv_bias"),
+    "running_var": ("gamma", "conv_bias"),
+}
+"""In whose memory a shared array lies: the first of these that the layer has."""
+
 LARGE = 10**6
 """From so many values on a case has one step."""
 
@@ -50,6 +121,10 @@ class Case:
         layout: How the input lies in memory, one of `LAYOUTS`.
         shares: How many images of the batch each of several devices has; empty on a single device.
         way: How these share their statistics, one of `WAYS`; empty is the subject's usual one.
+        precision: The way into mixed precision, one of `PRECISIONS`; the case's dtype is then the narrowest
+            in play, in which the input, the cotangent and the state are exact.
+        spoilt: What happens to what the layer stores before its only step, such as "center_weight:short": a
+            canonical name and one of `SPOILS`.
         variant: Which of the many sets of numbers; what `--seeds` counts.
     """
 
@@ -61,6 +136,8 @@ class Case:
     layout: str = "channels_first"
     shares: tuple[int, ...] = ()
     way: str = ""
+    precision: str = ""
+    spoilt: str = ""
     variant: int = 0
 
     @property
@@ -93,6 +170,8 @@ class Case:
             "" if self.layout == "channels_first" else self.layout,
             f"shares={'+'.join(map(str, self.shares))}" if self.shares else "",
             self.way,
+            f"precision={self.precision}" if self.precision else "",
+            f"spoilt={self.spoilt}" if self.spoilt else "",
             f"seed={self.variant}" if self.variant else "",
         ]
         return "/".join(filter(None, parts))
@@ -104,8 +183,25 @@ class Case:
         return batch_statistics and math.prod(self.shape) <= self.shape[1]
 
     @property
+    def spoil(self) -> tuple[str, str]:
+        """The name that is spoilt, and the kind, one of `SPOILS`; both empty if nothing is."""
+        name, _, kind = self.spoilt.partition(":")
+        return name, kind
+
+    @property
+    def partner(self) -> str:
+        """The name in whose memory the spoilt array lies, if it is shared; else empty."""
+        name, kind = self.spoil
+        there = self.config.state_shapes()
+        return next((other for other in SHARED_WITH[name] if other in there), "") if kind == "shared" else ""
+
+    @property
     def group(self) -> str:
         """The row of the report that the case belongs to."""
+        if self.spoilt:
+            return f"{self.layer}/{self.mode}/hostile"
+        if self.precision:
+            return f"{self.layer}/{self.mode}/mixed/{self.dtype}"
         if self.refused:
             return f"{self.layer}/{self.mode}/refused"
         if self.way:
@@ -128,11 +224,12 @@ class Case:
     def steps(self) -> int:
         """How many steps it takes; the running statistics are compared after every one.
 
-        Two are enough for the many cases of options, and one for large planes.
+        Two are enough for the many cases of options and of mixed precision, and one for large planes and for
+        what is spoilt.
         """
-        if not self.training or math.prod(self.shape) > LARGE:
+        if not self.training or math.prod(self.shape) > LARGE or self.spoilt:
             return 1
-        return 2 if self.options.keys() - {"kernel_size"} else 3
+        return 2 if self.precision or self.options.keys() - {"kernel_size"} else 3
 
     @property
     def features(self) -> dict[str, str]:
@@ -146,6 +243,8 @@ class Case:
             "spatial axes": len(self.shape) - 2,
             "data": self.data,
             "devices": f"{len(self.shares) or 1}{self.way and f' by {self.way}'}",
+            "mixed precision": self.dtype if self.precision else None,
+            "spoilt": self.spoil[1] or None,
             "centering": c.centering,
             "scaling": c.scaling,
             "restrict": c.restrict,
@@ -160,13 +259,19 @@ class Case:
 
     @property
     def seed(self) -> int:
-        """A seed that the id alone decides, so that a case is the same wherever it runs."""
-        return zlib.crc32(self.id.encode())
+        """A seed that the id alone decides, so that a case is the same wherever it runs.
+
+        All ways into mixed precision have the same numbers, so that they can be compared.
+        """
+        numbers = replace(self, precision=f"mixed_{self.dtype}") if self.precision else self
+        return zlib.crc32(numbers.id.encode())
 
     def state(self) -> State:
         """What the layer stores at the start, exact in the dtype of its parameters.
 
-        No value is one at which a mistake could hide: no zero, no one, no equal channels. The running
+        In mixed precision it is exact in the narrowest dtype; what will be spoilt is exact in what it becomes
+        and has the values of the array whose memory it will share: no cast and no `Subject.spoil` changes a
+        number. No value is one at which a mistake could hide: no zero, no one, no equal channels. The running
         statistics are near those of X_cm, whose mean is (1 + w_m) E(X) by eq. 6, as in a trained layer.
         """
         rng = np.random.default_rng(self.seed)
@@ -192,9 +297,17 @@ class Case:
             "running_mean": scale * values["running_mean"],
             "running_var": scale**2 * values["running_var"],
         }
+        name, kind = self.spoil
+        if kind == "half":
+            values[name] = values[name].astype(np.float16)
+        elif kind == "integer" and name != "num_batches_tracked":
+            values[name] = np.copysign(np.maximum(np.rint(np.abs(values[name])), 1.0), values[name])
+        elif kind == "shared":  # a variance is positive: it decides
+            values |= {self.partner: values[name]} if name == "running_var" else {name: values[self.partner]}
+        exact = self.dtype if self.precision else np.float64
         stored = np.promote_types(self.dtype, np.float32)
         return {
-            name: values[name].astype(stored) if shape else values[name]
+            name: values[name].astype(exact).astype(stored) if shape else values[name]
             for name, shape in self.config.state_shapes().items()
         }
 
@@ -245,15 +358,32 @@ def parse(case_id: str) -> Case:
             case = replace(case, shares=tuple(int(images) for images in shares))
             if rest and rest[0] in WAYS:
                 case = replace(case, way=rest.pop(0))
+        if rest and rest[0].startswith("precision="):
+            case = replace(case, precision=rest.pop(0).removeprefix("precision="))
+        if rest and rest[0].startswith("spoilt="):
+            case = replace(case, spoilt=rest.pop(0).removeprefix("spoilt="))
         if rest:
             case = replace(case, variant=int(rest.pop(0).removeprefix("seed=")))
     except (ValueError, IndexError, TypeError, RBNError) as error:
         raise RBNValueError(f"{_not_an_id(case_id)} ({error})") from error
     known = layer in LAYERS and mode in ("train", "eval") and data in DATA and case.dtype in FLOATING
     fits = REAL_SHAPES.get(data, shape) == shape and sum(case.shares) in (0, shape[0])
-    if rest or not known or not fits:
+    mixed = PRECISIONS.get(case.precision) == (case.dtype if case.precision else None)
+    if rest or not known or not fits or not mixed or not _can_be_spoilt(case):
         raise RBNValueError(_not_an_id(case_id))
     return case
+
+
+def _can_be_spoilt(case: Case) -> bool:
+    """Whether what is spoilt is there, if anything is."""
+    name, kind = case.spoil
+    if not case.spoilt:
+        return True
+    if name not in case.config.state_shapes() or kind not in SPOILS:
+        return False
+    if kind == "shared":
+        return name in SHARED_WITH and bool(case.partner)
+    return kind == "missing" or name != "num_batches_tracked"
 
 
 def _pairs(text: str) -> Iterator[tuple[str, str]]:

@@ -157,10 +157,18 @@ def reason(case: Case, declared: Mapping[str, str]) -> str | None:
     return next((why for pattern, why in declared.items() if fnmatch.fnmatchcase(name, pattern)), None)
 
 
+def stored_by(subject: Subject, case: Case) -> set[str]:
+    """The canonical names of what the subject stores with the options that it has."""
+    names = {*replace(case.config, **subject.fixed).state_shapes()}
+    return names if subject.counts_batches else names - {"num_batches_tracked"}
+
+
 def lacks(subject: Subject, case: Case) -> str | None:
     """What the subject lacks for a case, or `None` where it can have the case's options."""
     if case.config.momentum is None and not subject.counts_batches:
         return "stores no number of batches to average over"
+    if case.spoilt and case.spoil[0] not in stored_by(subject, case):
+        return f"stores no {case.spoil[0]}"
     if len(case.shares) > subject.devices:
         return f"shares its statistics on at most {subject.devices} devices"
     usual = config_of(case.layer, case.shape, {})

@@ -10,14 +10,18 @@ from functools import lru_cache
 
 import numpy as np
 
-from rbn.conformance.cases import Case
+from rbn.conformance.cases import REFUSED_SPOILS, Case
 from rbn.conformance.subject import Array, Outcome, Subject
-from rbn.conformance.tolerances import tolerances
+from rbn.conformance.tolerances import roundings, tolerances
 from rbn_core.matching import State
 from rbn_core.reference import Layer
 
 MEMORY = ("x", "cotangent", "loaded state", "earlier y", "earlier dx")
 """What no step may change: the arrays that a layer was given, and those that its earlier steps returned."""
+
+
+OPTIONAL = ("gamma", "beta", "num_batches_tracked")
+"""What a layer can do without: there are right numbers of what is left."""
 
 
 @dataclass(frozen=True)
@@ -71,9 +75,16 @@ class Extended(Layer):
 @lru_cache(maxsize=8)  # a failed case is looked at again, once for every mutant
 def due(case: Case) -> tuple[Step, ...]:
     """What the reference gives in a case, step by step."""
-    state = case.state()
-    reference = Extended(case.config)
+    state, config = case.state(), case.config
+    name, kind = case.spoil
+    if kind == "missing" and name in config.parameters and name in OPTIONAL:
+        config = replace(config, **{name: False})
+        del state[name]
+    reference = Extended(config)
     reference.load(state)
+    narrower = dict.fromkeys(reference.parameters, case.dtype) if case.precision else {}
+    if kind == "half" and (case.training or name in reference.parameters):
+        narrower = {name: "float16"}
     steps = []
     for x, cotangent in case.inputs():
         before = dict(reference.statistics)
@@ -81,6 +92,8 @@ def due(case: Case) -> tuple[Step, ...]:
             y = reference.forward(x, case.training)
             dx, gradients = reference.backward(cotangent)
             allowed = tolerances(reference, cotangent, before, case.dtype)
+        for quantity, more in roundings(reference, gradients, narrower):
+            allowed[quantity] += more
         after = {name: state[name] for name in reference.parameters} | {
             name: np.asarray(value) for name, value in reference.statistics.items()
         }
@@ -99,15 +112,20 @@ def deviations(subject: Subject, case: Case, outcomes: list[Outcome] | None = No
     """
     state = case.state()
     subject = subject.through(case.way) if case.way else subject
+    subject = subject.under(case.precision) if case.precision else subject
     subject = subject.spread(case.shares) if case.shares else subject
     ignored = () if subject.counts_batches else ("num_batches_tracked",)
     given = copy.deepcopy(state)
     subject.build(case.config, given, case.dtype, case.layout)
     yield from compare_arrays("state", subject.state(), without(state, ignored), dict.fromkeys(state, 0.0))
     if case.refused:
-        yield refusal(subject, case)
+        yield from refusal(subject, case)
+        return
+    if case.spoilt:
+        yield from hostile(subject, case, ignored, outcomes)
         return
     memory: list[tuple[str, Array, Array]] = [("loaded state", given[name], state[name]) for name in state]
+    dtype = None if case.precision else case.dtype
     for step in due(case):
         cotangent = step.cotangent.copy()
         outcome = subject.run(step.x.copy(), case.training, cotangent)
@@ -115,23 +133,86 @@ def deviations(subject: Subject, case: Case, outcomes: list[Outcome] | None = No
         if outcomes is not None:
             outcomes.append(now)
         due_now = replace(step.outcome, state=without(step.outcome.state, ignored))
-        yield from compare_outcomes(outcome, due_now, step.tolerances, case.dtype)
+        yield from compare_outcomes(outcome, due_now, step.tolerances, dtype)
         memory += [("cotangent", cotangent, step.cotangent)]
         memory += [("earlier y", outcome.y, now.y), ("earlier dx", outcome.dx, now.dx)]
     for quantity, after, before in memory:
         yield compare(quantity, after, before, 0.0)
 
 
-def refusal(subject: Subject, case: Case) -> Deviation:
-    """Whether a subject refuses what has to be refused, with whatever exception."""
+def refusal(subject: Subject, case: Case) -> Iterator[Deviation]:
+    """Whether a subject refuses the input that has to be refused, and its state is then as it was."""
     (x, cotangent), *_ = case.inputs()
+    before = copy.deepcopy(subject.state())
     try:
         outcome = subject.run(x, case.training, cotangent)
-    except Exception:
-        return Deviation("refusal")
+    except Exception as error:
+        yield from refused(subject, error, before)
+        return
+    yield not_refused("one value per channel has no variance", outcome)
+
+
+def hostile(
+    subject: Subject, case: Case, ignored: Iterable[str], outcomes: list[Outcome] | None
+) -> Iterator[Deviation]:
+    """What a subject makes of a spoilt state: a refusal, or the right numbers where there are such.
+
+    Args:
+        subject: The implementation under test, built.
+        case: The case, of which something is spoilt.
+        ignored: What the subject does not store.
+        outcomes: Receives what the subject gave.
+    """
+    name, kind = case.spoil
+    (step,) = due(case)
+    before = copy.deepcopy(subject.state())
+    cotangent = step.cotangent.copy()
+    try:
+        subject.spoil(name, kind)
+        before = copy.deepcopy(subject.state())
+        outcome = subject.run(step.x.copy(), case.training, cotangent)
+    except Exception as error:
+        if (name, kind) == ("num_batches_tracked", "missing"):  # the steps of such a layer are right ones
+            raise
+        yield from refused(subject, error, before)
+        return
+    if outcomes is not None:
+        outcomes.append(copy.deepcopy(outcome))
+    if kind in REFUSED_SPOILS or (kind == "missing" and name not in OPTIONAL):
+        yield not_refused(f"{name} is {kind}", outcome)
+        return
+    found, expected = outcome, step.outcome
+    loose = {*ignored, name} if kind == "missing" else {*ignored}
+    if kind == "integer" and name not in found.gradients:  # integers have none
+        expected = replace(expected, gradients=without(expected.gradients, [name]))
+    for one, other in ((name, case.partner), (case.partner, name)):
+        # A statistic that lies in the memory of a parameter changes that, too.
+        if one in expected.gradients and other in found.state and one in found.state:
+            loose |= {one} if np.array_equal(found.state[one], found.state[other]) else set()
+    found = replace(found, state=without(found.state, loose))
+    expected = replace(expected, state=without(expected.state, loose))
+    yield from compare_outcomes(found, expected, step.tolerances)
+    yield compare("cotangent", cotangent, step.cotangent, 0.0)
+
+
+def refused(subject: Subject, error: Exception, before: State) -> Iterator[Deviation]:
+    """Whether what a subject raised is a refusal, which its text then says, and its state is as it was.
+
+    Raises:
+        Exception: What was raised is no refusal.
+    """
+    slips = {NotImplementedError, RecursionError} - {*subject.refusals}  # both are RuntimeErrors
+    if isinstance(error, tuple(slips)) or not isinstance(error, subject.refusals):
+        raise error
+    yield Deviation("refusal", message=f"{type(error).__name__}: {error}")
+    yield from compare_arrays("state", subject.state(), before, dict.fromkeys(before, 0.0))
+
+
+def not_refused(why: str, outcome: Outcome) -> Deviation:
+    """That a refusal was due, and what came instead."""
     values = {"y": outcome.y.ravel()[0]} | {name: v for name, v in outcome.state.items() if "running" in name}
     given = ", ".join(f"{name} {value}" for name, value in values.items())
-    return Deviation("refusal", np.inf, 0.0, f"is due: one value per channel has no variance. Got {given}")
+    return Deviation("refusal", np.inf, 0.0, f"is due: {why}. Got {given}")
 
 
 def compare_outcomes(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
@@ -53,6 +54,10 @@ class Subject(ABC):
             compared, and the average over all batches, momentum=None, is absent.
         devices: On how many devices it can share its statistics; cases of more are absent.
         ways: In which of `cases.WAYS` it can do so, besides its usual one; cases of others are not run.
+        precisions: In which of `cases.PRECISIONS` it can run; cases of others are not run.
+        spoils: Which of `cases.SPOILS` can happen to what it stores; cases of others are not run.
+        refusals: What it raises to refuse something. Anything else that it raises is a failure, and so are
+            the `NotImplementedError` and the `RecursionError` of a `RuntimeError` that is named here.
         absent: Cases it cannot run, declared as {pattern of case ids: reason}. A declaration that matches no
             case, and one whose case would pass, fail the run.
         expected_failures: Cases in which it is known to differ, declared in the same way.
@@ -64,6 +69,9 @@ class Subject(ABC):
     counts_batches: bool = True
     devices: int = 1
     ways: Collection[str] = ()
+    precisions: Collection[str] = ()
+    spoils: Collection[str] = ()
+    refusals: tuple[type[Exception], ...] = (ValueError, TypeError)
     absent: Mapping[str, str] = {}
     expected_failures: Mapping[str, str] = {}
 
@@ -89,16 +97,52 @@ class Subject(ABC):
             cotangent: The gradient of the output, of its shape and dtype.
 
         Raises:
-            RBNError: The layer refuses the input; its state is as it was.
+            RBNError: The layer refuses the input, or what it stores; its state is as it was.
         """
 
     @abstractmethod
     def state(self) -> State:
-        """Everything the layer stores now, under canonical names."""
+        """Everything the layer stores now, under canonical names.
+
+        What `spoil` has changed comes as it then is, or is left out where NumPy cannot have it.
+        """
 
     def takes(self, case: Case) -> bool:
-        """Whether the case is about something that it has: the layer, and the way to share statistics."""
-        return case.layer in self.layers and case.way in ("", *self.ways)
+        """Whether the case is about something that it has.
+
+        That is the layer, the way to share statistics, the way into mixed precision, and what can be spoilt.
+        """
+        return (
+            case.layer in self.layers
+            and case.way in ("", *self.ways)
+            and case.precision in ("", *self.precisions)
+            and case.spoil[1] in ("", *self.spoils)
+        )
+
+    def under(self, precision: str) -> Subject:
+        """The same implementation, entered through a way into mixed precision.
+
+        `build` then gets the narrowest dtype in play, and `run` an input and a cotangent of that dtype. What
+        of it the framework hands to the layer in which dtype, and made where, is for this method to say. The
+        values of what comes back are compared, and not the dtypes. A loss scale is taken out again.
+
+        Args:
+            precision: One of `precisions`.
+        """
+        raise NotImplementedError
+
+    def spoil(self, name: str, kind: str) -> None:
+        """Change what the layer stores as a user's code can; called between `build` and `run`.
+
+        No number changes: what becomes half precision or integers has such values already, and what comes to
+        lie in the memory of another array has its values. It may raise what the framework raises by itself,
+        which then is the refusal.
+
+        Args:
+            name: The canonical name of what is spoilt.
+            kind: One of `spoils`; where it is "shared", `cases.SHARED_WITH` says with what.
+        """
+        raise NotImplementedError
 
     def through(self, way: str) -> Subject:
         """The same implementation that shares its statistics in another way.
@@ -182,7 +226,13 @@ class LayerSubject(Subject):
         return {name: value.reshape(np.shape(stored[name])) for name, value in given.items()}
 
     def canonical(self, stored: Mapping[str, Array]) -> State:
-        """What the layer stores, or its gradients, under canonical names and in canonical shapes."""
+        """What the layer stores, or its gradients, under canonical names.
+
+        In canonical shapes, too, but for what has been spoilt and has not so many values.
+        """
         shapes = self.config.state_shapes()
         found = {name: stored[own] for name, own in self.names.items() if own in stored}
-        return {name: value.reshape(shapes[name]) for name, value in found.items()}
+        return {
+            name: value.reshape(shapes[name]) if value.size == math.prod(shapes[name]) else value
+            for name, value in found.items()
+        }

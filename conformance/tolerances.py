@@ -25,12 +25,15 @@ one value, by sqrt(eps).
 16 leaves room for the four roundings of Y and for sums in any order over the suite's planes; nothing grows
 with the array's size. tiny is the dtype's smallest normal number: processors may take what is below for 0.
 float16 and bfloat16 results carry one rounding to their own unit on top, since the work in between is done
-in float32.
+in float32. In mixed precision so does the gradient of a parameter, which may be of the narrowest type in play
+as its parameter may; but no sum is taken in that type: it is a rounding of the gradient itself and not of its
+terms. The running statistics are taken and kept in at least float32, unless they were given in half.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
 
 import ml_dtypes
 import numpy as np
@@ -70,13 +73,12 @@ def tolerances(layer: Layer, dy: Array, before: dict[str, Array], dtype: str) ->
         return dict.fromkeys(names, 0.0)
     computed_in = np.finfo(np.promote_types(dtype, np.float32))
     unit, flushed = FACTOR * float(computed_in.eps), FACTOR * float(computed_in.tiny)
-    stored = ml_dtypes.finfo(dtype)  # type: ignore[no-untyped-call]
     kappa = condition(layer)
     scales = {"y": scale_of_y(layer)} | scales_of_gradients(layer, dy)
     result = {name: unit * kappa * scale + flushed for name, scale in scales.items()}
     if np.dtype(dtype).itemsize < 4:
         for name in ("y", "dx"):
-            result[name] += float(stored.eps) * scales[name] + float(stored.smallest_normal)
+            result[name] += rounding(dtype, scales[name])
     for name in layer.statistics:
         if name == "num_batches_tracked":
             result[name] = 0.0
@@ -88,6 +90,32 @@ def tolerances(layer: Layer, dy: Array, before: dict[str, Array], dtype: str) ->
             size = largest(before[name]) + largest(sd**2 + sd * t + computed_in.eps * t**2)
         result[name] = unit * size + flushed
     return result
+
+
+def roundings(
+    layer: Layer, gradients: Mapping[str, Array], narrower: Mapping[str, str]
+) -> Iterator[tuple[str, float]]:
+    """What is allowed on top where something that is stored may be of a narrower type.
+
+    Args:
+        layer: The reference, after forward and backward.
+        gradients: The parameters' gradients of that step.
+        narrower: The names of such parameters and statistics, each with that type.
+
+    Yields:
+        Every quantity that then carries a rounding more, with its size.
+    """
+    for name, dtype in narrower.items():
+        if name in gradients:
+            yield f"d {name}", rounding(dtype, largest(gradients[name]))
+        else:
+            yield name, rounding(dtype, largest(layer.statistics[name]))
+
+
+def rounding(dtype: str, size: float) -> float:
+    """What one rounding to a dtype may change in a result of a size."""
+    kept = ml_dtypes.finfo(dtype)  # type: ignore[no-untyped-call]
+    return float(kept.eps) * size + float(kept.smallest_normal)
 
 
 def condition(layer: Layer) -> float:
