@@ -263,8 +263,12 @@ class Case:
 
         All ways into mixed precision have the same numbers, so that they can be compared.
         """
-        numbers = replace(self, precision=f"mixed_{self.dtype}") if self.precision else self
-        return zlib.crc32(numbers.id.encode())
+        return zlib.crc32(self.anybodys.id.encode())
+
+    @property
+    def anybodys(self) -> Case:
+        """The same case in the way into mixed precision that anybody's layer can have."""
+        return replace(self, precision=f"mixed_{self.dtype}") if self.precision else self
 
     def state(self) -> State:
         """What the layer stores at the start, exact in the dtype of its parameters.

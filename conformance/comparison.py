@@ -196,15 +196,14 @@ def hostile(
 
 
 def refused(subject: Subject, error: Exception, before: State) -> Iterator[Deviation]:
-    """Whether what a subject raised is a refusal, which its text then says, and its state is as it was.
-
-    Raises:
-        Exception: What was raised is no refusal.
-    """
+    """Whether what a subject raised is a refusal, whose text is then shown, and its state is as it was."""
+    raised = f"{type(error).__name__}: {error}"
     slips = {NotImplementedError, RecursionError} - {*subject.refusals}  # both are RuntimeErrors
     if isinstance(error, tuple(slips)) or not isinstance(error, subject.refusals):
-        raise error
-    yield Deviation("refusal", message=f"{type(error).__name__}: {error}")
+        kinds = " or ".join(kind.__name__ for kind in subject.refusals)
+        yield Deviation("refusal", np.inf, 0.0, f"is due as a {kinds}, and it raised {raised}")
+        return
+    yield Deviation("refusal", message=raised)
     yield from compare_arrays("state", subject.state(), before, dict.fromkeys(before, 0.0))
 
 
@@ -234,7 +233,7 @@ def compare_arrays(
         message = f"{sorted(actual)} where {sorted(expected)} are due"
         yield Deviation(what, np.inf, 0.0, message)
     for name in expected.keys() & actual.keys():
-        yield compare(prefix + name, actual[name], expected[name], allowed[prefix + name])
+        yield compare(prefix + name, actual[name], expected[name], allowed.get(prefix + name, 0.0))
 
 
 def compare(

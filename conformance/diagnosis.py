@@ -42,7 +42,7 @@ class Diagnosis:
             outcomes: What the subject gave, step by step; not all steps where it raised.
             found: Its deviations from the reference.
         """
-        if len(outcomes) < case.steps and not case.refused:
+        if len(outcomes) < case.steps and not case.refused and not case.spoilt:
             return ()
         wrong = beyond(found)
 
@@ -57,7 +57,7 @@ class Diagnosis:
 
         # What explained an earlier case is tried alone at first: one mistake fails in many cases.
         for mutants in (self.likely, MUTANTS):
-            behaviours = [(mutant, *behaviour(mutant, case)) for mutant in mutants]
+            behaviours = [(mutant, *behaviour(mutant, case)) for mutant in those_for(case, mutants)]
             same = [
                 mutant
                 for mutant, theirs, failing in behaviours
@@ -75,9 +75,18 @@ class Diagnosis:
         return tuple(f"fails in much the same way as: {mistake}" for _, mistake in alike[:ALIKE])
 
 
-@lru_cache(maxsize=2 * len(MUTANTS))
+def those_for(case: Case, mutants: Sequence[Mutant] = MUTANTS) -> list[Mutant]:
+    """The mutants that a case is about; to all of them every way into mixed precision is the same."""
+    return [mutant for mutant in mutants if mutant.subject().takes(case.anybodys)]
+
+
 def behaviour(mutant: Mutant, case: Case) -> tuple[list[Outcome], Mapping[str, float]]:
     """What a mutant gives in a case, nothing where it raises, and which quantities are wrong by how much."""
+    return _behaviour(mutant, case.anybodys)
+
+
+@lru_cache(maxsize=2 * len(MUTANTS))
+def _behaviour(mutant: Mutant, case: Case) -> tuple[list[Outcome], Mapping[str, float]]:
     outcomes: list[Outcome] = []
     try:
         with warnings.catch_warnings():

@@ -6,8 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 from rbn.conformance.cases import LARGE, Case
-from rbn.conformance.diagnosis import behaviour
-from rbn.conformance.mutants import MUTANTS
+from rbn.conformance.diagnosis import behaviour, those_for
 
 
 def kills(cases: Sequence[Case]) -> Iterator[tuple[Case, tuple[str, ...]]]:
@@ -17,4 +16,4 @@ def kills(cases: Sequence[Case]) -> Iterator[tuple[Case, tuple[str, ...]]]:
         Every case with the names of the mutants that it rejects.
     """
     for case in (case for case in cases if math.prod(case.shape) <= LARGE):
-        yield case, tuple(mutant.name for mutant in MUTANTS if behaviour(mutant, case)[1])
+        yield case, tuple(mutant.name for mutant in those_for(case) if behaviour(mutant, case)[1])

@@ -9,7 +9,18 @@ from dataclasses import replace
 from functools import cache
 from typing import Any
 
-from rbn.conformance.cases import LAYERS, LAYOUTS, WAYS, Case, config_of, parse
+from rbn.conformance.cases import (
+    LAYERS,
+    LAYOUTS,
+    PRECISIONS,
+    PRECISIONS_OF,
+    SHARED_WITH,
+    SPOILS,
+    WAYS,
+    Case,
+    config_of,
+    parse,
+)
 from rbn.conformance.data import EXTREMES, OFFSETS, REAL, REAL_SHAPES
 from rbn_core.config import STATISTICS
 from rbn_core.errors import RBNValueError
@@ -92,24 +103,57 @@ SHARES = ((2, 2), (3, 1), (4, 0), (1, 1, 1, 1), (2, 0, 1, 1))
 WAY_SHARES = (2, 2, 2, 2)
 """The same where a framework knows several ways; in some of them all shares must be equal."""
 
+SPOILT_NAMES: dict[tuple[str, bool], tuple[str, ...]] = {
+    **{
+        ("rbn", training): (
+            "gamma",
+            "beta",
+            "center_weight",
+            "scale_weight",
+            "scale_bias",
+            "running_mean",
+            "running_var",
+        )
+        for training in MODES
+    },
+    ("iebn", True): ("scale_weight", "scale_bias", "running_var"),
+    ("iebn", False): ("scale_bias", "running_mean"),
+    ("bnet", True): ("conv_weight", "conv_bias", "running_mean"),
+    ("bnet", False): ("conv_bias", "running_var"),
+    ("bn", True): ("gamma", "running_mean"),
+    ("bn", False): ("beta", "running_var"),
+}
+"""What is spoilt of which layer, in training and in evaluation, in every way there is."""
+
 
 @cache
 def all_cases() -> tuple[Case, ...]:
-    """Every case of the suite, in the order of the report's rows."""
-    cases = (*_rbn(), *_relative("iebn"), *_bnet(), *_relative("bn"), *_shared())
+    """Every case of the suite, in the order of the report's rows.
+
+    Spoilt states come last: what reads memory that is not its own may ruin what its process does later.
+    """
+    cases = (*_rbn(), *_relative("iebn"), *_bnet(), *_relative("bn"), *_shared(), *_precise(), *_spoilt())
     rows = list(dict.fromkeys(case.group for case in cases))
-    return tuple(
-        sorted(dict.fromkeys(cases), key=lambda case: (LAYERS.index(case.layer), rows.index(case.group)))
-    )
+
+    def place(case: Case) -> tuple[bool, int, int]:
+        return bool(case.spoilt), LAYERS.index(case.layer), rows.index(case.group)
+
+    return tuple(sorted(dict.fromkeys(cases), key=place))
 
 
 @cache
 def quick_cases() -> tuple[Case, ...]:
-    """The first case of each row, but for float64 and several devices: a look in less than a minute."""
-    first: dict[str, Case] = {}
+    """The first case of each row, but for float64 and several devices: a look in less than a minute.
+
+    In the rows of mixed precision it is the first of each framework's, and of the spoilt states of RBN in
+    training the first of each kind.
+    """
+    home = {way: framework for framework, ways in PRECISIONS_OF.items() for way in ways}
+    first: dict[tuple[str, ...], Case] = {}
     for case in all_cases():
+        kind = case.spoil[1] if case.training and case.layer == "rbn" else ""
         if not case.shares and case.dtype != "float64":
-            first.setdefault(case.group, case)
+            first.setdefault((case.group, home.get(case.precision, ""), kind), case)
     return tuple(first.values())
 
 
@@ -270,6 +314,36 @@ def _shared() -> Iterator[Case]:
     for way in WAYS:
         yield _case("rbn", True, "offset10", (8, 3, 4, 3), "float32", shares=WAY_SHARES, way=way)
         yield _case("iebn", True, "offset0", (8, 3, 4, 3), "float32", shares=WAY_SHARES, way=way)
+
+
+def _precise() -> Iterator[Case]:
+    """Mixed precision, in every way there is; in graph mode, where a step takes seconds to compile, fewer."""
+    shape, long = (2, 5, 7, 7), (2, 3, 64, 64)  # so long that a sum in half precision stands still
+    deviations = {"centering": "channel_std", "scaling": "channel_std"}
+    chosen: tuple[tuple[str, bool, str, tuple[int, ...], dict[str, Any]], ...] = (
+        ("rbn", True, "offset0", shape, {}),
+        ("rbn", False, "offset0", shape, {}),
+        ("iebn", True, "offset0", shape, {}),
+        ("bnet", True, "offset0", shape, {}),
+        ("bn", True, "offset0", shape, {}),
+        ("rbn", True, "offset10", long, {}),
+        ("rbn", True, "offset0", shape, deviations),
+    )
+    for place, (layer, training, data, size, options) in enumerate(chosen):
+        for way, dtype in PRECISIONS.items():
+            if place < 3 or not way.endswith(".graph"):
+                yield _case(layer, training, data, size, dtype, options, precision=way)
+
+
+def _spoilt() -> Iterator[Case]:
+    """Everything that can happen to what is stored."""
+    for (layer, training), names in SPOILT_NAMES.items():
+        for name, kind in itertools.product(names, SPOILS):
+            if kind != "shared" or name in SHARED_WITH:
+                yield _case(layer, training, "offset0", OPTION_SHAPE, "float32", spoilt=f"{name}:{kind}")
+    for layer in LAYERS:
+        how = {"spoilt": "num_batches_tracked:missing"}
+        yield _case(layer, True, "offset0", OPTION_SHAPE, "float32", **how)
 
 
 def _case(

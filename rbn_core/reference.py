@@ -149,7 +149,8 @@ class Layer:
         """E and Var of eq. 12, (C,) each: the batch's, accumulated in training, or the running ones."""
         tracked = self.config.track_running_stats
         if not training and tracked:
-            return self.statistics["running_mean"], self.statistics["running_var"]
+            mean, var = (self.statistics[name].astype(self.dtype) for name in ("running_mean", "running_var"))
+            return mean, var
         mean, var = batch_mean_and_variance(x_cm)
         if tracked:
             self.accumulate(mean, var, values=x_cm.size // x_cm.shape[1])
@@ -488,7 +489,7 @@ def depthwise_convolution_backward(dy: Array, x: Array, weight: Array) -> tuple[
     margins = [(0, 0), (0, 0), *((size // 2, size // 2) for size in weight.shape[2:])]
     padded = np.pad(x, margins)
     dpadded = np.zeros_like(padded)
-    dweight = np.empty_like(weight)
+    dweight = np.empty(weight.shape, np.result_type(dy, padded))
     for tap, window in taps(weight, x):
         dweight[tap] = over_channel(dy * padded[window])
         dpadded[window] += dy * per_channel(weight[tap], x)

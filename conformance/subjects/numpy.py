@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import numpy as np
 
-from rbn.conformance.cases import LAYERS, WAYS
+from rbn.conformance.cases import LAYERS, PRECISIONS_OF, SHARED_WITH, SPOILS, WAYS
 from rbn.conformance.subject import Array, Momentum, Outcome, Subject, in_convention
 from rbn_core.config import Config
 from rbn_core.fused import TwoPass
@@ -18,7 +19,29 @@ Step = Callable[[Array, State, Config, bool, Array], tuple[Array, Array, dict[st
 """(x, state, config, training, cotangent) to (y, dx, gradients of the parameters, state after the step)."""
 
 
-class NumpyFunction(Subject):
+class InNumpy(Subject):
+    """What NumPy's subjects have in common: how they enter mixed precision, and how they are spoilt.
+
+    Mixed precision is what a framework makes of it that casts the input of every operator, and not what comes
+    back: X is of the narrowest type in play, and dY is float32.
+    """
+
+    precisions: Collection[str] = tuple(PRECISIONS_OF[""])
+    spoils: Collection[str] = tuple(kind for kind in SPOILS if kind != "elsewhere")
+    precision = ""
+
+    def under(self, precision: str) -> Subject:
+        """The same, which is then given its cotangents in float32."""
+        other = copy.copy(self)
+        other.precision = precision
+        return other
+
+    def arriving(self, cotangent: Array) -> Array:
+        """The cotangent as the layer gets it."""
+        return cotangent.astype(np.float32) if self.precision else cotangent
+
+
+class NumpyFunction(InNumpy):
     """A plain NumPy function as a subject.
 
     Args:
@@ -58,17 +81,21 @@ class NumpyFunction(Subject):
 
     def run(self, x: Array, training: bool, cotangent: Array) -> Outcome:
         """Call the function."""
-        x = laid_out(x, self.layout)
+        x, dy = laid_out(x, self.layout), self.arriving(cotangent)
         with not_finite():
-            y, dx, gradients, self.stored = self.step(x, self.stored, self.config, training, cotangent)
+            y, dx, gradients, self.stored = self.step(x, self.stored, self.config, training, dy)
         return Outcome(y, dx, gradients, self.state(), x)
 
     def state(self) -> State:
         """What the function returned last."""
         return {name: np.array(value) for name, value in self.stored.items()}
 
+    def spoil(self, name: str, kind: str) -> None:
+        """Change what the function is given next."""
+        self.stored = spoilt(self.stored, name, kind)
 
-class NumpyLayer(Subject):
+
+class NumpyLayer(InNumpy):
     """A NumPy layer with the interface of `rbn_core.reference.Layer`."""
 
     devices = 4
@@ -89,12 +116,20 @@ class NumpyLayer(Subject):
         x = laid_out(x, self.layout)
         with not_finite():
             y = self.layer.forward(x, training)
-            dx, gradients = self.layer.backward(cotangent)
+            dx, gradients = self.layer.backward(self.arriving(cotangent))
         return Outcome(y.astype(x.dtype), dx.astype(x.dtype), gradients, self.state(), x)
 
     def state(self) -> State:
         """The layer's state."""
         return self.layer.state()
+
+    def spoil(self, name: str, kind: str) -> None:
+        """Change one of the layer's arrays."""
+        kept = spoilt(self.layer.parameters | self.layer.statistics, name, kind)
+        self.layer.parameters, self.layer.statistics = (
+            {name: kept[name] for name in own if name in kept}
+            for own in (self.layer.parameters, self.layer.statistics)
+        )
 
     def through(self, way: str) -> Subject:
         """The layer itself, likewise."""
@@ -113,6 +148,43 @@ class Numpy(NumpyLayer):
 
     def __init__(self) -> None:
         super().__init__("numpy", TwoPass)
+
+
+class Subclass(np.ndarray[Any, Any]):
+    """An array by another name."""
+
+
+def spoilt(state: Mapping[str, Any], name: str, kind: str) -> dict[str, Any]:
+    """What is stored once something has happened to one array of it.
+
+    Args:
+        state: Everything that is stored, under canonical names; not changed.
+        name: What is spoilt.
+        kind: One of `cases.SPOILS`, but for "elsewhere".
+    """
+    rest = {other: value for other, value in state.items() if other != name}
+    if kind == "missing":
+        return rest
+    if kind == "shared":
+        return rest | {name: next(rest[other] for other in SHARED_WITH[name] if other in rest)}
+    value = state[name]
+    larger = np.full((*value.shape[:-1], 2 * value.shape[-1]), np.nan, value.dtype)
+    larger[..., ::2] = value
+    frozen = value.copy()
+    frozen.flags.writeable = False
+    changed: dict[str, Array] = {
+        "short": value[:-1].copy(),
+        "one": value[:1].copy(),
+        "long": np.concatenate((value, value)),
+        "empty": value[:0].copy(),
+        "half": value.astype(np.float16),
+        "double": value.astype(np.float64),
+        "integer": value.astype(np.int64),
+        "read_only": frozen,
+        "subclass": value.view(Subclass),
+        "strided": larger[..., ::2],
+    }
+    return rest | {name: changed[kind]}
 
 
 def not_finite() -> Any:

@@ -6,7 +6,17 @@ import itertools
 import numpy as np
 import pytest
 
-from rbn.conformance.cases import LAYERS, LAYOUTS, WAYS, Case, config_of, parse
+from rbn.conformance.cases import (
+    LAYERS,
+    LAYOUTS,
+    PRECISIONS,
+    PRECISIONS_OF,
+    SPOILS,
+    WAYS,
+    Case,
+    config_of,
+    parse,
+)
 from rbn.conformance.data import DATA, EXTREMES, OFFSETS
 from rbn.conformance.suite import (
     DTYPES,
@@ -63,6 +73,13 @@ def test_an_id_that_is_not_in_the_suite_makes_a_case_too():
         "rbn/train/offset0/2x3/float32/shares=1+1/ring",
         "rbn/train/digits/2x3/float32",
         "rbn/train/offset0/2x3/float32/seed=x",
+        "rbn/train/offset0/2x3/float32/precision=autocast_float16",
+        "rbn/train/offset0/2x3/float16/precision=autocast",
+        "rbn/train/offset0/2x3/float32/spoilt=gamma",
+        "rbn/train/offset0/2x3/float32/spoilt=gamma:eaten",
+        "rbn/train/offset0/2x3/float32/spoilt=conv_bias:short",
+        "rbn/train/offset0/2x3/float32/spoilt=num_batches_tracked:short",
+        "bnet/train/offset0/2x3x4/float32/spoilt=conv_weight:shared",
     ],
 )
 def test_what_is_no_id_is_refused(wrong):
@@ -73,7 +90,54 @@ def test_what_is_no_id_is_refused(wrong):
 def test_a_quick_run_has_one_case_for_every_row_on_one_device_and_not_in_float64():
     few = [case for case in all_cases() if not case.shares and case.dtype != "float64"]
     rows = dict.fromkeys(case.group for case in few)
-    assert [case.group for case in quick_cases()] == list(rows)
+    assert list(dict.fromkeys(case.group for case in quick_cases())) == list(rows)
+    counts = collections.Counter(case.group for case in quick_cases())
+    several = {row: count for row, count in counts.items() if count > 1}
+    assert several.pop("rbn/train/hostile") == len(SPOILS)
+    assert all("/mixed/" in row for row in several)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_quick_run_has_a_sample_of_every_frameworks_mixed_precision(layer):
+    ways = {case.precision for case in quick_cases() if case.layer == layer and case.training}
+    for framework, theirs in PRECISIONS_OF.items():
+        assert {theirs[way] for way in ways & theirs.keys()} == {*theirs.values()}, framework
+
+
+def test_spoilt_states_come_last_so_that_they_can_ruin_nothing():
+    spoilt = [bool(case.spoilt) for case in all_cases()]
+    assert spoilt == sorted(spoilt)
+
+
+@pytest.mark.parametrize("way", PRECISIONS)
+def test_a_cast_to_the_narrowest_type_changes_nothing(way):
+    (case, *_) = (case for case in all_cases() if case.precision == way)
+    assert case.dtype == PRECISIONS[way]
+    values = [*case.state().values(), *itertools.chain(*case.inputs())]
+    for value in values:
+        np.testing.assert_array_equal(value, value.astype(case.dtype).astype(value.dtype))
+
+
+def test_all_ways_into_mixed_precision_have_the_same_numbers():
+    one, other = (
+        parse(f"rbn/train/offset0/2x3x4/float16/precision={way}") for way in ("level5", "autocast_float16")
+    )
+    assert one.anybodys == other.anybodys != one
+    np.testing.assert_array_equal(one.state()["gamma"], other.state()["gamma"])
+
+
+def test_to_be_spoilt_changes_no_number():
+    for case in all_cases():
+        name, kind = case.spoil
+        value = case.state().get(name)
+        if kind == "half":
+            np.testing.assert_array_equal(value, value.astype("float16"))
+        elif kind == "integer":
+            np.testing.assert_array_equal(value, value.astype("int64"))
+            assert value.all()
+        elif kind == "shared":
+            np.testing.assert_array_equal(value, case.state()[case.partner])
+            assert (case.state()["running_var"] > 0).all()
 
 
 def test_every_combination_that_the_suite_promises_has_a_case():

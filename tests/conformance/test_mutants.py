@@ -5,8 +5,8 @@ from collections import defaultdict
 import numpy as np
 import pytest
 
-from rbn.conformance import wrong_layers
-from rbn.conformance.cases import parse
+from rbn.conformance import wrong_layers, wrong_subjects
+from rbn.conformance.cases import PRECISIONS, parse
 from rbn.conformance.checks import FAILED, check
 from rbn.conformance.diagnosis import behaviour
 from rbn.conformance.kills import kills
@@ -54,6 +54,8 @@ KINDS = {
     "mode",
     "layout",
     "dtype",
+    "precision",
+    "hostile",
     "aliasing",
     "synchronization",
 }
@@ -67,9 +69,26 @@ def test_the_cases_of_every_layer_reject_forty_mistakes_of_every_kind(layer, kil
     assert {mutant.kind for mutant in rejected} == {mutant.kind for mutant in MUTANTS} == KINDS
 
 
-def test_every_wrong_layer_is_a_mutant():
+def test_every_wrong_layer_and_subject_is_a_mutant():
     planted = [c for c in vars(wrong_layers).values() if isinstance(c, type) and issubclass(c, Layer)]
-    assert {c.__name__ for c in planted} - {"Layer"} <= {mutant.name for mutant in MUTANTS}
+    planted += [c for c in vars(wrong_subjects).values() if isinstance(c, type) and issubclass(c, NumpyLayer)]
+    shared = {"Layer", "NumpyLayer", "WrongSubject", "Sharing", "Spoilt"}
+    assert {c.__name__ for c in planted} - shared == {mutant.name for mutant in MUTANTS}
+
+
+@pytest.mark.parametrize("kind", ["precision", "hostile"])
+def test_at_least_five_mutants_are_about_mixed_precision_and_about_what_is_stored(kind, killers):
+    mine = [mutant for mutant in MUTANTS if mutant.kind == kind]
+    assert len(mine) >= 5
+    for mutant in mine:
+        about = "mixed" if kind == "precision" else "hostile"
+        assert [case.group for case in killers[mutant.name] if about in case.group]
+
+
+def test_every_way_into_mixed_precision_rejects_what_anybodys_does(killers):
+    for mutant in (mutant for mutant in MUTANTS if mutant.kind == "precision"):
+        rejecting = {case.precision for case in killers[mutant.name]}
+        assert rejecting == PRECISIONS.keys(), mutant.name
 
 
 def test_there_are_at_least_forty_mutants_and_each_says_its_mistake():
@@ -247,7 +266,7 @@ def test_in_float32_the_smallest_mistake_is_ten_times_beyond_the_tolerance(kille
             if case.dtype == "float32"
         )
         for mutant in MUTANTS
-        if mutant.kind != "dtype"  # those are of other dtypes
+        if mutant.kind not in ("dtype", "precision")  # those are of other dtypes
     }
     smallest = min(worst, key=worst.__getitem__)
     print(f"the smallest: {smallest}, {worst[smallest]:.0f} times the tolerance")
@@ -256,5 +275,5 @@ def test_in_float32_the_smallest_mistake_is_ten_times_beyond_the_tolerance(kille
 
 def test_mistakes_about_dtypes_are_ten_times_beyond_the_tolerance_of_theirs(killers):
     for mutant in MUTANTS:
-        if mutant.kind == "dtype":
+        if mutant.kind in ("dtype", "precision"):
             assert max(max(behaviour(mutant, case)[1].values()) for case in killers[mutant.name]) >= 10
