@@ -9,14 +9,23 @@ PYTHON = $(shell command -v python3.11 \
 	|| { python3 -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null && command -v python3; })
 RUN = .venv/bin/python tools/elapsed.py .venv/set-up.log
 
-.PHONY: help setup lint test conform clean
+# The newest of everything, which no file names: python3.12 may be a shim that runs nothing, so each is tried.
+PYTHON_NEWEST ?= $(shell for each in python3.12 "$$HOME"/.pyenv/versions/3.12.*/bin/python3.12 python3; do \
+	"$$each" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null && echo "$$each" && break; done)
+NEWEST := .venv-newest
+NEWEST_STAMP := $(NEWEST)/$(notdir $(STAMP))
+NEWEST_FRAMEWORKS := flax $(if $(TORCH),torch)
+RUN_NEWEST = $(NEWEST)/bin/python tools/elapsed.py $(NEWEST)/set-up.log
+
+.PHONY: help setup lint types test conform newest clean
 
 help:
 	@echo "make conform  check every framework against the NumPy reference and print the matrix"
-	@echo "make test     run every test"
+	@echo "make test     run the tests; with LONG=1 the long searches, too"
 	@echo "make lint     check style and types"
+	@echo "make newest   check Flax, and with TORCH=1 PyTorch, in the newest versions there are, on Python 3.12"
 	@echo "make setup    install everything into .venv; the targets above do so themselves"
-	@echo "make clean    remove builds, reports and caches, but not .venv"
+	@echo "make clean    remove builds, reports and caches, but no environment"
 
 setup: $(STAMP)
 
@@ -29,7 +38,7 @@ $(STAMP):
 	@echo "set-up 2/3: installing the four frameworks and the tools, about 90 s and 4 GB"
 	@$(RUN) .venv/bin/python -m pip install -c constraints.txt pip setuptools
 	@$(RUN) .venv/bin/python -m pip install -c constraints.txt --no-build-isolation \
-		-e '.[torch,flax,mindspore,jittor,dev]'
+		-e '.[cli,torch,flax,mindspore,jittor,dev]'
 	@echo "set-up 3/3: Jittor compiles itself, about 3 minutes the first time on a machine"
 	@$(RUN) .venv/bin/python -c 'import rbn.backends.jittor'
 	@touch $@
@@ -37,31 +46,42 @@ $(STAMP):
 lint: $(STAMP)
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
+	@$(MAKE) --no-print-directory types
+
+types: $(STAMP)
 	@# mypy looks for modules by their folder: give it the tree of import names.
 	@rm -rf build/types && mkdir -p build/types/rbn
 	@ln -s "$(CURDIR)"/rbn/* $(foreach name,backends kernels conformance benchmarks,"$(CURDIR)"/$(name)) build/types/rbn/
 	@ln -s "$(CURDIR)"/rbn_core build/types/
 	cd build/types && ../../.venv/bin/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p rbn -p rbn_core
 
-# Jittor and PyTorch in one process have crashed: one process each, and all of them even when one fails.
-# The tests of a framework must reach 95 % of its backend's lines.
 test: $(STAMP)
-	@rm -f .coverage.*; failed=; \
-	echo "pytest"; .venv/bin/pytest || failed="$$failed, pytest"; \
-	for name in $(FRAMEWORKS); do \
-		tests="pytest --framework $$name"; data="--data-file=.coverage.$$name"; \
-		echo "$$tests"; \
-		.venv/bin/coverage run $$data -m $$tests || failed="$$failed, $$tests"; \
-		.venv/bin/coverage combine --quiet $$data; \
-		.venv/bin/coverage report $$data --include="backends/$$name/*" --fail-under=95 \
-			|| failed="$$failed, coverage of $$name"; \
-	done; \
-	test -z "$$failed" || { echo "failed: $${failed#, }" >&2; exit 1; }
+	@.venv/bin/python tools/tests.py $(if $(LONG),--long)
 
 conform: $(STAMP)
 	.venv/bin/rbn conform $(FRAMEWORKS)
 
+# Installed again when the project changes; upgraded each time, so that what a new release breaks shows by itself.
+newest: $(NEWEST_STAMP)
+	@echo "newest: upgrading $(NEWEST)"
+	@$(RUN_NEWEST) $(NEWEST)/bin/python -m pip install --upgrade --upgrade-strategy eager pip setuptools \
+		$$($(NEWEST)/bin/python tools/requirements.py cli test $(NEWEST_FRAMEWORKS))
+	@$(NEWEST)/bin/python -m pip list --format freeze | grep -E '^(flax|jax|jaxlib|numpy|optax|orbax-checkpoint|torch)=='
+	$(NEWEST)/bin/rbn conform $(NEWEST_FRAMEWORKS)
+	@for name in $(NEWEST_FRAMEWORKS); do \
+		echo "pytest --framework $$name tests/$$name"; $(NEWEST)/bin/pytest --framework $$name tests/$$name || exit; done
+
+$(NEWEST_STAMP):
+	@test -n "$(PYTHON_NEWEST)" || { echo "make newest needs Python 3.12, as python3.12, of pyenv, or named by" \
+		"PYTHON_NEWEST=/path/to/python: install it." >&2; exit 1; }
+	@echo "newest: setting $(NEWEST) up with $(PYTHON_NEWEST)"
+	@rm -f $(NEWEST)/.set-up-* $(NEWEST)/set-up.log
+	@"$(PYTHON_NEWEST)" -m venv $(NEWEST)
+	@$(RUN_NEWEST) $(NEWEST)/bin/python -m pip install --upgrade pip setuptools
+	@$(RUN_NEWEST) $(NEWEST)/bin/python -m pip install --no-build-isolation -e '.[cli,test,flax]'
+	@touch $@
+
 clean:
 	rm -rf build dist reports htmlcov .coverage .coverage.* *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis rank_0 \
 		kernel_meta rewritten_network
-	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -not -path './.venv*/*' -prune -exec rm -rf {} +

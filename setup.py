@@ -1,5 +1,7 @@
-"""The compiled loops; all else about the package is in pyproject.toml."""
+"""The compiled loops, and the page of an index; all else about the package is in pyproject.toml."""
 
+import os
+import re
 from glob import glob
 from pathlib import Path
 
@@ -29,7 +31,25 @@ class OneWheel(bdist_wheel):
         return ("py3", "none", super().get_tag()[2])
 
 
+def page() -> str:
+    """README.md for an index, where links to files beside it would lead nowhere.
+
+    They lead to the repository when a GitHub workflow builds, and otherwise only the text of a link is left.
+    """
+    where = [os.environ.get(f"GITHUB_{name}") for name in ("SERVER_URL", "REPOSITORY", "SHA")]
+
+    def link(found: re.Match[str]) -> str:
+        text, target = found.groups()
+        if not Path(target.partition("#")[0]).exists():
+            return found[0]
+        return f"[{text}]({where[0]}/{where[1]}/blob/{where[2]}/{target})" if all(where) else text
+
+    return re.sub(r"\[([^][]+)\]\(([^()]+)\)", link, Path("README.md").read_text("utf-8"))
+
+
 setup(
+    long_description=page(),
+    long_description_content_type="text/markdown",
     cmdclass={"build_ext": BuildLibrary, "bdist_wheel": OneWheel},
     ext_modules=[
         Extension(

@@ -1,8 +1,10 @@
 """What is known about the four frameworks without importing any of them."""
 
+import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
 
@@ -15,20 +17,27 @@ class Framework:
         name: the backend's name, as in ``rbn.backends.<name>``.
         distributions: the distributions the backend needs, the framework's own first.
         extra: the extra of ``rbn`` that installs them.
+        tested: the oldest and the newest version of a distribution that the tests were run with.
     """
 
     name: str
     distributions: tuple[str, ...]
     extra: str
+    tested: Mapping[str, tuple[str, str]]
 
 
 FRAMEWORKS: dict[str, Framework] = {
     framework.name: framework
     for framework in (
-        Framework("torch", ("torch",), "torch"),
-        Framework("flax", ("flax", "jax", "jaxlib"), "flax"),
-        Framework("mindspore", ("mindspore",), "mindspore"),
-        Framework("jittor", ("jittor",), "jittor"),
+        Framework("torch", ("torch",), "torch", {"torch": ("2.7.0", "2.14.1")}),
+        Framework(
+            "flax",
+            ("flax", "jax", "jaxlib"),  # jaxlib's version is jax's
+            "flax",
+            {"flax": ("0.12.0", "0.12.12"), "jax": ("0.7.1", "0.12.0.1")},
+        ),
+        Framework("mindspore", ("mindspore",), "mindspore", {"mindspore": ("2.10.0", "2.10.0")}),
+        Framework("jittor", ("jittor",), "jittor", {"jittor": ("1.3.11.0", "1.3.11.0")}),
     )
 }
 
@@ -69,6 +78,27 @@ def problems(name: str) -> list[str]:
     return texts
 
 
+def tested(name: str) -> str:
+    """Say with which versions of a framework the tests were run, a line for each of its distributions."""
+    return "\n".join(
+        f"{distribution} {oldest}" + (f" to {newest}" if newest != oldest else "")
+        for distribution, (oldest, newest) in FRAMEWORKS[name].tested.items()
+    )
+
+
+def untested(name: str) -> list[str]:
+    """Return which installed versions of a framework are none that was tested, each with the way out."""
+    found = versions(name)
+    texts = []
+    for distribution, (oldest, newest) in FRAMEWORKS[name].tested.items():
+        version = found.get(distribution)
+        if version is not None and _numbers(version) > _numbers(newest):
+            texts.append(f"{distribution} {version} is newer than tested: run rbn conform {name}.")
+        if version is not None and _numbers(version) < _numbers(oldest):
+            texts.append(f"{distribution} {version} is older than tested: {_install(name)}.")
+    return texts
+
+
 def devices(name: str) -> tuple[str, str]:
     """Import a backend in a process of its own and ask it where it can run.
 
@@ -98,3 +128,9 @@ def _version(distribution: str) -> str | None:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return None
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """What orders versions: the numbers of the release, without what is added to them as in 2.13.0+cpu."""
+    release = re.match(r"\d+(\.\d+)*", version)
+    return tuple(int(number) for number in release[0].split(".")) if release else ()

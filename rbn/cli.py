@@ -26,6 +26,8 @@ from rbn.backends.frameworks import (
     is_installed,
     missing_message,
     problems,
+    tested,
+    untested,
     versions,
 )
 
@@ -57,7 +59,8 @@ def main(
 def info() -> None:
     """Show which frameworks are installed, on which devices they run, and what is wrong with them.
 
-    And whether the loops are compiled that the layers compute with on the CPU.
+    And with which versions the layers were tested, and whether the loops are compiled that they compute with
+    on the CPU.
     """
     console = _console()
     console.print(
@@ -68,16 +71,18 @@ def info() -> None:
         console.print(f"no compiled loops, framework operations instead: {lacking}", markup=False)
     else:
         console.print(f"compiled loops: {kernels.instructions()}")
-    table = Table("framework", "versions", "devices", "what to do")
+    table = Table("framework", "versions", "tested with", "devices", "what to do")
     for name in FRAMEWORKS:
-        found = ", ".join(f"{key} {value}" for key, value in versions(name).items())
-        advice = problems(name) if found else [missing_message(name)]
+        found = "\n".join(f"{key} {value}" for key, value in versions(name).items())
+        advice = problems(name) + untested(name) if found else [missing_message(name)]
         runs_on = ""
         if is_installed(name):
             with console.status(f"asking {name} for its devices (Jittor compiles for minutes on first use)"):
                 runs_on, failure = devices(name)
             advice += [failure] if failure else []
-        table.add_row(name, found or "not installed", runs_on, escape("\n".join(advice)) or "nothing")
+        table.add_row(
+            name, found or "not installed", tested(name), runs_on, escape("\n".join(advice)) or "nothing"
+        )
     console.print(table)
 
 
@@ -238,12 +243,18 @@ def port(
         typer.Option(
             "--from",
             metavar="FORMAT",
-            help="canonical, torch, flax, mindspore or jittor; by default told by the suffix.",
+            help="canonical, torch, flax, mindspore or jittor; by default told by the content.",
         ),
     ] = None,
     destination_format: Annotated[
         str | None,
-        typer.Option("--to", metavar="FORMAT", help="The same; a .safetensors file is canonical by default."),
+        typer.Option(
+            "--to", metavar="FORMAT", help="The same, by the suffix; .safetensors is canonical by default."
+        ),
+    ] = None,
+    key: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Which network of a file that holds several, as state_dict_ema."),
     ] = None,
     network: Annotated[
         str | None,
@@ -269,6 +280,9 @@ def port(
     verify: Annotated[
         bool, typer.Option("--verify", help="Run both networks on photographs, and compare their logits.")
     ] = False,
+    all_rows: Annotated[
+        bool, typer.Option("--all", help="Print every array, not only those that something became of.")
+    ] = False,
 ) -> None:
     """Write the weights of one framework's file as another's, or as the canonical file, or from it.
 
@@ -284,6 +298,7 @@ def port(
         choices: dict[str, Any] = {
             "source_format": source_format,
             "destination_format": destination_format,
+            "key": key,
             "network": network,
             "norm": None if norm is None else porting.parse_norm(norm),
             "num_classes": num_classes,
@@ -304,12 +319,17 @@ def port(
     except RBNError as error:
         Console(stderr=True).print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(2) from None
-    table = Table("status", "array", "in the source", "shape and dtype")
-    for row in found.rows:
-        table.add_row(*(escape(text) for text in (row.status, row.name, row.source, row.detail)))
-    console.print(table)
+    shown = found.rows if all_rows else found.exceptions
+    if shown:
+        table = Table("status", "array", "in the source", "shape and dtype")
+        for row in shown:
+            table.add_row(*(escape(text) for text in (row.status, row.name, row.source, row.detail)))
+        console.print(table)
     counts = Counter(row.status for row in found.rows)
-    console.print(", ".join(f"{count} {status}" for status, count in counts.items()), highlight=False)
+    rest = "" if len(shown) == len(found.rows) else "; --all shows every one"
+    console.print(", ".join(f"{count} {status}" for status, count in counts.items()) + rest, highlight=False)
+    for note in found.notes:
+        Console(stderr=True).print(note, style="yellow", markup=False, highlight=False, soft_wrap=True)
     if difference is not None:
         console.print(
             f"largest difference of the logits, {difference.source} and {difference.destination}: "

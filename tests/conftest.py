@@ -10,6 +10,7 @@ import pytest
 from rbn.backends.frameworks import FRAMEWORKS
 
 TESTS = Path(__file__).parent
+CHOSEN, LEFT_OUT = pytest.StashKey(), pytest.StashKey()
 
 
 def pytest_addoption(parser):
@@ -18,6 +19,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "framework(*names): runs with --framework NAME, once per name")
+    config.addinivalue_line("markers", "long: one search over very many cases, which make test leaves out")
 
 
 def pytest_report_header(config):
@@ -65,6 +67,26 @@ def pytest_collection_modifyitems(config, items):
         (selected if config.option.framework in names else deselected).append(item)
     items[:] = selected
     config.hook.pytest_deselected(items=deselected)
+    config.stash[CHOSEN] = {item for item in selected if item.get_closest_marker("long")}
+
+
+def pytest_collection_finish(session):
+    session.config.stash[LEFT_OUT] = len(session.config.stash.get(CHOSEN, set()).difference(session.items))
+
+
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):  # one of xdist's processes, which all collect the same
+        session.config.workeroutput["left_out"] = session.config.stash.get(LEFT_OUT, 0)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    node.config.stash[LEFT_OUT] = getattr(node, "workeroutput", {}).get("left_out", 0)
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if left_out := config.stash.get(LEFT_OUT, 0):
+        terminalreporter.line(f"long tests left out: {left_out}")
 
 
 def _folder(path):

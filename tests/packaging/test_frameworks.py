@@ -1,12 +1,15 @@
 """rbn.backends.frameworks, with the installed distributions played."""
 
+import tomllib
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 
 from rbn.backends import frameworks
 from rbn.backends.frameworks import FRAMEWORKS
 
+ROOT = Path(__file__).resolve().parents[2]
 EVERYTHING = {
     "torch": "2.13.0",
     "flax": "0.12.0",
@@ -100,3 +103,50 @@ def test_jittor_without_a_compiler(installed, monkeypatch):
 @pytest.mark.parametrize("name", FRAMEWORKS)
 def test_the_extra_is_declared(name):
     assert FRAMEWORKS[name].extra in metadata.metadata("rbn").get_all("Provides-Extra")
+
+
+@pytest.mark.parametrize("name", FRAMEWORKS)
+def test_what_is_pinned_was_tested(name):
+    pinned = dict(
+        line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line
+    )
+    for distribution, (oldest, newest) in FRAMEWORKS[name].tested.items():
+        versions = [frameworks._numbers(version) for version in (oldest, pinned[distribution], newest)]
+        assert versions == sorted(versions)
+
+
+@pytest.mark.parametrize("name", FRAMEWORKS)
+def test_the_extra_asks_for_the_oldest_version_tested(name):
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    bounds = dict(bound.split(">=") for bound in extras[FRAMEWORKS[name].extra] if ">=" in bound)
+    assert bounds == {distribution: oldest for distribution, (oldest, _) in FRAMEWORKS[name].tested.items()}
+    assert ("numpy<2" in extras[name]) == (name in ("mindspore", "jittor"))
+    assert len(extras[name]) == len(bounds) + (name in ("mindspore", "jittor"))  # no other upper bound
+
+
+def test_the_range_tested_is_said():
+    assert frameworks.tested("mindspore") == "mindspore 2.10.0"
+    oldest, newest = FRAMEWORKS["torch"].tested["torch"]
+    assert frameworks.tested("torch") == f"torch {oldest} to {newest}"
+
+
+@pytest.mark.parametrize(
+    ("version", "texts"),
+    [
+        ("0.7.1", []),
+        ("0.9.0.1", []),
+        ("0.7.1.dev20260101+cpu", []),
+        ("99.1", ["jax 99.1 is newer than tested: run rbn conform flax."]),
+        ("0.7.0", ["jax 0.7.0 is older than tested: pip install 'rbn[flax]'."]),
+        ("0.10.0rc1", []),
+    ],
+)
+def test_versions_that_were_not_tested(installed, version, texts):
+    installed["jax"] = version
+    assert frameworks.untested("flax") == texts
+
+
+@pytest.mark.parametrize("name", FRAMEWORKS)
+def test_what_is_absent_is_not_untested(installed, name):
+    installed.clear()
+    assert frameworks.untested(name) == []

@@ -17,6 +17,7 @@ FILES = {
     "@pytest.mark.framework('torch', 'flax')\n"
     "def test_two(): pass\n",
     "tests/torch/test_folder.py": "def test_in_torch_folder(): pass\n",
+    "tests/flax/test_folder.py": "import pytest\n@pytest.mark.long\ndef test_long(): pass\n",
     "tests/jittor/test_folder.py": "raise ImportError('collected')\n",
 }
 
@@ -45,7 +46,7 @@ def run(tmp_path):
             {"test_each[torch]", "test_two", "test_in_torch_folder"},
             5,
         ),
-        (["--framework", "flax"], "tests that need: flax\n", {"test_each[flax]", "test_two"}, 5),
+        (["--framework", "flax"], "tests that need: flax\n", {"test_each[flax]", "test_two", "test_long"}, 5),
         (["--framework", "mindspore"], "tests that need: mindspore\n", {"test_each[mindspore]"}, 6),
     ],
 )
@@ -56,6 +57,15 @@ def test_selected(run, arguments, header, passed, deselected):
     lines = [line for line in result.stdout.splitlines() if " PASSED " in line]
     assert {line.split(" ")[0].split("::")[1] for line in lines} == passed
     assert f"{len(passed)} passed, {deselected} deselected" in result.stdout
+
+
+@pytest.mark.parametrize("processes", [[], ["-n", "2"]])
+def test_what_is_left_out_is_counted(run, processes):
+    result = run("--framework", "flax", "-m", "not long", *processes)
+    assert "2 passed" in result.stdout
+    assert "\nlong tests left out: 1\n" in result.stdout
+    assert "left out" not in run("--framework", "flax", *processes).stdout
+    assert "left out" not in run("--framework", "torch", "-m", "not long", *processes).stdout
 
 
 def test_the_folder_of_the_framework_is_collected(run):

@@ -10,14 +10,18 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# Stands for python3.11 and for everything in .venv/bin: notes how it was called, fails when the call contains
-# the text in the file `fail`, and otherwise runs nothing but `-m venv` and tools/elapsed.py.
+# Stands for python3.11, python3.12 and all that is in the bin of an environment: notes how it was called,
+# fails when the call is in the file `fail`, and otherwise runs nothing but `-m venv` and what is in tools/.
 STUB = f"""#!/bin/sh
 case "$*" in
-    "-m venv .venv")
-        mkdir -p .venv/bin
-        for name in python pytest rbn ruff mypy coverage; do cp "$0" .venv/bin/$name; done;;
-    tools/elapsed.py*)
+    "-m venv "*)
+        mkdir -p "$3/bin"
+        for name in python pytest rbn ruff mypy coverage; do cp "$0" "$3/bin/$name"; done;;
+    "-m pip list"*)
+        echo "flax==99";;
+    *"-m not long")
+        echo "long tests left out: 3";;
+    tools/*)
         exec {sys.executable} "$@";;
 esac
 echo "$(basename "$0") $*" >> "$CALLS"
@@ -32,19 +36,21 @@ def make(tmp_path):
     for name in ("Makefile", "pyproject.toml", "constraints.txt", "setup.py"):
         shutil.copy(ROOT / name, tree)
     shutil.copytree(ROOT / "kernels", tree / "kernels", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    stub = tmp_path / "bin" / "python3.11"
-    stub.parent.mkdir()
-    stub.write_text(STUB)
-    stub.chmod(0o755)
+    stubs = tmp_path / "bin"
+    stubs.mkdir()
+    for name in ("python3.11", "python3.12"):
+        (stubs / name).write_text(STUB)
+        (stubs / name).chmod(0o755)
     calls, fail = tmp_path / "calls", tmp_path / "fail"
 
-    def make(target, fails=""):
+    def make(*targets, fails="", **variables):
         calls.write_text("")
         fail.write_text(fails)
-        path = f"{stub.parent}{os.pathsep}{os.environ['PATH']}"
+        path = f"{stubs}{os.pathsep}{os.environ['PATH']}"
         environment = os.environ | {"PATH": path, "CALLS": str(calls), "FAIL": str(fail), "MAKEFLAGS": ""}
-        result = subprocess.run(["make", target], cwd=tree, env=environment, capture_output=True, text=True)
-        return result, calls.read_text().splitlines()
+        environment |= {"HOME": str(tmp_path)} | variables
+        result = subprocess.run(["make", *targets], cwd=tree, env=environment, capture_output=True, text=True)
+        return result, [line for line in calls.read_text().splitlines() if " -c import sys; " not in line]
 
     make.tree = tree
     return make
@@ -53,32 +59,49 @@ def make(tmp_path):
 INSTALL = [
     "python3.11 -m venv .venv",
     "python -m pip install -c constraints.txt pip setuptools",
-    "python -m pip install -c constraints.txt --no-build-isolation -e .[torch,flax,mindspore,jittor,dev]",
+    "python -m pip install -c constraints.txt --no-build-isolation -e .[cli,torch,flax,mindspore,jittor,dev]",
     "python -c import rbn.backends.jittor",
 ]
+SHORT = " -m not long"
 FRAMEWORK_TESTS = {
-    "coverage run --data-file=.coverage.{0} -m pytest --framework {0}": "pytest --framework {0}",
-    "coverage combine --quiet --data-file=.coverage.{0}": None,
+    "coverage run --data-file=.coverage.{0} -m pytest --framework {0}" + SHORT: "pytest --framework {0}",
+    "coverage combine --quiet --data-file=.coverage.{0}": "combining the coverage of {0}",
     "coverage report --data-file=.coverage.{0} --include=backends/{0}/* --fail-under=95": "coverage of {0}",
 }
-TESTS = {"pytest ": "pytest"} | {
-    call.format(name): failure and failure.format(name)
+PARTS = [{"pytest -n 2 --dist loadfile" + SHORT: "pytest"}] + [
+    {call.format(name): failure.format(name) for call, failure in FRAMEWORK_TESTS.items()}
     for name in ("torch", "flax", "mindspore", "jittor")
-    for call, failure in FRAMEWORK_TESTS.items()
-}
-"""What `make test` calls, and what it says has failed where that fails."""
+]
+"""What `make test` calls for each part, one after another, and what it says has failed where that fails."""
+TESTS = {call: failure for part in PARTS for call, failure in part.items()}
 CONFORM = ["rbn conform torch flax mindspore jittor"]
 
 
-def stamps(make):
-    return [path.name for path in (make.tree / ".venv").glob(".set-up-*")]
+INSTALL_NEWEST = [
+    "python3.12 -m venv .venv-newest",
+    "python -m pip install --upgrade pip setuptools",
+    "python -m pip install --no-build-isolation -e .[cli,test,flax]",
+]
+UPGRADE = "python -m pip install --upgrade --upgrade-strategy eager pip setuptools "
+NEWEST = ["python -m pip list --format freeze", "rbn conform flax", "pytest --framework flax tests/flax"]
+
+
+def stamps(make, environment=".venv"):
+    return [path.name for path in (make.tree / environment).glob(".set-up-*")]
+
+
+def assert_all_tests_were_called(calls, long=False):
+    expected = [[call.removesuffix(SHORT) if long else call for call in part] for part in PARTS]
+    assert sorted(calls) == sorted(call for part in expected for call in part)
+    for part in expected:
+        assert [call for call in calls if call in part] == part
 
 
 def test_set_up_once_for_all_targets(make):
     result, calls = make("conform")
     assert result.returncode == 0, result.stderr
     assert calls == INSTALL + CONFORM
-    assert make("test")[1] == list(TESTS)
+    assert_all_tests_were_called(make("test")[1])
 
 
 @pytest.mark.parametrize("name", ["pyproject.toml", "constraints.txt", "setup.py", "kernels/loops.h"])
@@ -111,13 +134,22 @@ def test_a_set_up_that_fails_after_a_change_leaves_no_old_stamp(make):
     assert make("setup")[1] == INSTALL
 
 
-@pytest.mark.parametrize("failing", [call for call, failure in TESTS.items() if failure])
+@pytest.mark.parametrize("failing", TESTS)
 def test_every_test_run_and_every_coverage_counts(make, failing):
     make("setup")
     result, calls = make("test", fails=failing)
     assert result.returncode != 0
     assert f"failed: {TESTS[failing]}\n" in result.stderr
-    assert calls == list(TESTS)
+    assert "it broke" in result.stdout
+    assert_all_tests_were_called(calls)
+
+
+def test_the_long_searches_are_left_out_and_counted_unless_asked_for(make):
+    make("setup")
+    assert "\nleft out: 15 long searches; make test LONG=1 runs them, too\n" in make("test")[0].stdout
+    result, calls = make("test", LONG="1")
+    assert "left out" not in result.stdout
+    assert_all_tests_were_called(calls, long=True)
 
 
 def test_what_a_killed_run_measured_is_left_out(make):
@@ -143,6 +175,43 @@ def test_mypy_gets_the_tree_of_import_names(make):
 
 def test_conform_fails_when_the_suite_does(make):
     assert make("conform", fails=CONFORM[0])[0].returncode != 0
+
+
+def test_the_newest_is_installed_once_and_upgraded_each_time(make):
+    result, calls = make("newest")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert calls[:3] == INSTALL_NEWEST
+    assert calls[3].startswith(UPGRADE)
+    assert {"numpy>=1.26", "typer", "pytest", "jax>=0.7.1"} <= set(calls[3].split())
+    assert not any(word.startswith("torch") for word in calls[3].split())
+    assert calls[4:] == NEWEST
+    assert "flax==99\n" in result.stdout
+    assert make("newest")[1] == calls[3:]
+    assert make("newest", TORCH="1")[1][2:] == [
+        "rbn conform flax torch",
+        "pytest --framework flax tests/flax",
+        "pytest --framework torch tests/torch",
+    ]
+
+
+@pytest.mark.parametrize("failing", [*INSTALL_NEWEST, *NEWEST[1:]])
+def test_a_failure_in_the_newest_counts(make, failing):
+    result, calls = make("newest", fails=failing)
+    assert result.returncode != 0
+    assert calls[-1] == failing
+    assert len(stamps(make, ".venv-newest")) == (failing in NEWEST)
+
+
+def test_the_newest_needs_python_3_12(make, tmp_path):
+    for name in ("python3.12", "python3"):
+        (tmp_path / "bin" / name).write_text("#!/bin/sh\nexit 127\n")  # as a shim that leads nowhere
+        (tmp_path / "bin" / name).chmod(0o755)
+    result, calls = make("newest")
+    assert result.returncode != 0
+    assert calls == []
+    assert "make newest needs Python 3.12" in result.stderr
+    named = str(tmp_path / "bin" / "python3.11")
+    assert make("newest", PYTHON_NEWEST=named)[1][0] == "python3.11 -m venv .venv-newest"
 
 
 @pytest.mark.parametrize("target", ["setup", "test"])
