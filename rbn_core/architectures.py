@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
 
 from rbn_core.config import check_choice, check_count
 from rbn_core.errors import RBNError, RBNTypeError, RBNValueError
@@ -24,6 +26,16 @@ from rbn_core.networks import (
 
 NORMS = ("bn", "rbn", "iebn", "bnet")
 
+PLACES = ("stem", "inner", "last", "shortcut")
+"""Where a normalization is: in the stem or after the last stage, after a block's last convolution, after its
+others, in a shortcut."""
+
+CALIBRATIONS = ("center_weight", "scale_weight", "scale_bias", "conv_weight")
+"""What our layers have and plain BatchNorm has not."""
+
+PUBLISHED_PLACES = {"iebn": ("stem", "inner", "last"), "bnet": ("last",)}
+"""Where the published networks have a layer; RBN is everywhere."""
+
 
 def network(name: str, norm: str | Mapping[str, Any] = "bn", num_classes: int | None = None) -> Network:
     """Describe a network of the papers.
@@ -34,21 +46,25 @@ def network(name: str, norm: str | Mapping[str, Any] = "bn", num_classes: int | 
         norm: "bn", "rbn", "iebn" or "bnet" everywhere, or a mapping of the layer's options, such as
             `{"layer": "rbn", "scaling": "channel_std", "stages": (1, 4)}`: `stages` are those that take the
             layer, counted from 1, with 0 for the stem and what follows the last stage, and the others take
-            plain BatchNorm (Table 4 of the RBN paper); the rest are options of `rbn_core.Config`. "bnet"
-            takes the place of BatchNorm after the last convolution of every block alone.
+            plain BatchNorm (Table 4 of the RBN paper); `places` are those of `PLACES` that take it, by
+            default where the papers' code has it: "rbn" everywhere, "iebn" but in the shortcuts, and "bnet"
+            after the last convolution of every block alone; the rest are options of `rbn_core.Config`.
         num_classes: How many classes there are: by default 1000 in the ImageNet and 10 in the CIFAR forms.
+            0 leaves the classifier out, for the backbone of a detector: its result is the last stage's.
 
     Returns:
-        The description, which each backend's `network` builds. Dropout is not part of it.
+        The description, which each backend's `network` builds. Dropout is not part of it. BNET's kernels and
+        biases start at 0, so that blocks start as their shortcuts, but in a backbone.
 
     Raises:
-        RBNError: The name, the layer, a stage or an option is unknown.
+        RBNError: The name, the layer, a stage, a place or an option is unknown.
     """
     check_choice("name", name, tuple(ARCHITECTURES), "network")
     if num_classes is None:
         num_classes = 10 if name.startswith("cifar_") else 1000
-    check_count("num_classes", num_classes, "network")
-    builder = Builder(_choice(norm))
+    if num_classes != 0 or isinstance(num_classes, bool):
+        check_count("num_classes", num_classes, "network")
+    builder = Builder(_choice(norm), starts_at_zero=num_classes > 0)
     ARCHITECTURES[name](builder, num_classes)
     if unknown := set(builder.norms.stages or ()) - builder.stages:
         raise RBNValueError(
@@ -64,13 +80,12 @@ class NormChoice:
 
     layer: str
     stages: frozenset[int] | None = None
+    places: tuple[str, ...] = PLACES
     options: Mapping[str, Any] = field(default_factory=dict)
 
-    def at(self, stage: int, *, closes_block: bool) -> tuple[str, Mapping[str, Any]]:
-        """The layer of a place, and its options."""
-        chosen = self.stages is None or stage in self.stages
-        if self.layer == "bnet":
-            chosen &= closes_block
+    def at(self, stage: int, place: str) -> tuple[str, Mapping[str, Any]]:
+        """The layer of a place in a stage, and its options."""
+        chosen = (self.stages is None or stage in self.stages) and place in self.places
         return (self.layer, self.options) if chosen else ("bn", {})
 
 
@@ -85,6 +100,9 @@ def _choice(norm: str | Mapping[str, Any]) -> NormChoice:
     options = dict(norm)
     layer, stages = options.pop("layer"), options.pop("stages", None)
     check_choice("norm", layer, NORMS, "network")
+    places = options.pop("places", PUBLISHED_PLACES.get(layer, PLACES))
+    for place in places:
+        check_choice("each of places", place, PLACES, "network")
     try:
         _ = Norm("norm", (INPUT,), 1, layer, options).config
     except TypeError as error:
@@ -93,17 +111,78 @@ def _choice(norm: str | Mapping[str, Any]) -> NormChoice:
         raise RBNTypeError(
             f"network: expected options of {layer}, got {', '.join(options)} ({error}). See rbn_core.Config."
         ) from None
-    return NormChoice(layer, None if stages is None else frozenset(stages), options)
+    return NormChoice(layer, None if stages is None else frozenset(stages), tuple(places), options)
+
+
+def told_norm(plain: Network, state: Mapping[str, Any]) -> str | dict[str, Any]:
+    """The normalization of a network's arrays, by their canonical names, as `network` takes it.
+
+    `center_weight` is RBN's and `conv_weight` BNET's; `scale_weight` without `center_weight` is taken for
+    IEBN's. Which statistics a layer takes is not told: those are taken to be the defaults.
+
+    Args:
+        plain: The network with any normalization.
+        state: Its arrays.
+
+    Raises:
+        RBNValueError: Several kinds of layers are there.
+    """
+    found: dict[str, set[str]] = {}
+    options: dict[str, Any] = {}
+    for node in plain.nodes:
+        own = {name for name in CALIBRATIONS if f"{node.name}.{name}" in state}
+        if "conv_weight" in own:
+            found.setdefault("bnet", set()).add(node.name)
+            size = np.shape(state[f"{node.name}.conv_weight"])[-1]
+            options |= {} if size == 3 else {"kernel_size": size}
+        elif "center_weight" in own:
+            found.setdefault("rbn", set()).add(node.name)
+            options |= {} if "scale_weight" in own else {"scaling": None}
+        elif own:
+            found.setdefault("iebn", set()).add(node.name)
+    if not found:
+        return "bn"
+    if len(found) > 1:
+        raise RBNValueError(
+            f"port: expected one layer beside BatchNorm, got {' and '.join(sorted(found))}. "
+            "Say which with --norm."
+        )
+    ((layer, paths),) = found.items()
+    return {"layer": layer, **_chosen(plain.name, paths, PUBLISHED_PLACES.get(layer, PLACES)), **options}
+
+
+def _chosen(name: str, paths: Collection[str], usual: tuple[str, ...]) -> dict[str, Any]:
+    """The `stages` and `places` that choose a network's norms at these paths, where not by default."""
+    builder = Builder(NormChoice("bn"), starts_at_zero=False)
+    ARCHITECTURES[name](builder, 0)
+
+    def taken(stages: Collection[int], places: Collection[str]) -> set[str]:
+        return {path for path, (stage, place) in builder.where.items() if stage in stages and place in places}
+
+    stages = sorted({builder.where[path][0] for path in paths})
+    places = tuple(place for place in PLACES if any(builder.where[path][1] == place for path in paths))
+    chosen: dict[str, Any] = {}
+    if taken(stages, usual) != taken(stages, places):
+        chosen["places"] = usual = places
+    if taken(builder.stages, usual) != taken(stages, usual):
+        chosen["stages"] = tuple(stages)
+    return chosen
 
 
 class Builder:
     """Collects nodes; every method adds one and returns its name."""
 
-    def __init__(self, norms: NormChoice) -> None:
+    def __init__(self, norms: NormChoice, *, starts_at_zero: bool) -> None:
         self.norms = norms
+        self.starts_at_zero = starts_at_zero
         self.nodes: list[Node] = []
-        self.stages: set[int] = set()
+        self.where: dict[str, tuple[int, str]] = {}
         self.channels = {INPUT: 3}
+
+    @property
+    def stages(self) -> set[int]:
+        """All stages that have a normalization."""
+        return {stage for stage, _ in self.where.values()}
 
     def convolution(
         self, name: str, x: str, channels: int, kernel: int, stride: int = 1, groups: int = 1
@@ -113,11 +192,12 @@ class Builder:
             Convolution(name, (x,), self.channels[x], channels, kernel, stride, kernel // 2, groups), channels
         )
 
-    def norm(self, name: str, x: str, stage: int, *, closes_block: bool = False) -> str:
+    def norm(self, name: str, x: str, stage: int, place: str = "inner") -> str:
         """The normalization that belongs here."""
-        self.stages.add(stage)
-        layer, options = self.norms.at(stage, closes_block=closes_block)
-        return self._add(Norm(name, (x,), self.channels[x], layer, options), self.channels[x])
+        self.where[name] = stage, place
+        layer, options = self.norms.at(stage, place)
+        at_zero = self.starts_at_zero and layer == "bnet"
+        return self._add(Norm(name, (x,), self.channels[x], layer, options, at_zero), self.channels[x])
 
     def activation(self, name: str, x: str, limit: float | None = None) -> str:
         """A rectifier."""
@@ -140,7 +220,9 @@ class Builder:
         return self._add(Split(name, (x,), start, stop), stop - start)
 
     def classifier(self, name: str, x: str, num_classes: int) -> str:
-        """The mean of every channel, and a linear layer on these."""
+        """The mean of every channel, and a linear layer on these, if there are classes."""
+        if not num_classes:
+            return x
         means = self.pooling("avgpool", x, "average")
         return self._add(Linear(name, (means,), self.channels[means], num_classes), num_classes)
 
@@ -159,7 +241,7 @@ def basic(build: Builder, name: str, x: str, width: int, stride: int, stage: int
     y = build.convolution(f"{name}.conv1", x, width, 3, stride)
     y = build.activation(f"{name}.relu1", build.norm(f"{name}.bn1", y, stage))
     y = build.convolution(f"{name}.conv2", y, width, 3)
-    y = build.norm(f"{name}.bn2", y, stage, closes_block=True)
+    y = build.norm(f"{name}.bn2", y, stage, "last")
     return _join(build, name, x, y, stride, stage)
 
 
@@ -178,7 +260,7 @@ def bottleneck(groups: int = 1, group_width: int = 64) -> Block:
         y = build.convolution(f"{name}.conv2", y, inner, 3, stride, groups)
         y = build.activation(f"{name}.relu2", build.norm(f"{name}.bn2", y, stage))
         y = build.convolution(f"{name}.conv3", y, 4 * width, 1)
-        y = build.norm(f"{name}.bn3", y, stage, closes_block=True)
+        y = build.norm(f"{name}.bn3", y, stage, "last")
         return _join(build, name, x, y, stride, stage)
 
     return block
@@ -209,7 +291,7 @@ def res2net(scales: int, scale_width: int) -> Block:
             done.append(build.activation(f"{name}.relus.{i}", build.norm(f"{name}.bns.{i}", part, stage)))
         rest = build.pooling(f"{name}.pool", parts[-1], "average", 3, stride) if first else parts[-1]
         y = build.convolution(f"{name}.conv3", build.concatenate(f"{name}.join", *done, rest), 4 * width, 1)
-        y = build.norm(f"{name}.bn3", y, stage, closes_block=True)
+        y = build.norm(f"{name}.bn3", y, stage, "last")
         return _join(build, name, x, y, stride, stage)
 
     return block
@@ -219,7 +301,7 @@ def _join(build: Builder, name: str, x: str, y: str, stride: int, stage: int) ->
     """Add the shortcut, which has a convolution of its own where the shape changes."""
     if stride != 1 or build.channels[x] != build.channels[y]:
         x = build.convolution(f"{name}.downsample.0", x, build.channels[y], 1, stride)
-        x = build.norm(f"{name}.downsample.1", x, stage)
+        x = build.norm(f"{name}.downsample.1", x, stage, "shortcut")
     return build.activation(f"{name}.relu", build.add(f"{name}.add", y, x))
 
 
@@ -238,7 +320,7 @@ def residual(
 
     def build_all(build: Builder, num_classes: int) -> None:
         x = build.convolution("conv1", INPUT, stem, 3 if cifar else 7, 1 if cifar else 2)
-        x = build.activation("relu", build.norm("bn1", x, 0))
+        x = build.activation("relu", build.norm("bn1", x, 0, "stem"))
         if not cifar:
             x = build.pooling("maxpool", x, "max", 3, 2)
         for stage, depth in enumerate(depths, 1):
@@ -269,7 +351,8 @@ def mobilenet_v2(build: Builder, num_classes: int) -> None:
         name: str, x: str, channels: int, kernel: int, stride: int = 1, groups: int = 1, stage: int = 0
     ) -> str:
         y = build.convolution(f"{name}.0", x, channels, kernel, stride, groups)
-        return build.activation(f"{name}.2", build.norm(f"{name}.1", y, stage), 6.0)
+        y = build.norm(f"{name}.1", y, stage, "inner" if stage else "stem")
+        return build.activation(f"{name}.2", y, 6.0)
 
     x = unit("features.0", INPUT, 32, 3, 2)
     index = 0
@@ -282,7 +365,7 @@ def mobilenet_v2(build: Builder, num_classes: int) -> None:
                 y, part = unit(f"{name}.conv.0", y, inner, 1, stage=stage), 1
             y = unit(f"{name}.conv.{part}", y, inner, 3, stride, inner, stage)
             y = build.convolution(f"{name}.conv.{part + 1}", y, channels, 1)
-            y = build.norm(f"{name}.conv.{part + 2}", y, stage, closes_block=True)
+            y = build.norm(f"{name}.conv.{part + 2}", y, stage, "last")
             keeps = stride == 1 and build.channels[x] == channels
             x = build.add(f"{name}.add", x, y) if keeps else y
     build.classifier("classifier.1", unit(f"features.{index + 1}", x, 1280, 1), num_classes)

@@ -89,7 +89,8 @@ def initial_state(network: Network, seed: int = 0) -> State:
     """Weights to start training from, in float32: what each backend's `network` draws with its own generator.
 
     Convolutions are normal of variance 2 / (out_channels kernel_size^2) (He et al. 2015, fan-out), linear
-    layers uniform within 1 / sqrt(in_features), and the normalizations start where their papers say.
+    layers uniform within 1 / sqrt(in_features), and the normalizations start where their papers say,
+    BNET at 0.
     """
     rng = np.random.default_rng(seed)
     state: State = {}
@@ -107,6 +108,8 @@ def initial_state(network: Network, seed: int = 0) -> State:
                 }
             case Norm():
                 arrays = reference.Layer(node.config).state()
+                if node.starts_at_zero:
+                    arrays |= {name: 0 * arrays[name] for name in ("conv_weight", "conv_bias")}
             case _:
                 arrays = {}
         for name, array in arrays.items():

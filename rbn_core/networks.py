@@ -76,6 +76,7 @@ class Norm(Node):
         channels: C.
         layer: "bn", "rbn", "iebn" or "bnet".
         options: Options of `rbn_core.Config` that are not at their defaults, in its conventions.
+        starts_at_zero: Whether BNET's kernel and bias start at 0, and not as the framework starts them.
     """
 
     op = "norm"
@@ -83,6 +84,7 @@ class Norm(Node):
     channels: int
     layer: str = "bn"
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
+    starts_at_zero: bool = False
 
     @property
     def config(self) -> Config:

@@ -253,6 +253,7 @@ def norm_options(node: Norm) -> dict[str, Any]:
     options = {"momentum": config.momentum, "epsilon": config.eps, "running_var": config.running_var}
     if config.layer == "BNET":
         options |= {"kernel_size": config.kernel_size, "spatial_dims": config.spatial_dims}
+        options |= {"kernel_init": nn.initializers.zeros} if node.starts_at_zero else {}
     else:
         options |= {"use_bias": config.beta, "use_scale": config.gamma}
     if config.layer == "RBN":
@@ -283,7 +284,7 @@ def redescribed(
         if not isinstance(node, Norm) or node.name not in converted:
             return node
         layer, config = converted[node.name]
-        plain = dataclasses.replace(node, layer=layer, options={})
+        plain = dataclasses.replace(node, layer=layer, options={}, starts_at_zero=False)
         options = {
             name: value
             for name, value in dataclasses.asdict(config).items()

@@ -155,7 +155,12 @@ def _module(node: Convolution | Linear | Norm) -> Module:
         case Norm():
             options = norm_options(node.config)
             if node.layer != "bn":
-                return LAYERS[node.layer](node.channels, **options)
+                layer = LAYERS[node.layer](node.channels, **options)
+                if node.starts_at_zero:
+                    for name in ("weight", "bias"):
+                        start = init.constant(tuple(getattr(layer.conv, name).shape), "float32", 0.0)
+                        setattr(layer.conv, name, start)
+                return layer
             if options["momentum"] is None or node.options.get("running_var") == "unbiased":
                 raise RBNValueError(
                     "network: expected a momentum, and running_var 'biased', of Jittor's own BatchNorm, got "

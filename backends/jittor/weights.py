@@ -13,12 +13,13 @@ from numpy.typing import NDArray
 
 from rbn.backends.jittor.functional import at_least_float32
 from rbn.backends.jittor.layers import CalibratedNorm
+from rbn_core import published
 from rbn_core.config import Config, old_value_weight
 from rbn_core.matching import COUNTER, State, Table, match
 from rbn_core.names import NAMES, Kind
 from rbn_core.weights import Layers
 
-CANONICAL = {own: canonical for canonical, own in NAMES["jittor"].items()}
+CANONICAL = {own: canonical for canonical, own in NAMES["jittor"].items()} | published.CANONICAL
 
 OWNERS: dict[Kind, tuple[type[Any], ...]] = {
     "convolution": (nn.Conv, nn.Conv1d, nn.Conv3d),
@@ -35,7 +36,9 @@ def to_numpy(model: Module) -> State:
     Args:
         model: Any module, of this project or not. What it holds under two names comes twice.
     """
-    return {name: array(var).reshape(shape(name, var)) for name, var in variables(model).items()}
+    stored = variables(model)
+    known = shapes(stored)
+    return {name: array(var).reshape(known[name]) for name, var in stored.items()}
 
 
 def from_numpy(
@@ -123,20 +126,23 @@ def fitting(
     strict: bool = True,
 ) -> tuple[State, Table]:
     """What of a state goes where, as `rbn_core.matching.match` says; one name of a shared variable does."""
-    shapes = {name: shape(name, var) for name, var in stored.items()}
+    known = shapes(stored)
     integers = {name for name, var in stored.items() if not var.dtype.is_float()}
     if len({id(var) for var in stored.values()}) < len(stored):
-        present, _ = match(state, shapes, rename=rename, strict=False, integers=integers)
+        present, _ = match(state, known, rename=rename, strict=False, integers=integers)
         filled = {id(stored[name]) for name in present}
-        shapes = {
-            name: known for name, known in shapes.items() if name in present or id(stored[name]) not in filled
+        known = {
+            name: shape for name, shape in known.items() if name in present or id(stored[name]) not in filled
         }
-    return match(state, shapes, rename=rename, strict=strict, integers=integers)
+    return match(state, known, rename=rename, strict=strict, integers=integers)
 
 
-def shape(name: str, var: Var) -> tuple[int, ...]:
-    """The canonical shape: Jittor has no 0-dimensional variables."""
-    return () if name.rpartition(".")[2] == COUNTER and var.numel() == 1 else tuple(var.shape)
+def shapes(stored: Mapping[str, Var]) -> dict[str, tuple[int, ...]]:
+    """The canonical shapes: Jittor has no 0-dimensional variables, the papers' code (1, C, 1, 1) for (C,)."""
+    counted = {name: name.rpartition(".")[2] == COUNTER for name in stored}
+    return published.flat_shapes(
+        {name: () if counted[name] and var.numel() == 1 else tuple(var.shape) for name, var in stored.items()}
+    )
 
 
 def array(var: Var) -> NDArray[Any]:

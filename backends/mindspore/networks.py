@@ -154,7 +154,11 @@ def _cell(node: Node) -> nn.Cell:
 def _norm(node: Norm) -> nn.Cell:
     options = norm_options(node.config)
     if node.layer != "bn":
-        return LAYERS[node.layer](node.channels, **options)
+        layer = LAYERS[node.layer](node.channels, **options)
+        if node.starts_at_zero:
+            for parameter in (layer.conv.weight, layer.conv.bias):
+                parameter.set_data(ops.zeros_like(parameter))
+        return layer
     if options["momentum"] is None or options["running_var"] != "unbiased":
         raise RBNValueError(
             "network: expected a momentum, and running_var 'unbiased', of MindSpore's own BatchNorm, got "

@@ -150,7 +150,11 @@ def _layer(node: Convolution | Linear | Norm) -> nn.Module:
         case Norm():
             options = norm_options(node.config)
             if node.layer != "bn":
-                return LAYERS[node.layer](node.channels, **options)
+                calibrated = LAYERS[node.layer](node.channels, **options)
+                if node.starts_at_zero:
+                    nn.init.zeros_(calibrated.conv.weight)
+                    nn.init.zeros_(calibrated.conv.bias)
+                return calibrated
             if options["running_var"] != "unbiased":
                 raise RBNValueError(
                     "network: expected running_var 'unbiased' of PyTorch's own BatchNorm, got 'biased'. "

@@ -15,6 +15,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import is_lazy
 
 from rbn.backends.torch.layers import BNET, CalibratedNorm
+from rbn_core import published
 from rbn_core.config import Config
 from rbn_core.errors import RBNValueError
 from rbn_core.matching import State, Table, match
@@ -30,8 +31,8 @@ KINDS: tuple[tuple[tuple[type[nn.Module], ...], Kind], ...] = (
 )
 """What a module is, as far as that decides how its arrays are called and lie; the first that fits counts."""
 
-CANONICAL = {own: canonical for canonical, own in NAMES["torch"].items()}
-"""The canonical name of what a norm layer stores."""
+CANONICAL = {own: canonical for canonical, own in NAMES["torch"].items()} | published.CANONICAL
+"""The canonical name of what a norm layer stores, of the papers' own code, too."""
 
 
 class Place(NamedTuple):
@@ -65,7 +66,8 @@ def to_numpy(model: nn.Module) -> State:
     found = places(model)
     for place, tensor in found.items():
         _check_value(place, tensor)
-    return {place.full_name: to_array(tensor) for place, tensor in found.items()}
+    shapes = _shapes(found)
+    return {place.full_name: to_array(tensor).reshape(shapes[place]) for place, tensor in found.items()}
 
 
 def from_numpy(
@@ -90,14 +92,15 @@ def from_numpy(
     Raises:
         RBNValueError: Something does not fit; everything wrong is listed, and nothing has changed.
     """
-    targets = {place.full_name: tensor for place, tensor in places(model).items()}
-    shapes = {name: _shape(name, tensor) for name, tensor in targets.items()}
+    found = places(model)
+    targets = {place.full_name: tensor for place, tensor in found.items()}
+    shapes = {place.full_name: shape for place, shape in _shapes(found).items()}
     integers = {name for name, tensor in targets.items() if not torch.is_floating_point(tensor)}
     arrays, table = match(state, shapes, rename=rename, strict=strict, integers=integers)
     tensors = {name: to_tensor(array) for name, array in arrays.items()}
     with torch.no_grad():
         for name, tensor in tensors.items():
-            targets[name].copy_(tensor)
+            targets[name].copy_(tensor.reshape(targets[name].shape))
     return table
 
 
@@ -155,10 +158,12 @@ def places(model: nn.Module) -> dict[Place, Tensor]:
     bnets = set()
     for path, module in model.named_modules(remove_duplicate=False):
         outer, _, inner = path.rpartition(".")
-        if isinstance(module, BNET):
+        if isinstance(module, BNET) or (isinstance(module, _NormBase) and "bnconv" in module._modules):
             bnets.add(path)
-        if inner == "conv" and outer in bnets:
-            found |= {Place(outer, "norm", CANONICAL[f"conv.{name}"]): own for name, own in _stored(module)}
+        if inner in ("conv", "bnconv") and outer in bnets:
+            found |= {
+                Place(outer, "norm", CANONICAL[f"{inner}.{name}"]): own for name, own in _stored(module)
+            }
             continue
         kind: Kind = next((kind for types, kind in KINDS if isinstance(module, types)), "other")
         for name, own in _stored(module):
@@ -197,6 +202,15 @@ def _stored(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in (*module._parameters.items(), *module._buffers.items()):
         if tensor is not None and name not in module._non_persistent_buffers_set:
             yield name, tensor
+
+
+def _shapes(found: Mapping[Place, Tensor]) -> dict[Place, tuple[int, ...]]:
+    """The canonical shape of everything: the papers' own code has (1, C, 1, 1) for (C,)."""
+    shapes = {place.full_name: _shape(place.full_name, tensor) for place, tensor in found.items()}
+    flat = published.flat_shapes(shapes)
+    return {
+        place: flat[place.full_name] if place.kind == "norm" else shapes[place.full_name] for place in found
+    }
 
 
 def _shape(name: str, tensor: Tensor) -> tuple[int, ...]:

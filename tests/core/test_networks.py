@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from rbn_core import RBNError, RBNTypeError, RBNValueError
-from rbn_core.architectures import ARCHITECTURES, network
+from rbn_core.architectures import ARCHITECTURES, network, told_norm
 from rbn_core.execution import initial_state, run
 from rbn_core.networks import INPUT, Add, Convolution, Network, Norm, Pooling, Split
 
@@ -41,7 +41,8 @@ def test_each_layer_adds_its_own_parameters():
     channels = sum(node.channels for node in network("resnet50").nodes if isinstance(node, Norm))
     last = sum(node.channels for node in network("resnet50").nodes if node.name.endswith("bn3"))
     assert network("resnet50", "rbn").parameter_count() == plain + 3 * channels
-    assert network("resnet50", "iebn").parameter_count() == plain + 2 * channels
+    shortcuts = sum(n.channels for n in network("resnet50").nodes if n.name.endswith("downsample.1"))
+    assert network("resnet50", "iebn").parameter_count() == plain + 2 * (channels - shortcuts)
     # The kernel and the bias of a depthwise convolution in place of gamma and beta.
     assert network("resnet50", "bnet").parameter_count() == plain + 8 * last
     assert network("resnet50", {"layer": "bnet", "kernel_size": 5}).parameter_count() == plain + 24 * last
@@ -55,6 +56,78 @@ def test_stages_choose_where_the_layer_goes():
             assert node.layer == ("rbn" if chosen else "bn"), node.name
             assert node.options == ({"scaling": "channel_std"} if chosen else {})
     assert described.nodes[-1].shape((2, 2048)) == (2, 100)
+
+
+def test_iebn_leaves_shortcuts_plain_as_its_code_does():
+    plain = {
+        n.name for n in network("cifar_resnet164", "iebn").nodes if isinstance(n, Norm) and n.layer == "bn"
+    }
+    assert plain == {f"layer{stage}.0.downsample.1" for stage in (1, 2, 3)}
+
+
+def names_of(described, layer):
+    return {node.name for node in described.nodes if isinstance(node, Norm) and node.layer == layer}
+
+
+def test_places_choose_where_the_layer_goes():
+    everywhere = names_of(network("resnet50"), "bn")
+    assert names_of(network("resnet50", "rbn"), "rbn") == everywhere
+    for name, chosen in {
+        "stem": ("bn1",),
+        "inner": ("0.bn1", "0.bn2"),
+        "last": ("0.bn3",),
+        "shortcut": ("0.downsample.1",),
+    }.items():
+        found = names_of(network("resnet50", {"layer": "bnet", "places": (name,), "stages": (0, 2)}), "bnet")
+        first = {path for path in found if not path.startswith("layer2.") or path.startswith("layer2.0.")}
+        assert first == {path if name == "stem" else f"layer2.{path}" for path in chosen}
+    places = ["stem", "inner", "last", "shortcut"]
+    assert names_of(network("resnet50", {"layer": "iebn", "places": places}), "iebn") == everywhere
+    assert names_of(network("mobilenet_v2", {"layer": "rbn", "places": ("stem",)}), "rbn") == {
+        "features.0.1",
+        "features.18.1",
+    }
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        {"layer": "iebn"},
+        {"layer": "iebn", "places": ("stem", "inner", "last", "shortcut")},
+        {"layer": "bnet", "kernel_size": 5},
+        {"layer": "bnet", "places": ("inner", "last"), "stages": (1, 3)},
+        {"layer": "rbn", "places": ("shortcut",)},
+        {"layer": "rbn", "stages": (0,)},
+    ],
+    ids=str,
+)
+def test_the_choice_is_told_by_the_arrays(norm):
+    state = initial_state(network("resnet50", norm))
+    assert told_norm(network("resnet50"), state) == norm
+
+
+def test_bnet_starts_at_zero_in_networks_and_not_in_backbones():
+    """Each block starts as its shortcut."""
+    described = network("resnet18", "bnet", 4)
+    state = initial_state(described)
+    assert not state["layer1.0.bn2.conv_weight"].any()
+    assert not state["layer1.0.bn2.conv_bias"].any()
+    assert initial_state(network("resnet18", "bnet", 0))["layer1.0.bn2.conv_weight"].any()
+    images = np.random.default_rng(0).normal(size=(2, 3, 32, 32)).astype(np.float32)
+    body = Network("x", tuple(n for n in described.nodes if n.name in ("conv1", "bn1", "relu", "maxpool")))
+    stem = {name: value for name, value in state.items() if name in body.state_shapes()}
+    first = Network("x", described.nodes[: 1 + [n.name for n in described.nodes].index("layer1.1.relu")])
+    within = {name: value for name, value in state.items() if name in first.state_shapes()}
+    np.testing.assert_array_equal(run(first, within, images)[0], run(body, stem, images)[0])
+
+
+@pytest.mark.parametrize("name", ["resnet50", "cifar_resnet164", "mobilenet_v2"])
+def test_a_backbone_has_no_classifier(name):
+    backbone, whole = network(name, "rbn", 0), network(name, "rbn")
+    classifier = {f"{whole.nodes[-1].name}.{array}" for array in ("weight", "bias")}
+    assert backbone.state_shapes().keys() == whole.state_shapes().keys() - classifier
+    shapes = backbone.shapes((2, 3, 64, 64))
+    assert shapes[backbone.nodes[-1].name] == whole.shapes((2, 3, 64, 64))[whole.nodes[-2].inputs[0]]
 
 
 def test_bnet_follows_the_last_convolution_of_each_block():
@@ -112,7 +185,17 @@ def test_a_damaged_description_is_one_clear_error(text):
             RBNValueError,
             "stages of resnet50, 0, 1, 2, 3, 4, got 5",
         ),
-        (("resnet50", "rbn", 0), RBNValueError, "expected num_classes to be a positive integer, got 0"),
+        (("resnet50", "rbn", -1), RBNValueError, "expected num_classes to be a positive integer, got -1"),
+        (
+            ("resnet50", "rbn", False),
+            RBNTypeError,
+            "expected num_classes to be a positive integer, got False",
+        ),
+        (
+            ("resnet50", {"layer": "iebn", "places": ("first",)}),
+            RBNValueError,
+            "expected each of places to be one of 'stem', 'inner', 'last', 'shortcut', got 'first'",
+        ),
     ],
 )
 def test_what_is_unknown_is_refused(arguments, error, message):

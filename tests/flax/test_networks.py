@@ -38,7 +38,9 @@ def lively_state(description: networks.Network, seed: int = 0) -> State:
     for name, array in state.items():
         if array.ndim == 1:
             array += (0.2 * rng.random(array.shape)).astype(array.dtype)
-        elif array.ndim == 4 and array.shape[1] == 1 and not name.endswith("conv_weight"):
+        elif name.endswith("conv_weight"):  # which starts at 0 in networks
+            array += rng.normal(0, 1 / 3, array.shape).astype(array.dtype)
+        elif array.ndim == 4 and array.shape[1] == 1:
             array *= np.sqrt(len(array))  # their fan-out is that of one channel
     return state
 

@@ -32,6 +32,8 @@ def trained_state(description, x, seed=0):
     for name, value in state.items():
         if name.rpartition(".")[2] in ("center_weight", "scale_weight", "scale_bias", "gamma", "beta"):
             value += rng.normal(0, 0.1, value.shape).astype(np.float32)
+        if name.endswith("conv_weight"):  # which starts at 0 in networks
+            value += rng.normal(0, 1 / 3, value.shape).astype(np.float32)
         if name.endswith("bn3.gamma"):
             value *= 0.3  # a deep network of bottlenecks adds less in each than it hands on
     after = run(description, state, x, training=True)[1]

@@ -99,6 +99,8 @@ def trained(description, size=32):
     for name, value in state.items():
         if value.ndim == 1:
             state[name] = (value + rng.normal(0, 0.1, value.shape)).astype(np.float32)
+        elif name.endswith("conv_weight"):  # which starts at 0 in networks
+            state[name] = (value + rng.normal(0, 1 / 3, value.shape)).astype(np.float32)
     for node in description.nodes:
         for name in node.inputs if isinstance(node, Add) else ():
             for scale in {f"{name}.gamma", f"{name}.conv_weight"} & state.keys():
