@@ -20,6 +20,11 @@ Statistic = Literal["channel_mean", "channel_std", "spatial_mean", "spatial_std"
 CHANNEL_STATISTICS: tuple[Statistic, ...] = ("channel_mean", "channel_std")
 SPATIAL_STATISTICS: tuple[Statistic, ...] = ("spatial_mean", "spatial_std")
 STATISTICS = (*CHANNEL_STATISTICS, *SPATIAL_STATISTICS, None)
+FIXED: dict[str, tuple[tuple[Statistic | None, ...], ...]] = {
+    "IEBN": ((None,), ("input_mean",)),
+    "BNET": ((None,), (None,)),
+}
+"""What centering and scaling are in the layers that have no choice of them."""
 RESTRICTIONS = ("sigmoid", "hard_sigmoid")
 RUNNING_VARIANCES = ("unbiased", "biased")
 FLOATING = ("float16", "bfloat16", "float32", "float64")
@@ -77,9 +82,9 @@ class Config:
         check_count("num_features", self.num_features, self.layer)
         _check_eps(self.eps, self.layer)
         check_momentum(self.momentum, self.layer)
-        if self.layer == "RBN":
-            check_choice("centering", self.centering, STATISTICS)
-            check_choice("scaling", self.scaling, STATISTICS)
+        centering, scaling = FIXED.get(self.layer, (STATISTICS, STATISTICS))
+        check_choice("centering", self.centering, centering, self.layer)
+        check_choice("scaling", self.scaling, scaling, self.layer)
         check_choice("restrict", self.restrict, RESTRICTIONS, self.layer)
         check_choice("running_var", self.running_var, RUNNING_VARIANCES, self.layer)
         if self.layer == "BNET":
