@@ -23,6 +23,12 @@ from rbn.progress import Row
 
 IMPORTING = {"jittor": "importing (on first use Jittor compiles itself, about 3 minutes)"}
 
+FIRST_RUN = {
+    "jittor": "jittor compiles itself on its first run on a machine, about 3 minutes, and each operator when "
+    "a case first needs it; later runs find both in ~/.cache/jittor."
+}
+"""What a first run compiles that later ones do not."""
+
 FAILURES_SHOWN = 10
 """How many failed cases the terminal lists for each subject; the files have them all."""
 
@@ -35,6 +41,29 @@ def progress_row(run: Run) -> Row:
     stage = IMPORTING.get(run.name, run.stage) if run.stage == "importing" else run.stage
     stage = f"{stage}, {run.finished} of {run.total} cases, {seconds:.0f} s"
     return Row(run.name, run.finished, run.total, stage, run.stage in ("importing", "checking"))
+
+
+def seconds_left(runs: Sequence[Run], processors: int) -> float | None:
+    """About how long it takes until all are done: what has not begun is taken to go on as what has.
+
+    Args:
+        runs: All of them.
+        processors: How many run at a time.
+
+    Returns:
+        The seconds, and nothing as long as no case is finished.
+    """
+    now = time.monotonic()
+    spent = {run.name: run.seconds or (now - run.started) for run in runs if run.finished}
+    if not spent:
+        return None
+    pace = sum(spent.values()) / sum(run.finished for run in runs)
+    left = [
+        (run.total - run.finished) * (spent[run.name] / run.finished if run.finished else pace)
+        for run in runs
+        if run.stage != "done"
+    ]
+    return max(sum(left) / processors, *left, 0.0)
 
 
 def render(runs: Sequence[Run]) -> RenderableType:

@@ -122,7 +122,7 @@ def conform(
     not installed.
     """
     # Not needed by the other commands, and slow to import.
-    from rbn.conformance.report import progress_row, render, write_json
+    from rbn.conformance.report import FIRST_RUN, progress_row, render, seconds_left, write_json
     from rbn.conformance.runner import SUBJECTS, registered, run
     from rbn.conformance.suite import all_cases, quick_cases, select, with_seeds
     from rbn.progress import Progress
@@ -153,7 +153,11 @@ def conform(
     targets = (
         {"numpy": SUBJECTS["numpy"]} | targets | {reference: (reference,) for reference in subject or []}
     )
-    with Progress(console, progress_row) as progress:
+    for name in targets:
+        if name in FIRST_RUN:
+            console.print(FIRST_RUN[name], markup=False, highlight=False)
+    processors = os.cpu_count() or 1
+    with Progress(console, progress_row, left=lambda runs: seconds_left(runs, processors)) as progress:
         runs = run(targets, cases, progress, time_limit)
     console.print(render(runs))
     if json is not None:

@@ -41,12 +41,20 @@ class Progress(Generic[Run]):
         console: Where to.
         row: What is to be said of a run.
         interval: Seconds between two lines where the console is no terminal.
+        left: About how many seconds all runs still take, if that can be told.
     """
 
-    def __init__(self, console: Console, row: Callable[[Run], Row], interval: float = 15.0) -> None:
+    def __init__(
+        self,
+        console: Console,
+        row: Callable[[Run], Row],
+        interval: float = 15.0,
+        left: Callable[[Sequence[Run]], float | None] = lambda _: None,
+    ) -> None:
         self.console = console
         self.row = row
         self.interval = interval
+        self.left = left
         self.live = Live(console=console, transient=True, auto_refresh=False)
         self.next_line = time.monotonic() + interval
 
@@ -67,8 +75,16 @@ class Progress(Generic[Run]):
             table = Table.grid(padding=(0, 1))
             for row in rows:
                 table.add_row(row.name, ProgressBar(row.total, row.done, width=30), row.stage)
+            table.add_row("", "", self.time_left(runs))
             self.live.update(table, refresh=True)
         elif time.monotonic() >= self.next_line:
             self.next_line += self.interval
-            busy = (f"{row.name}: {row.stage}" for row in rows if row.busy)
-            self.console.print(" | ".join(busy), soft_wrap=True, highlight=False)
+            texts = [*(f"{row.name}: {row.stage}" for row in rows if row.busy), self.time_left(runs)]
+            self.console.print(" | ".join(filter(None, texts)), soft_wrap=True, highlight=False)
+
+    def time_left(self, runs: Sequence[Run]) -> str:
+        """In words, in minutes as long as there are some."""
+        seconds = self.left(runs)
+        if seconds is None:
+            return ""
+        return f"about {seconds / 60:.0f} min left" if seconds >= 90 else f"about {seconds:.0f} s left"

@@ -2,6 +2,7 @@
 
 import io
 import json
+import time
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from rich.console import Console
 from rbn.conformance import runner
 from rbn.conformance.checks import ABSENT, EXPECTED, FAILED, PASSED, Result
 from rbn.conformance.comparison import Deviation
-from rbn.conformance.report import coverage, progress_row, render, write_json
+from rbn.conformance.report import coverage, progress_row, render, seconds_left, write_json
 from rbn.conformance.suite import all_cases
 from rbn.progress import Progress
 
@@ -109,6 +110,40 @@ def test_progress_on_a_terminal_is_a_bar_for_every_framework():
         assert "━" in console.file.getvalue()
         for text in ("checking, 1 of 2 cases, 7 s", f"waiting, 0 of {len(all_cases())} cases"):
             assert text in console.file.getvalue()
+
+
+def played(name, stage, finished, total, seconds):
+    """A run that began so long ago, or took so long."""
+    result = Result("rbn/train/x/float32", "rbn/train/float32", PASSED, (), "", 0.1)
+    started, seconds = (0.0, seconds) if stage == "done" else (time.monotonic() - seconds, 0.0)
+    results = {name: [result] * finished}
+    return runner.Run(name, ("a:B",), (), stage, started, seconds, results, total=total)
+
+
+def test_the_time_left_follows_from_the_pace_so_far():
+    waiting = runner.Run("torch", ("a:B",), all_cases())
+    assert seconds_left([waiting], 2) is None
+    done, half = played("flax", "done", 100, 100, 10.0), played("jittor", "checking", 50, 100, 20.0)
+    assert seconds_left([done], 2) == 0
+    assert seconds_left([done, half], 2) == pytest.approx(20, rel=0.01)
+    # What waits goes on as all did: 30 s for 150 cases. Two run at a time, and none is faster than alone.
+    waiting.total = 300
+    assert seconds_left([done, half, waiting], 2) == pytest.approx(60, rel=0.01)
+    assert seconds_left([done, half, waiting], 1) == pytest.approx(80, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(None, ""), (240.0, " | about 4 min left"), (62.0, " | about 62 s left")]
+)
+def test_the_time_left_is_shown(seconds, text):
+    run = played("jittor", "checking", 1, 2, 7.0)
+    for terminal in (False, True):
+        console = Console(width=100, file=io.StringIO(), force_terminal=terminal)
+        with Progress(console, progress_row, interval=0.0, left=lambda runs: seconds) as progress:
+            progress([run])
+        expected = text.removeprefix(" | ") if terminal else f"1 of 2 cases, 7 s{text}\n"
+        assert expected in console.file.getvalue()
+        assert ("left" in console.file.getvalue()) == (seconds is not None)
 
 
 def test_progress_without_a_terminal_is_a_line_now_and_then(capsys):
