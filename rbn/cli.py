@@ -247,12 +247,18 @@ def port(
         typer.Option(
             "--from",
             metavar="FORMAT",
-            help="canonical, torch, flax, mindspore or jittor; by default told by the suffix.",
+            help="canonical, torch, flax, mindspore or jittor; by default told by the content.",
         ),
     ] = None,
     destination_format: Annotated[
         str | None,
-        typer.Option("--to", metavar="FORMAT", help="The same; a .safetensors file is canonical by default."),
+        typer.Option(
+            "--to", metavar="FORMAT", help="The same, by the suffix; .safetensors is canonical by default."
+        ),
+    ] = None,
+    key: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Which network of a file that holds several, as state_dict_ema."),
     ] = None,
     network: Annotated[
         str | None,
@@ -278,6 +284,9 @@ def port(
     verify: Annotated[
         bool, typer.Option("--verify", help="Run both networks on photographs, and compare their logits.")
     ] = False,
+    all_rows: Annotated[
+        bool, typer.Option("--all", help="Print every array, not only those that something became of.")
+    ] = False,
 ) -> None:
     """Write the weights of one framework's file as another's, or as the canonical file, or from it.
 
@@ -293,6 +302,7 @@ def port(
         choices: dict[str, Any] = {
             "source_format": source_format,
             "destination_format": destination_format,
+            "key": key,
             "network": network,
             "norm": None if norm is None else porting.parse_norm(norm),
             "num_classes": num_classes,
@@ -313,12 +323,17 @@ def port(
     except RBNError as error:
         Console(stderr=True).print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(2) from None
-    table = Table("status", "array", "in the source", "shape and dtype")
-    for row in found.rows:
-        table.add_row(*(escape(text) for text in (row.status, row.name, row.source, row.detail)))
-    console.print(table)
+    shown = found.rows if all_rows else found.exceptions
+    if shown:
+        table = Table("status", "array", "in the source", "shape and dtype")
+        for row in shown:
+            table.add_row(*(escape(text) for text in (row.status, row.name, row.source, row.detail)))
+        console.print(table)
     counts = Counter(row.status for row in found.rows)
-    console.print(", ".join(f"{count} {status}" for status, count in counts.items()), highlight=False)
+    rest = "" if len(shown) == len(found.rows) else "; --all shows every one"
+    console.print(", ".join(f"{count} {status}" for status, count in counts.items()) + rest, highlight=False)
+    for note in found.notes:
+        Console(stderr=True).print(note, style="yellow", markup=False, highlight=False, soft_wrap=True)
     if difference is not None:
         console.print(
             f"largest difference of the logits, {difference.source} and {difference.destination}: "

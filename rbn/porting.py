@@ -7,12 +7,14 @@ import hashlib
 import importlib.util
 import json
 import re
+import secrets
+import shutil
 import sys
 import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -22,10 +24,11 @@ from numpy.typing import NDArray
 
 import rbn.backends
 from rbn.backends.frameworks import FRAMEWORKS, missing_message
-from rbn_core import architectures, weights
+from rbn_core import architectures, pickles, published, renaming, weights
 from rbn_core.config import check_choice
 from rbn_core.errors import RBNTypeError, RBNValueError
-from rbn_core.matching import COUNTER, Row, State, Table, match
+from rbn_core.files import replacing
+from rbn_core.matching import COUNTER, Row, State, Table, match, summed_up
 from rbn_core.names import KINDS, PARAMETERS, STATISTICS, Kind, from_own, own_name, to_layout, to_own
 from rbn_core.networks import Linear, Network, Norm
 from rbn_core.weights import Layers, Training
@@ -41,11 +44,32 @@ SUFFIXES = {".pth": "torch", ".pt": "torch", ".msgpack": "flax", ".ckpt": "minds
 SAFETENSORS = {"rbn": CANONICAL, "pt": "torch", "flax": "flax", "ms": "mindspore"}
 """Whose a `.safetensors` file is, by the `format` of its metadata."""
 
-LAYOUTS = {"torch": ("own", "published"), "flax": ("linen", "nnx")}
+STARTS = (
+    (b"PK\x03\x04", "torch"),
+    *((b"\x80" + bytes([protocol]), "jittor") for protocol in pickles.PROTOCOLS),
+    (b"\xdf", "flax"),
+    (b"\xde", "flax"),
+    *((bytes([first]), "flax") for first in range(0x81, 0x90)),
+    (b"\x0a", "mindspore"),
+)
+"""How the files of each framework begin: zips, pickles, maps of msgpack, messages of protobuf."""
+
+TORCH_PICKLE = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+"""The number that PyTorch's files begin with that are no zips: a pickle, as Jittor's are."""
+
+IMPOSTORS = {
+    b"version https://git-lfs": "a pointer of Git LFS. Fetch the file: git lfs pull",
+    b"<!doctype html": "a web page. Download the file itself, which is often behind another link",
+    b"<html": "a web page. Download the file itself, which is often behind another link",
+    b"\x89hdf": "an HDF5 file, of Keras for example. Load it there, and save NumPy arrays",
+}
+"""How what is no weights begins, in small letters, and what it is."""
+
+LAYOUTS = {"torch": ("own", "published"), "flax": ("linen", "nnx"), "jittor": ("own", "published")}
 """The forms of a framework's files: the papers' published code has its own, and so have linen and NNX."""
 
-CALIBRATIONS = ("center_weight", "scale_weight", "scale_bias", "conv_weight")
-"""What our layers have and plain BatchNorm has not."""
+WEIGHTS = {"weight", "bias", *PARAMETERS, *STATISTICS}
+"""What layers call the arrays that they compute with."""
 
 COUNTERS = {"torch": "int64", "flax": "int32", "mindspore": "int32", "jittor": "int32"}
 """What each framework's layers count batches in."""
@@ -61,6 +85,9 @@ class Content:
         layers: What is known about these layers beside that.
         network: The network they make up, if it is known.
         training: The optimizer that goes on with them, if there is one.
+        names: What the file calls them, where that is something else.
+        left_out: What the file holds beside them.
+        notes: What else is to be said of it.
     """
 
     state: State
@@ -68,6 +95,9 @@ class Content:
     layers: Layers
     network: Network | None = None
     training: Training | None = None
+    names: Mapping[str, str] = field(default_factory=dict)
+    left_out: tuple[Row, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 class Fingerprint(NamedTuple):
@@ -84,6 +114,7 @@ def port(
     *,
     source_format: str | None = None,
     destination_format: str | None = None,
+    key: str | None = None,
     network: str | None = None,
     norm: str | Mapping[str, Any] | None = None,
     num_classes: int | None = None,
@@ -99,8 +130,11 @@ def port(
     Args:
         source: The file, or the folder of Orbax, to read.
         destination: What to write, in one step; what is there is replaced.
-        source_format: One of `FORMATS`; by default told by the suffix, and of `.safetensors` by the metadata.
-        destination_format: The same of the destination; a `.safetensors` file is canonical by default.
+        source_format: One of `FORMATS`; by default told by the content, and where that does not tell by the
+            suffix.
+        destination_format: The same of the destination, by the suffix; a `.safetensors` file is canonical by
+            default.
+        key: Where a file holds several networks, under what name the one to port is, as "state_dict_ema".
         network: The network that the arrays must make up, one of `rbn_core.architectures.ARCHITECTURES`; by
             default the one that a canonical file names.
         norm: Its normalization, as `rbn_core.architectures.network` takes it; by default told by the names.
@@ -126,30 +160,65 @@ def port(
     if layout is not None:
         check_choice("--layout", layout, LAYOUTS.get(writer, ()), f"port to {writer}")
     progress(f"reading {source} ({reader})")
-    content, table = fitted(read(source, reader, kinds), rename, network, norm, num_classes)
+    content, table = fitted(read(source, reader, kinds, key), rename, network, norm, num_classes)
+    if note := told_against_suffix(source, source_format, reader):
+        content = replace(content, notes=(note, *content.notes))
     if content.network is not None:
         progress(f"the arrays are those of {summary(content.network)}")
     return_memory()
-    rows = planned(table, content, reader, writer)
-    written = content.state if writer == CANONICAL else own_state(content, writer)
+    rows = planned(table, content, reader, writer, layout)
+    written = content.state if writer == CANONICAL else own_state(content, writer, layout)
     expected = {name: fingerprint(array) for name, array in written.items()}
     if writer == CANONICAL and content.training is not None:
         for slot, arrays in content.training.slots.items():
             expected |= {
                 f"{weights.TRAINING}{slot}/{name}": fingerprint(array) for name, array in arrays.items()
             }
-    progress(f"writing {destination} ({writer})")
-    write(destination, writer, content, written, layout)
-    del content, written  # what is read back takes their place in memory
-    return_memory()
-    progress(f"reading {destination} back")
-    changed = compared(destination, expected, stored_arrays(destination, writer))
-    return Table(
-        tuple(
-            replace(row, detail=f"{row.detail}, stored as {changed[own]}") if own in changed else row
-            for row, own in rows
-        )
+    named, left_out, notes = content.names, content.left_out, content.notes
+    with placed(destination, writer) as temporary:
+        progress(f"writing {destination} ({writer})")
+        write(temporary, writer, content, written, layout)
+        del content, written  # what is read back takes their place in memory
+        return_memory()
+        progress(f"reading {destination} back")
+        changed = compared(destination, expected, stored_arrays(temporary, writer))
+    found = tuple(
+        replace(row, detail=f"{row.detail}, stored as {changed[own]}") if own in changed else row
+        for row, own in rows
     )
+    return Table(in_file(found, named) + left_out, notes)
+
+
+@contextmanager
+def placed(path: Path, framework: str) -> Iterator[Path]:
+    """Put a file or a folder in its place in one step, once it is whole: until then the old one stays.
+
+    Args:
+        path: Where it goes.
+        framework: Whose it is.
+
+    Yields:
+        Where to write it, in the same folder.
+
+    Raises:
+        RBNError: Nothing can be there.
+    """
+    if framework != "flax" or path.suffix == ".msgpack":
+        with replacing(path) as temporary:
+            yield temporary
+        return
+    checkpoints(framework).check_new(path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    try:
+        yield temporary
+        temporary.rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def in_file(rows: tuple[Row, ...], names: Mapping[str, str]) -> tuple[Row, ...]:
+    """The rows with what the user's file calls the arrays, where that is something else."""
+    return tuple(replace(row, source=row.source or names.get(row.name, "")) for row in rows)
 
 
 def told_format(path: Path, given: str | None, *, writes: bool) -> str:
@@ -161,15 +230,21 @@ def told_format(path: Path, given: str | None, *, writes: bool) -> str:
         writes: Whether the file is to be written; one to be read must be there.
 
     Raises:
-        RBNError: There is no such file, or it cannot be told.
+        RBNError: There is no such file, it is no weights at all, or it cannot be told whose they are.
     """
     option = "--to" if writes else "--from"
     if given is not None:
         check_choice(option, given, FORMATS, "port")
-    if not writes and not path.exists():
-        raise RBNValueError(f"port: expected a file to read, got {path}, which is not there. Check the path.")
+    if not writes:
+        if not path.exists():
+            raise RBNValueError(
+                f"port: expected a file to read, got {path}, which is not there. Check the path."
+            )
+        check_weights(path)
     if given is not None:
         return given
+    if not writes and (told := told_by_content(path)):
+        return told
     suffix = path.suffix.lower()
     if path.is_dir() or (writes and not suffix):
         return "flax"
@@ -182,28 +257,79 @@ def told_format(path: Path, given: str | None, *, writes: bool) -> str:
         )
     if writes:
         return CANONICAL
-    with os_errors_explained(path):
-        _, metadata = weights.read_safetensors(path)
-    if metadata.get("format") not in SAFETENSORS:
-        raise RBNValueError(
-            f"port: expected a .safetensors file that says whose it is, got {path}. Say it with --from, "
-            f"{', '.join(FORMATS)}."
-        )
-    return SAFETENSORS[metadata["format"]]
+    raise RBNValueError(
+        f"port: expected a .safetensors file that says whose it is, got {path}. Say it with --from, "
+        f"{', '.join(FORMATS)}."
+    )
 
 
-def read(path: Path, framework: str, kinds: Mapping[str, str] | None = None) -> Content:
+def told_by_content(path: Path) -> str | None:
+    """Whose format a file or folder is in, if its first bytes or its files say so."""
+    if path.is_dir():
+        torch = (path / ".metadata").is_file() or any(path.glob("*.index.json"))
+        return "torch" if torch else None
+    with os_errors_explained(path), path.open("rb") as file:
+        start = file.read(32)
+    if start[8:9] == b"{":
+        with os_errors_explained(path):
+            return SAFETENSORS.get(weights.read_metadata(path).get("format", ""))
+    if path.name.endswith(".index.json") or TORCH_PICKLE in start:
+        return "torch"
+    return next((framework for begins, framework in STARTS if start.startswith(begins)), None)
+
+
+def told_against_suffix(path: Path, given: str | None, reader: str) -> str:
+    """What is to be said where the content of a file is another format's than its suffix."""
+    expected = SUFFIXES.get(path.suffix.lower(), reader)
+    if given is not None or expected == reader or path.is_dir():
+        return ""
+    return (
+        f"{path.name} is read as {reader}'s, which its content is; --from {expected} reads it as {expected}'s"
+    )
+
+
+def check_weights(path: Path) -> None:
+    """Refuse what people have in place of weights.
+
+    Raises:
+        RBNValueError: It is such.
+    """
+    if path.is_dir():
+        return
+    with os_errors_explained(path), path.open("rb") as file:
+        start = file.read(1024).lstrip().lower()
+    for begins, what in IMPOSTORS.items():
+        if start.startswith(begins):
+            raise RBNValueError(f"port: expected weights, got {path}, which is {what}")
+    if shard := re.search(r"-(\d{5})-of-(\d{5})\.", path.name):
+        number, count = int(shard[1]), int(shard[2])
+        if count > 1:
+            raise RBNValueError(
+                f"port: expected all weights, got {path}, which is part {number} of {count} alone. "
+                "Give the .index.json beside the parts, or their folder."
+            )
+
+
+def read(
+    path: Path, framework: str, kinds: Mapping[str, str] | None = None, key: str | None = None
+) -> Content:
     """What a file holds, under canonical names.
 
     Args:
         path: The file.
         framework: One of `FORMATS`.
         kinds: Patterns of paths with what the layers are, as `port` takes them.
+        key: Under what name the network is in it, as `port` takes it.
 
     Raises:
-        RBNError: The file is damaged or hostile, holds nothing, or a pattern is wrong.
+        RBNError: The file is damaged or hostile, holds nothing, or a pattern or the key is wrong.
     """
     if framework == CANONICAL:
+        if key is not None:
+            raise RBNValueError(
+                f"port: expected --key with a framework's file, got {path}, a canonical one, which holds one "
+                "network. Leave it out."
+            )
         with os_errors_explained(path):
             known = weights.read(path)
         state = known.state
@@ -212,7 +338,9 @@ def read(path: Path, framework: str, kinds: Mapping[str, str] | None = None) -> 
         said = said_kinds(kinds, told)
         content = Content(state, told | said, known.layers, known.network, known.training)
     else:
-        own = stored_arrays(path, framework)
+        beside: dict[str, str] = {}
+        with os_errors_explained(path):
+            own = checkpoints(framework).read(path, key, lambda name, what: beside.setdefault(name, what))
         said = said_kinds(kinds, from_own(framework, own)[1])
         state, told = from_own(framework, own, said)
         if len(state) < len(own):
@@ -220,10 +348,42 @@ def read(path: Path, framework: str, kinds: Mapping[str, str] | None = None) -> 
                 f"port: expected arrays whose names differ, got {path}, where {len(own)} names become "
                 f"{len(state)}. Say what the layers are with a map's [kinds]."
             )
-        content = Content(state, told, {})
+        names = {name: stored for name, stored in zip(state, own, strict=True) if name != stored}
+        left_out = tuple(Row(name, "left out", detail=what) for name, what in beside.items())
+        content = Content(
+            state, told, {}, names=names, left_out=left_out, notes=guessed(framework, own, told, said)
+        )
     if not content.state:
         raise RBNValueError(f"port: expected arrays, got none in {path}. Write it again.")
     return content
+
+
+def guessed(
+    framework: str, own: State, told: Mapping[str, Kind], said: Mapping[str, Kind]
+) -> tuple[str, ...]:
+    """What names and shapes alone have told, and what they have not, in words."""
+    notes = []
+    norms = [path for path, kind in told.items() if kind == "norm" and path not in said]
+    if norms:
+        notes.append(f"taken for normalizations, by their statistics or names: {few(norms)}")
+    vectors = [
+        name
+        for name, array in own.items()
+        if (name == "weight" or name.endswith(".weight"))
+        and array.ndim == 1
+        and told.get(name.rpartition(".")[0]) == "other"
+    ]
+    if vectors:
+        notes.append(
+            f"kept under their own names, as neither names nor shapes tell what they are of: {few(vectors)}; "
+            "a map's [kinds] says which are norm"
+        )
+    return tuple(notes)
+
+
+def few(names: list[str]) -> str:
+    """Some names of many."""
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def fitted(
@@ -249,8 +409,10 @@ def fitted(
         raise RBNValueError(
             "port: expected --network where --norm or --num-classes is given, got none. Give it."
         )
-    check_finite(content.state)
     content, table = renamed(content, rename or {})
+    if network is not None and (around := beside_backbone(content.state, network)):
+        content, table = renamed(content, dict(rename or {}) | around)
+    check_finite(content)
     described = content.network
     if network is not None:
         described = description(network, norm, num_classes, content.state)
@@ -258,24 +420,67 @@ def fitted(
         return content, table
     taken, matched = match(content.state, described.state_shapes(), strict=False)
     if matched.faults:
-        raise RBNValueError(
-            f"port: expected the arrays of {summary(described)}, got others. Nothing was written; name "
-            f"another network, or rename with --map.\n{Table(matched.faults)}"
-        )
+        raise RBNValueError(mismatch(content, described, matched.faults))
     sources = {row.name: row.source for row in table.rows}
     rows = tuple(
         replace(row, status="renamed", source=sources[row.name])
         if row.status == "matched" and sources[row.name]
         else replace(row, detail="is left out" if row.name in content.state else "starts at 0")
         if row.status == "no counterpart"
+        else replace(row, source=sources[row.source] or row.source)
+        if row.source
         else row
         for row in matched.rows
-    )
+    ) + tuple(row for row in table.rows if row.status == "left out")
     # A count may lack, and a framework's own way of loading wants it nevertheless.
     state = {name: taken.get(name, np.zeros((), np.int64)) for name in described.state_shapes()}
     layers = described.layers()
     kinds = {path: cast("Kind", layer["kind"]) for path, layer in layers.items()}
     return replace(content, state=state, kinds=kinds, layers=layers, network=described), Table(rows)
+
+
+def beside_backbone(state: State, network: str) -> dict[str, str]:
+    """The renaming that takes a detector's backbone out of its arrays, if they are a detector's."""
+    first = f"{architectures.network(network).nodes[0].name}.weight"
+    inside = f"{published.BACKBONE}{first}"
+    if first in state or inside not in state:
+        return {}
+    return {rf"{re.escape(published.BACKBONE)}(.*)": r"\1", ".*": ""}
+
+
+def mismatch(content: Content, described: Network, faults: tuple[Row, ...]) -> str:
+    """What to say of arrays that are another network's than the user means, and what to do."""
+    shapes = {name: np.shape(array) for name, array in content.state.items()}
+    table = renaming.suggested(shapes, described.state_shapes())
+    calibrated = next(
+        (node.layer for node in described.nodes if isinstance(node, Norm) and node.layer != "bn"), ""
+    )
+    plain = calibrated and not match(content.state, without_calibrations(described), strict=False)[1].faults
+    if plain:
+        way_out = (
+            "The file's normalizations are BatchNorm: leave --norm out, or convert them with "
+            f"--convert {calibrated}, and --preserve for the same results."
+        )
+    elif table:
+        way_out = f"Nearly all match with --map FILE and these lines in FILE:\n{renaming.as_toml(table)}\n"
+    else:
+        way_out = "Name another network, or rename with --map."
+    rows = []
+    for status, (shown, more) in summed_up(faults).items():
+        rows += [replace(row, name=content.names.get(row.name, row.name)) for row in shown]
+        rows += [Row(f"{more} more", status)] if more else []
+    return (
+        f"port: expected the arrays of {summary(described)}, got others. Nothing was written. {way_out}\n"
+        f"{Table(tuple(rows))}"
+    )
+
+
+def without_calibrations(described: Network) -> dict[str, tuple[int, ...]]:
+    """What the same network with BatchNorm stores."""
+    nodes = (
+        replace(node, layer="bn", options={}) if isinstance(node, Norm) else node for node in described.nodes
+    )
+    return replace(described, nodes=tuple(nodes)).state_shapes()
 
 
 def renamed(content: Content, rename: Mapping[str, str]) -> tuple[Content, Table]:
@@ -285,7 +490,8 @@ def renamed(content: Content, rename: Mapping[str, str]) -> tuple[Content, Table
         RBNValueError: A pattern is wrong, or two arrays, or two layers of different kinds, get one name.
     """
     _, found = match(content.state, {}, rename=rename, strict=False)
-    old_names = {row.name: row.source or row.name for row in found.rows}
+    left_out = tuple(row for row in found.rows if row.status == "left out")
+    old_names = {row.name: row.source or row.name for row in found.rows if row.status != "left out"}
     kinds: dict[str, Kind] = {}
     layers: Layers = {}
     for new, old in old_names.items():
@@ -313,24 +519,37 @@ def renamed(content: Content, rename: Mapping[str, str]) -> tuple[Content, Table
     )
     state = {new: content.state[old] for new, old in old_names.items()}
     network = None if rename else content.network
-    return Content(state, kinds, layers, network, training), Table(tuple(rows))
+    names = {new: content.names[old] for new, old in old_names.items() if old in content.names}
+    content = replace(
+        content, state=state, kinds=kinds, layers=layers, network=network, training=training, names=names
+    )
+    return content, Table((*rows, *left_out))
 
 
-def check_finite(state: State) -> None:
+def check_finite(content: Content) -> None:
     """Refuse weights with which no network can run.
 
+    Infinity is what masks and observers keep in buffers of their own; a layer's weights and statistics have
+    none.
+
     Raises:
-        RBNValueError: An array holds NaN or infinity; all such are named.
+        RBNValueError: An array holds NaN or infinity; all such are named as in the file.
     """
+    wrong = []
     with np.errstate(invalid="ignore"):  # half precision is compared as float32, which some NaNs are not
-        wrong = [
-            f"{name} ({np.count_nonzero(~np.isfinite(array))} of {array.size})"
-            for name, array in state.items()
-            if array.dtype.kind in "fV" and not np.isfinite(array).all()
-        ]
+        for name, array in content.state.items():
+            path, _, last = name.rpartition(".")
+            if array.dtype.kind not in "fV":
+                continue
+            weight = last in WEIGHTS or content.kinds.get(path, "other") != "other"
+            fine = np.isfinite(array) if weight else ~np.isnan(array)
+            if not fine.all():
+                wrong.append(
+                    f"{content.names.get(name, name)} ({fine.size - np.count_nonzero(fine)} of {array.size})"
+                )
     if wrong:
         raise RBNValueError(
-            f"port: expected finite numbers, got NaN or infinity in {', '.join(wrong)}. "
+            f"port: expected finite numbers, got NaN or infinity in {few(wrong)}. "
             "Take a checkpoint from before the training diverged."
         )
 
@@ -346,58 +565,22 @@ def description(
     plain = architectures.network(name)
     if num_classes is None:
         classifier = next(node.name for node in reversed(plain.nodes) if isinstance(node, Linear))
-        shape = np.shape(state.get(f"{classifier}.bias", 0))
-        num_classes = shape[0] if len(shape) == 1 and shape[0] else None
-    return architectures.network(name, told_norm(plain, state) if norm is None else norm, num_classes)
-
-
-def told_norm(plain: Network, state: State) -> str | dict[str, Any]:
-    """The normalization of a network's arrays, by their names, as `rbn_core.architectures.network` takes it.
-
-    `center_weight` is RBN's and `conv_weight` BNET's; `scale_weight` without `center_weight` is taken for
-    IEBN's. Which statistics a layer takes is not told: those are taken to be the defaults.
-
-    Raises:
-        RBNValueError: Several kinds of layers are there.
-    """
-    found: dict[str, str] = {}
-    options: dict[str, Any] = {}
-    for node in plain.nodes:
-        own = {name for name in CALIBRATIONS if f"{node.name}.{name}" in state}
-        if "conv_weight" in own:
-            found[node.name] = "bnet"
-            options["kernel_size"] = state[f"{node.name}.conv_weight"].shape[-1]
-        elif "center_weight" in own:
-            found[node.name] = "rbn"
-            options |= {} if "scale_weight" in own else {"scaling": None}
-        elif own:
-            found[node.name] = "iebn"
-    layers = sorted(set(found.values()))
-    if not layers:
-        return "bn"
-    if len(layers) > 1:
-        raise RBNValueError(
-            f"port: expected one layer beside BatchNorm, got {' and '.join(layers)}. Say which with --norm."
-        )
-    stages = []
-    stage = 0
-    while True:
-        try:
-            one = architectures.network(plain.name, {"layer": layers[0], "stages": (stage,)})
-        except RBNValueError:
-            break
-        taken = [node.name for node in one.nodes if isinstance(node, Norm) and node.layer == layers[0]]
-        stages += [stage] if any(path in found for path in taken) or not taken else []
-        stage += 1
-    chosen = {} if len(stages) == stage else {"stages": tuple(stages)}
-    return {"layer": layers[0], **chosen, **options}
+        if not any(name.startswith(f"{classifier}.") for name in state):
+            num_classes = 0  # a backbone
+        else:
+            shape = np.shape(state.get(f"{classifier}.bias", 0))
+            num_classes = shape[0] if len(shape) == 1 and shape[0] else None
+    told = architectures.told_norm(plain, state) if norm is None else norm
+    return architectures.network(name, told, num_classes)
 
 
 def summary(network: Network) -> str:
     """A network in a few words."""
     norms = Counter(node.layer for node in network.nodes if isinstance(node, Norm))
     counted = " and ".join(f"{count} {layer}" for layer, count in norms.items())
-    return f"{network.name} ({counted}, {network.nodes[-1].shape((1, 1))[-1]} classes)"
+    last = network.nodes[-1]
+    classes = f"{last.out_features} classes" if isinstance(last, Linear) else "no classifier"
+    return f"{network.name} ({counted}, {classes})"
 
 
 def told_kinds(state: State) -> dict[str, Kind]:
@@ -437,23 +620,28 @@ def said_kinds(kinds: Mapping[str, str] | None, told: Mapping[str, Kind]) -> dic
     return said
 
 
-def own_state(content: Content, framework: str) -> State:
+def own_state(content: Content, framework: str, layout: str | None = None) -> State:
     """The arrays under a framework's names and in its layout.
 
-    Counters of batches get the integers of the framework's layers, and are left out where its own BatchNorm
-    has none.
+    Counters of batches get the integers of the framework's layers, and are left out where its own BatchNorm,
+    or the papers' code in it, has none.
 
     Raises:
         RBNValueError: Two arrays get one name.
     """
     state = {}
     for name, array in content.state.items():
-        if is_left_out(content, name, framework):
+        if is_left_out(content, name, framework, layout):
             continue
         if name.rpartition(".")[2] == COUNTER and array.dtype.kind in "iu":
             largest = np.iinfo(COUNTERS[framework]).max
             array = np.minimum(array, largest).astype(COUNTERS[framework])
         state[name] = array
+    if framework == "flax" and (slashed := [name for name in state if "/" in name]):
+        raise RBNValueError(
+            f"port: expected names without a slash, as Flax separates its own by it, got {few(slashed)}. "
+            "Rename them with --map."
+        )
     own = to_own(framework, state, content.kinds)
     if len(own) < len(state):
         raise RBNValueError(
@@ -463,16 +651,20 @@ def own_state(content: Content, framework: str) -> State:
     return own
 
 
-def is_left_out(content: Content, full_name: str, framework: str) -> bool:
-    """Whether an array is the count of a plain BatchNorm, which none but PyTorch's keeps."""
+def is_left_out(content: Content, full_name: str, framework: str, layout: str | None) -> bool:
+    """Whether an array is the count of a plain BatchNorm, which none but PyTorch's keeps, or the papers'."""
     path, _, name = full_name.rpartition(".")
     if name != COUNTER or framework in (CANONICAL, "torch") or content.kinds.get(path) != "norm":
         return False
-    named = (f"{path}.{calibration}".removeprefix(".") for calibration in CALIBRATIONS)
+    if layout == "published":
+        return True
+    named = (f"{path}.{calibration}".removeprefix(".") for calibration in architectures.CALIBRATIONS)
     return "layer" not in content.layers.get(path, {}) and not any(name in content.state for name in named)
 
 
-def planned(table: Table, content: Content, reader: str, writer: str) -> list[tuple[Row, str]]:
+def planned(
+    table: Table, content: Content, reader: str, writer: str, layout: str | None
+) -> list[tuple[Row, str]]:
     """Every row as it is once the arrays are written, with the array's name in the file."""
     rows = []
     for row in table.rows:
@@ -481,7 +673,7 @@ def planned(table: Table, content: Content, reader: str, writer: str) -> list[tu
         own = row.name if writer == CANONICAL else own_name(writer, path, name, kind)
         if row.name in content.state and row.status != "no counterpart":
             array = content.state[row.name]
-            if is_left_out(content, row.name, writer):
+            if is_left_out(content, row.name, writer, layout):
                 row = replace(row, status="no counterpart", detail=f"BatchNorm counts no batches in {writer}")
             elif (reader == "flax") != (writer == "flax") and to_layout(
                 "flax", name, kind, array
@@ -563,7 +755,8 @@ def write(path: Path, framework: str, content: Content, stored: State, layout: s
         options: dict[str, Any] = {} if layout is None else {"layout": layout}
         if layout == "published":
             options["layers"] = content.layers
-        checkpoints(framework).write(path, stored, **options)
+        with missing_explained(framework):
+            checkpoints(framework).write(path, stored, **options)
 
 
 def checkpoints(framework: str) -> Any:
@@ -589,13 +782,27 @@ def checkpoints(framework: str) -> Any:
     module = importlib.util.module_from_spec(spec)
     sys.modules[alone] = module
     try:
-        spec.loader.exec_module(module)
-    except ImportError as error:
+        with missing_explained(framework):
+            spec.loader.exec_module(module)
+    except RBNValueError:
         del sys.modules[alone]
+        raise
+    return module
+
+
+@contextmanager
+def missing_explained(framework: str) -> Iterator[None]:
+    """Turn a failed import into an error of ours.
+
+    Raises:
+        RBNValueError: The format needs the framework, and it is not installed.
+    """
+    try:
+        yield
+    except ImportError as error:
         raise RBNValueError(
             f"port: expected {framework} for its own format, got none. {missing_message(framework)}"
         ) from error
-    return module
 
 
 @contextmanager

@@ -59,6 +59,7 @@ def verify(
     *,
     source_format: str | None = None,
     destination_format: str | None = None,
+    key: str | None = None,
     network: str | None = None,
     norm: str | Mapping[str, Any] | None = None,
     num_classes: int | None = None,
@@ -75,6 +76,7 @@ def verify(
         destination: The file that was written.
         source_format: As in `port`.
         destination_format: As in `port`.
+        key: As in `port`.
         network: As in `port`.
         norm: As in `port`.
         num_classes: As in `port`.
@@ -88,7 +90,7 @@ def verify(
     source, destination = Path(source), Path(destination)
     reader = told_format(source, source_format, writes=False)
     writer = told_format(destination, destination_format, writes=True)
-    content, _ = fitted(read(source, reader, kinds), rename, network, norm, num_classes)
+    content, _ = fitted(read(source, reader, kinds, key), rename, network, norm, num_classes)
     if content.network is None:
         raise RBNValueError(
             "port: expected a network to verify, got arrays that belong to none. Name it with --network."
@@ -99,7 +101,7 @@ def verify(
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "network.json").write_text(content.network.to_json())
         np.save(Path(folder, "images.npy"), images)
-        names = {"rename": dict(rename or {}), "kinds": dict(kinds or {})}
+        names = {"rename": dict(rename or {}), "kinds": dict(kinds or {}), "key": key}
         for path, framework, changes in ((source, reader, names), (destination, writer, {})):
             where = "NumPy" if framework == CANONICAL else framework
             progress(f"running {path.name} in {where}")
@@ -196,7 +198,7 @@ def _logits_in_a_process(folder: Path, path: Path, framework: str, changes: dict
 
 def main(folder: Path, task: Mapping[str, Any]) -> None:
     """The body of such a process."""
-    content = read(Path(task["path"]), task["framework"], task.get("kinds"))
+    content = read(Path(task["path"]), task["framework"], task.get("kinds"), task.get("key"))
     content, _ = renamed(content, task.get("rename", {}))
     network = Network.from_json((folder / "network.json").read_text())
     images = np.load(folder / "images.npy")

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from rbn_core import published, renaming
 from rbn_core.errors import RBNValueError
 
 State = dict[str, NDArray[Any]]
@@ -27,10 +28,14 @@ Status = Literal[
     "wrong dtype",
     "replaced",
     "kept",
+    "left out",
 ]
 
 FAULTS: tuple[Status, ...] = ("missing", "unexpected", "wrong shape", "wrong dtype")
 """What keeps a state from being loaded, unless `strict=False`."""
+
+USUAL: tuple[Status, ...] = ("matched", "renamed", "transposed")
+"""What is as it should be."""
 
 COUNTER = "num_batches_tracked"
 """Only some frameworks' BatchNorm counts batches: a count may come alone, and may lack."""
@@ -48,14 +53,20 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """Every array or layer, and what became of it; its text is a table."""
+    """Every array or layer, and what became of it, with what else is to be said; its text is a table."""
 
     rows: tuple[Row, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def faults(self) -> tuple[Row, ...]:
         """The rows that say what is wrong."""
         return tuple(row for row in self.rows if row.status in FAULTS)
+
+    @property
+    def exceptions(self) -> tuple[Row, ...]:
+        """The rows of what did not go over whole, or is stored as something else."""
+        return tuple(row for row in self.rows if row.status not in USUAL or "stored as" in row.detail)
 
     def __str__(self) -> str:
         cells = [(row.status, row.name, row.source, row.detail) for row in self.rows]
@@ -67,7 +78,8 @@ class Table:
             ).rstrip()
             for cell in cells
         ]
-        return "\n".join([*lines, ", ".join(f"{count} {status}" for status, count in counts.items())])
+        counted = ", ".join(f"{count} {status}" for status, count in counts.items())
+        return "\n".join([*lines, counted, *self.notes])
 
 
 def match(
@@ -86,7 +98,8 @@ def match(
         shapes: What the target stores: every canonical name with its canonical shape.
         rename: Patterns of the state's names, each with the target's name for what it matches: regular
             expressions that match a whole name, and replacements with \1, \2, ... for their groups. The
-            first pattern that matches counts; a name that none matches stays.
+            first pattern that matches counts; a name that none matches stays, and what gets an empty name is
+            left out.
         transposed: The names whose arrays the target lays out in another order of axes.
         strict: Whether anything missing, unexpected or wrong is an error; else it is left out.
         integers: The names, beside those of counters, whose arrays are integers or truth values.
@@ -99,8 +112,18 @@ def match(
             everything wrong is listed at once.
     """
     sources = _renamed(state, rename or {})
+    for name in [name for name in sources if name not in shapes]:
+        other = next((other for other in _others(name) if other in shapes and other not in sources), None)
+        if other is not None:
+            sources[other] = sources.pop(name)
+    for name in [name for name in sources if name not in shapes]:
+        other = published.other_path(name)
+        if other in shapes and other not in sources:
+            sources[other] = sources.pop(name)
     arrays = {name: np.asarray(state[source]) for name, source in sources.items()}
-    rows, taken = [], {}
+    left_out = state.keys() - sources.values()
+    rows = [Row(name, "left out", detail="by rename") for name in state if name in left_out]
+    taken = {}
     for name, shape in shapes.items():
         source = sources.get(name, "")
         shown = source if source != name else ""
@@ -121,8 +144,24 @@ def match(
         rows.append(Row(name, status, source if source != name else "", f"{arrays[name].shape}"))
     found = Table(tuple(rows))
     if strict and found.faults:
-        raise RBNValueError(_complaint(found.faults, shapes))
+        table = renaming.suggested({name: array.shape for name, array in arrays.items()}, shapes)
+        raise RBNValueError(_complaint(found.faults, shapes, table))
     return taken, found
+
+
+OTHERS = {
+    "weight": ("gamma",),
+    "scale": ("gamma",),
+    "bias": ("beta",),
+    "gamma": ("weight",),
+    "beta": ("bias",),
+}
+"""What else an array may be called in a file, where no running mean has told that its layer normalizes."""
+
+
+def _others(name: str) -> list[str]:
+    path, dot, last = name.rpartition(".")
+    return [f"{path}{dot}{other}" for other in OTHERS.get(last, ())]
 
 
 def _counts(name: str) -> bool:
@@ -137,6 +176,8 @@ def _renamed(state: Mapping[str, Any], rename: Mapping[str, str]) -> dict[str, s
         for source in state:
             hits = ((pattern.fullmatch(source), name) for pattern, name in patterns)
             name = next((hit.expand(name) for hit, name in hits if hit), source)
+            if not name:
+                continue
             if name in sources:
                 raise RBNValueError(
                     f"RBN: expected names that differ, got {name} for both {sources[name]} and "
@@ -151,17 +192,39 @@ def _renamed(state: Mapping[str, Any], rename: Mapping[str, str]) -> dict[str, s
     return sources
 
 
-def _complaint(faults: tuple[Row, ...], shapes: Mapping[str, Any]) -> str:
-    wrong = {
+MOST_LISTED = 12
+"""How many faults of a sort are told one by one; of more, some of each kind of array."""
+
+
+def summed_up(faults: tuple[Row, ...]) -> dict[Status, tuple[tuple[Row, ...], int]]:
+    """By status the faults to tell, and how many more there are: a network's are hundreds of a few kinds."""
+    summed: dict[Status, tuple[tuple[Row, ...], int]] = {}
+    for status in FAULTS:
+        rows = [row for row in faults if row.status == status]
+        if len(rows) > MOST_LISTED:
+            first = {row.name.rpartition(".")[2]: row for row in reversed(rows)}
+            shown = [row for row in rows if row in first.values()][:MOST_LISTED]
+        else:
+            shown = rows
+        if rows:
+            summed[status] = tuple(shown), len(rows) - len(shown)
+    return summed
+
+
+def _complaint(faults: tuple[Row, ...], shapes: Mapping[str, Any], table: Mapping[str, str]) -> str:
+    wrong: dict[Status, str] = {
         "missing": "missing {0.name}",
         "unexpected": "unexpected {0.name}",
         "wrong shape": "{0.name} of shape {0.detail}",
         "wrong dtype": "{0.name} of dtype {0.detail}",
     }
-    in_order = sorted(faults, key=lambda row: FAULTS.index(row.status))
-    listed = "; ".join(wrong[row.status].format(row) for row in in_order)
-    needed = ", ".join(shapes) if len(shapes) <= 12 else f"{len(shapes)} arrays"
+    told = []
+    for status, (rows, more) in summed_up(faults).items():
+        told += [wrong[status].format(row) for row in rows]
+        told += [f"{more} more {status}"] if more else []
+    needed = ", ".join(shapes) if len(shapes) <= MOST_LISTED else f"{len(shapes)} arrays"
+    way_out = f"nearly all match with rename={dict(table)!r}" if table else "rename what is called otherwise"
     return (
-        f"RBN: expected a state of {needed}, got one with {listed}. "
-        "Nothing was changed; rename what is called otherwise, or pass strict=False to leave it out."
+        f"RBN: expected a state of {needed}, got one with {'; '.join(told)}. "
+        f"Nothing was changed; {way_out}, or pass strict=False to leave it out."
     )

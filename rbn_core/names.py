@@ -19,6 +19,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from rbn_core import published
 from rbn_core.matching import State
 
 Kind = Literal["convolution", "transposed_convolution", "linear", "embedding", "norm", "other"]
@@ -176,6 +177,8 @@ def from_own(
 ) -> tuple[State, dict[str, Kind]]:
     """The canonical state of arrays under a framework's names and in its layout, with what the layers are.
 
+    Those of the papers' own code, in PyTorch and Jittor, are taken in its form, too: see `published`.
+
     Args:
         framework: Whose.
         stored: The arrays, as a file of the framework has them.
@@ -186,10 +189,14 @@ def from_own(
     Returns:
         The arrays under canonical names, and what every layer is.
     """
+    if framework in published.FRAMEWORKS:
+        stored = published.to_ours(stored)
     places = {own: _place(framework, own) for own in stored}
     ranks = {place: np.ndim(stored[own]) for own, place in places.items()}
     known: dict[str, Kind] = dict(kinds or {})  # a layer may own nothing but BNET's convolution
     for collection, path, own in ranks:
+        if ranks[collection, path, own] > 1 and ranks.get((collection, path, "bias"), 1) > 1:
+            continue  # a bias for each weight: no kernel, but a normalization over several axes, for example
         if kind := (kinds or {}).get(path) or _told_by(
             framework, collection, own, ranks[collection, path, own]
         ):
@@ -214,16 +221,17 @@ def from_own(
 def _place(framework: str, own: str) -> tuple[str, str, str]:
     """An own name's collection (of Flax), dotted path and last part."""
     collection, _, rest = own.partition("/") if framework == "flax" else ("", "", own)
-    path, _, last = rest.replace("/", ".").rpartition(".")
+    path, _, last = (rest.replace("/", ".") if framework == "flax" else rest).rpartition(".")
     return collection, path, last
 
 
 def _told_by(framework: str, collection: str, own: str, rank: int) -> Kind | None:
     """What the layer is that owns such an array, if that can be told."""
     canonical = _NORMS[framework].get((collection, own))
+    # "weight" and "bias" are anyone's, and a norm's where its statistics are there; "gamma" and "scale" tell.
     if (
         canonical in (*STATISTICS, *PARAMETERS)
-        and canonical != "beta"
+        and own not in ("weight", "bias")
         and (canonical != "gamma" or rank == 1)
     ):
         return "norm"

@@ -21,8 +21,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from rbn_core.bfloat16 import bfloat16
 from rbn_core.config import FLOATING
-from rbn_core.errors import RBNTypeError, RBNValueError
+from rbn_core.errors import RBNError, RBNTypeError, RBNValueError
 from rbn_core.files import replacing
 from rbn_core.matching import State
 from rbn_core.names import KINDS
@@ -33,6 +34,9 @@ TRAINING = "training/"
 
 DTYPES = ("bool", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)), *FLOATING)
 """What the arrays of a file may be."""
+
+LONGEST_HEADER = 100_000_000
+"""How many bytes the header of a safetensors file may have, as its library has it."""
 
 LONGEST_TEXT = 500_000
 """How many characters `layers`, `network` and `training` may have each: Python needs up to thirty times as
@@ -176,24 +180,62 @@ def read_safetensors(path: str | PathLike[str]) -> tuple[State, dict[str, str]]:
             f"RBN: expected a safetensors file, got {path}, which is no file. Check the path."
         )
     try:
+        described = _header(path)
+        if any(entry.get("dtype") == "BF16" for entry in described.values()):
+            bfloat16()  # NumPy then knows it by name
         # "pread", not a mapping: half of the memory, and no crash if the file shrinks meanwhile.
         with safe_open(path, framework="numpy", backend="pread") as opened:
             arrays = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
             metadata = opened.metadata() or {}
-        with open(path, "rb") as file:
-            json.loads(file.read(int.from_bytes(file.read(8), "little")), object_pairs_hook=_refuse_twice)
-    except (SafetensorError, TypeError, AttributeError, KeyError, ValueError) as error:
+    except RBNError:
+        raise
+    except (SafetensorError, TypeError, AttributeError, KeyError, ValueError, RecursionError) as error:
         raise RBNValueError(
             f"RBN: expected a safetensors file, got {path} ({error}). Write it with rbn_core.weights.save."
         ) from error
     return arrays, metadata
 
 
-def _refuse_twice(pairs: list[tuple[str, Any]]) -> None:
-    """What JSON makes of an object, for its error alone: the library takes the last of two arrays."""
-    names = [name for name, _ in pairs]
-    if len(set(names)) < len(names):
+def read_metadata(path: str | PathLike[str]) -> dict[str, str]:
+    """The metadata of any safetensors file, without its arrays.
+
+    Raises:
+        RBNValueError: The file is not a whole safetensors file.
+    """
+    try:
+        metadata = _header(path).get("__metadata__", {})
+    except (OSError, TypeError, AttributeError, KeyError, ValueError, RecursionError) as error:
+        raise RBNValueError(
+            f"RBN: expected a safetensors file, got {path} ({error}). Write it with rbn_core.weights.save."
+        ) from error
+    return metadata
+
+
+def _header(path: str | PathLike[str]) -> dict[str, Any]:
+    """What a safetensors file says of its arrays, held against the length of the file."""
+    with open(path, "rb") as file:
+        size = file.seek(0, 2)
+        file.seek(0)
+        length = int.from_bytes(file.read(8), "little")
+        if length > min(size, LONGEST_HEADER):
+            raise ValueError("its header is longer than the file or than any")
+        described = json.loads(file.read(length), object_pairs_hook=_refuse_twice)
+    if not isinstance(described, dict):
+        raise ValueError("its header describes nothing")
+    ends = [entry["data_offsets"][1] for name, entry in described.items() if name != "__metadata__"]
+    needed = 8 + length + max(ends, default=0)
+    if needed > size:
+        raise ValueError(f"it has {size} bytes of {needed}, as half of a download")
+    return described
+
+
+def _refuse_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, refused if a name is there twice: the library takes the last of two arrays."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
         raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} is there twice")
+    return found
 
 
 def _text(metadata: Mapping[str, str], key: str, default: str = "") -> str:

@@ -9,6 +9,7 @@ import os
 import shutil
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -18,6 +19,7 @@ import msgpack  # type: ignore[import-untyped]
 import numpy as np
 from numpy.typing import NDArray
 
+from rbn_core import pickles
 from rbn_core.config import check_choice
 from rbn_core.errors import RBNValueError
 from rbn_core.files import replacing
@@ -36,7 +38,7 @@ Names = tuple[str, ...]
 Arrays = dict[Names, NDArray[Any]]
 
 
-def read(path: str | os.PathLike[str]) -> State:
+def read(path: str | os.PathLike[str], key: str | None = None, note: pickles.Note = pickles.no_note) -> State:
     """The arrays of a msgpack file or an Orbax folder, under names such as "params/conv1/kernel".
 
     Linen variables have their collection in front. The state of an NNX module has none: its `mean`, `var` and
@@ -44,16 +46,21 @@ def read(path: str | os.PathLike[str]) -> State:
     counter beside `params` are left out. No code is run, nothing but this file or folder is read, and arrays
     that would take far more memory than it are refused.
 
+    Args:
+        path: The file or folder.
+        key: The branch that holds the network, such as "ema" or "model/ema", where there are several.
+        note: Told of everything that is left out.
+
     Raises:
         RBNValueError: There is no such file, or it is damaged or no checkpoint.
     """
     path = Path(path)
     try:
         if path.is_dir():
-            return _named(_read_orbax(path))
+            return _named(_read_orbax(path), key, note)
         if not path.is_file():
             raise ValueError("which is not there")
-        return _named(dict(Reader(path.read_bytes()).arrays()))
+        return _named(dict(Reader(path.read_bytes()).arrays()), key, note)
     except Exception as error:  # tensorstore has no class of errors of its own
         reason = str(error).partition("\n")[0][:300] or type(error).__name__
         raise RBNValueError(
@@ -85,14 +92,29 @@ def write(path: str | os.PathLike[str], stored: Mapping[str, Any], layout: Layou
         _write_orbax(path, nested)
 
 
-def _named(arrays: Arrays) -> State:
+def _named(arrays: Arrays, key: str | None, note: pickles.Note) -> State:
     """Arrays under their own names."""
+    if key is not None:
+        branch = tuple(key.split("/"))
+        beside = Counter(names[0] for names in arrays if names[: len(branch)] != branch)
+        arrays = {
+            names[len(branch) :]: array
+            for names, array in arrays.items()
+            if names[: len(branch)] == branch and len(names) > len(branch)
+        }
+        if not arrays:
+            raise ValueError(f"without a branch {key!r}, but with {', '.join(beside)}")
+        for name, count in beside.items():
+            note(name, f"{count} arrays")
     if not arrays:
         raise ValueError("without any array")
     for names in arrays:
         if any("/" in name for name in names):
             raise ValueError(f"with a slash in the name {names}")
     if any(names[0] == "params" for names in arrays):
+        for name, count in Counter(names[0] for names in arrays).items():
+            if name in TRAINING:
+                note(name, f"{count} arrays of the training")
         return {
             "/".join(names): array
             for names, array in arrays.items()
@@ -391,16 +413,7 @@ def _write_orbax(path: Path, tree: dict[str, Any]) -> None:
         RBNValueError: Something is there, there is no folder around it, or an array is empty.
     """
     path = path.absolute()
-    if path.exists() or path.is_symlink():
-        raise RBNValueError(
-            f"RBN: expected the name of a new folder, got {path}, which is there. Remove it, or give another "
-            "name; one that ends in .msgpack makes a file, which is replaced in one step."
-        )
-    if not path.parent.is_dir():
-        raise RBNValueError(
-            f"RBN: expected a folder to write {path.name} into, got {path.parent}, which is none. "
-            "Make it first."
-        )
+    check_new(path)
     if empty := ["/".join(names) for names, array in _leaves(tree) if not array.size]:
         raise RBNValueError(
             f"RBN: expected arrays that hold something, as Orbax stores no others, got {', '.join(empty)} "
@@ -417,6 +430,24 @@ def _write_orbax(path: Path, tree: dict[str, Any]) -> None:
         (folder / "checkpoint").rename(path)
     finally:
         shutil.rmtree(folder)
+
+
+def check_new(path: Path) -> None:
+    """Refuse to write a folder where something is, or where there is no folder around it.
+
+    Raises:
+        RBNValueError: It is so.
+    """
+    if path.exists() or path.is_symlink():
+        raise RBNValueError(
+            f"RBN: expected the name of a new folder, got {path}, which is there. Remove it, or give another "
+            "name; one that ends in .msgpack makes a file, which is replaced in one step."
+        )
+    if not path.parent.is_dir():
+        raise RBNValueError(
+            f"RBN: expected a folder to write {path.name} into, got {path.parent}, which is none. "
+            "Make it first."
+        )
 
 
 def _item(folder: Path) -> Path:

@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
+from rbn_core import pickles
 from rbn_core.bfloat16 import bfloat16
 from rbn_core.config import check_choice
 from rbn_core.errors import RBNValueError
@@ -70,19 +71,22 @@ class Value(NamedTuple):
     content: memoryview
 
 
-def read(path: str | PathLike[str]) -> State:
+def read(path: str | PathLike[str], key: str | None = None, note: pickles.Note = pickles.no_note) -> State:
     """The arrays of a checkpoint, under MindSpore's names; texts beside them are left out.
 
     Args:
-        path: A safetensors file if it ends so, else a `.ckpt`.
+        path: A `.ckpt` or a safetensors file; the content tells which.
+        key: What the names of the network begin with, without the dot, where there are several.
+        note: Told of everything that is left out.
 
     Raises:
         RBNValueError: The file is no whole checkpoint, is encrypted, or holds what NumPy has no array for.
     """
-    if Path(path).suffix == ".safetensors":
-        return _renamed(read_safetensors(path)[0], LONE)
     try:
-        return _renamed(_read(memoryview(Path(path).read_bytes())), LONE)
+        with open(path, "rb") as file:
+            safetensors = file.read(9)[8:] == b"{"
+        state = read_safetensors(path)[0] if safetensors else _read(memoryview(Path(path).read_bytes()))
+        return _renamed(_chosen(state, key, note), LONE)
     except _DamagedError as error:
         raise RBNValueError(
             f"RBN: expected a MindSpore checkpoint, got {path} ({error}). "
@@ -115,6 +119,16 @@ def write(path: str | PathLike[str], stored: State, layout: str | None = None) -
             with temporary.open("wb") as file:
                 for name, array in arrays.items():
                     _write(file, name, array)
+
+
+def _chosen(state: State, key: str | None, note: pickles.Note) -> State:
+    """The arrays of the network that is asked for."""
+    if key is None:
+        return state
+    try:
+        return pickles.chosen(state, lambda value: isinstance(value, np.ndarray), key, note)
+    except ValueError as error:
+        raise _DamagedError(str(error)) from None
 
 
 class _DamagedError(Exception):

@@ -1,30 +1,29 @@
 """PyTorch's files: `.pth` and `.pt`, in the zip form and the one before it, and safetensors with its names.
 
-A checkpoint is read by `torch.load(weights_only=True)`, which runs no code from it. What the file claims is
-held against what the file is before that, as `torch.load` allocates what it is told to: the zip's directory,
-and by `_Inspector` every tensor's place in its storage.
+A checkpoint is read without PyTorch, and without running what is in it: `rbn_core.pickles` makes nothing but
+data of its pickle. What the file claims is held against what the file is before anything is allocated: the
+zip's directory and sums, every storage's length, and every tensor's place in its storage.
 """
 
 from __future__ import annotations
 
 import io
+import itertools
+import json
 import math
-import pickle
 import struct
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, Literal, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
-from rbn.backends.torch.weights import to_tensor
-from rbn_core import weights
+from rbn_core import pickles, published, weights
 from rbn_core.bfloat16 import bfloat16
 from rbn_core.config import check_choice
 from rbn_core.errors import RBNError, RBNValueError
@@ -32,43 +31,32 @@ from rbn_core.files import replacing
 from rbn_core.matching import State
 from rbn_core.weights import Layers
 
-STATES = (
-    "state_dict",
-    "model_state_dict",
-    "model",
-    "net",
-    "network",
-    "weights",
-    "params",
-    "module",
-    "state_dict_ema",
-    "model_ema",
-)
-"""Where a checkpoint that holds more than a network keeps the network, the first that is there first."""
+INDEX = ".index.json"
+"""How the list of the parts of a network ends that Hugging Face stores in several files."""
 
-PREFIXES = ("module.", "_orig_mod.")
-"""What wrappers for several devices and for compilation put before every name."""
+METADATA = ".metadata"
+"""What a folder of `torch.distributed.checkpoint` says of its arrays."""
 
-PUBLISHED = {"weight_readjust": "scale_weight", "bias_readjust": "scale_bias"}
-"""IEBN's parameters in its published code, and ours."""
+AVERAGED = "n_averaged"
+"""What `torch.optim.swa_utils.AveragedModel` adds to a network."""
 
-ADDED = ("center_weight", "scale_weight", "scale_bias")
-"""The parameters that are shaped (1, C, 1, 1) in the published code."""
+LIGHTNING = "pytorch-lightning_version"
+"""What Lightning writes beside a network, whose names then begin with the attribute that holds it."""
 
-LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
-"""How the form before the zip begins: the pickle of a magic number."""
+LEGACY = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+"""How the form before the zip begins: the pickle of this number."""
 
 LEGACY_PICKLES = 5
 """Its pickles: the magic number, the version, what kind of machine, the object, the storages' keys."""
 
-MOST_OPERATIONS = 100_000
-"""How many steps the pickle of a small file may have; ten bytes of the file allow one more."""
+LEGACY_START = 1 << 22
+"""How many bytes of it are read for them first."""
 
 MOST_SHARING = 4
 """How many times the file's size its arrays may have together, as views of the same numbers."""
 
 
-def read(path: str | PathLike[str]) -> State:
+def read(path: str | PathLike[str], key: str | None = None, note: pickles.Note = pickles.no_note) -> State:
     """The arrays of a checkpoint, under PyTorch's names for them.
 
     The network may stand beside other entries, such as an optimizer, under "state_dict", "model", "net" or
@@ -77,44 +65,150 @@ def read(path: str | PathLike[str]) -> State:
     `scale_weight` and `scale_bias`, and `bnconv` becomes `conv`.
 
     Args:
-        path: A file of `torch.save`, or a safetensors file; the content tells which.
+        path: A file of `torch.save`, or a safetensors file; the content tells which. Or an index of Hugging
+            Face with its parts beside it, or a folder with one, or one of `torch.distributed.checkpoint`.
+        key: Under what name the network is, where there are several.
+        note: Told of everything that is left out.
 
     Returns:
-        Copies, in the file's dtypes; bfloat16 is that of `ml_dtypes`.
+        The arrays, in the file's dtypes; bfloat16 is that of `ml_dtypes`.
 
     Raises:
         RBNValueError: There is no such file, or it is damaged, claims what it does not hold, or holds what is
             no plain tensor.
     """
     path = Path(path)
-    if not path.is_file():
+    try:
+        if path.is_dir() or path.name.endswith(INDEX):
+            state = _read_parts(path, key, note)
+        elif path.is_file():
+            state = _read_file(path, key, note)
+        else:
+            raise ValueError("which is no file")
+    except Exception as error:  # what a damaged file raises on its way through zip and pickle is anything
+        if isinstance(error, RBNError | OSError):
+            raise
+        known = isinstance(error, pickles.CutError) or type(error) is ValueError
+        reason = str(error) if known else f"{type(error).__name__}: {error}"
         raise RBNValueError(
-            f"RBN: expected a PyTorch checkpoint, got {path}, which is no file. Check the path."
-        )
-    size = path.stat().st_size
+            f"RBN: expected a PyTorch checkpoint of plain tensors, got {path} ({_short(reason)}). "
+            "Where it was made, save the network alone: torch.save(model.state_dict(), path)."
+        ) from error
+    return published.to_ours(_unwrapped(state, note))
+
+
+def _read_file(path: Path, key: str | None, note: pickles.Note) -> State:
+    """The arrays of a file, whichever form it has."""
     with path.open("rb") as file:
-        start = file.read(len(LEGACY))
+        start = file.read(32)
         file.seek(0)
         if start[8:9] == b"{":
-            return _ours(_without_prefix(weights.read_safetensors(path)[0]))
-        try:
-            if start.startswith(b"PK\x03\x04"):
-                _check_zip(file, size)
-                loaded = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
-            elif start == LEGACY:
-                _check_legacy(file, size)
-                loaded = torch.load(path, weights_only=True, map_location="cpu")
-            else:
-                raise RBNValueError("its first bytes are those of no file of torch.save")
-            tensors = {name: _plain(name, value) for name, value in _state(loaded).items()}
-            _check_sharing(tensors.values(), size)
-        except Exception as error:  # what a damaged file raises on its way through zip and pickle is anything
-            reason = str(error) if isinstance(error, RBNError) else f"{type(error).__name__}: {error}"
-            raise RBNValueError(
-                f"RBN: expected a PyTorch checkpoint of plain tensors, got {path} ({_short(reason)}). "
-                "Save the network alone: torch.save(model.state_dict(), path)."
-            ) from error
-    return _ours(_without_prefix(_arrays(tensors)))
+            return pickles.chosen(weights.read_safetensors(path)[0], _is_array, key, note)
+        size = path.stat().st_size
+        if start.startswith(b"PK\x03\x04"):
+            return _read_zip(file, size, key, note)
+        if LEGACY in start:
+            return _read_legacy(file, size, key, note)
+    raise ValueError("its first bytes are those of no file of torch.save")
+
+
+def _read_parts(path: Path, key: str | None, note: pickles.Note) -> State:
+    """The arrays of several files: those of an index of Hugging Face, or of a distributed checkpoint."""
+    if path.is_dir() and (path / METADATA).is_file():
+        return _read_distributed(path, key, note)
+    indexes = [path] if path.is_file() else sorted(path.glob(f"*{INDEX}"))
+    if len(indexes) != 1:
+        raise ValueError(f"which has {len(indexes)} files that end in {INDEX}, and no {METADATA}")
+    files = json.loads(indexes[0].read_bytes())["weight_map"]
+    wanted: dict[str, set[str]] = {}
+    for name, file in files.items():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise ValueError(f"whose index names {str(file)[:60]!r}, which is no file beside it")
+        wanted.setdefault(file, set()).add(name)
+    found: State = {}
+    for file, names in wanted.items():
+        part = indexes[0].parent / file
+        if not part.is_file():
+            raise ValueError(f"whose part {file} is not there")
+        state = _read_file(part, None, note)
+        if lacking := names - state.keys():
+            raise ValueError(f"whose part {file} lacks {sorted(lacking)[0][:60]}")
+        found |= {name: state[name] for name in names}
+    return pickles.chosen({name: found[name] for name in files}, _is_array, key, note)
+
+
+def _read_distributed(folder: Path, key: str | None, note: pickles.Note) -> State:
+    """The arrays of a folder of `torch.distributed.checkpoint`, put together from their parts.
+
+    Its metadata is a pickle of objects, of which nothing but the attributes is looked at.
+    """
+    content = (folder / METADATA).read_bytes()
+    described = _Machine(memoryview(content), len(content)).run()
+    tensors, stored = described.state["state_dict_metadata"], described.state["storage_data"]
+    places: dict[str, list[tuple[tuple[int, ...], Any]]] = {}
+    for index, information in stored.items():
+        name, offset = index.arguments.state["fqn"], index.arguments.state["offset"]
+        places.setdefault(name, []).append((_shape(offset) if offset else (), information.state))
+    sizes: dict[str, int] = {}
+    loaded: dict[str, Any] = {}
+    paths = described.state.get("planner_data") or {}
+    for name, tensor in tensors.items():
+        branch = loaded
+        *outer, last = paths[name] if isinstance(paths, dict) and name in paths else (name,)
+        for part in outer:
+            branch = branch.setdefault(part, {})
+        shape = tensor.state.get("size")
+        branch[last] = _Distributed(_shape(shape), places.get(name, [])) if shape is not None else tensor
+    for *_, information in itertools.chain(*places.values()):
+        file = information["relative_path"]
+        if not isinstance(file, str) or Path(file).name != file or (folder / file).is_symlink():
+            raise ValueError(f"whose metadata names {str(file)[:60]!r}, which is no file in it")
+        sizes[file] = (folder / file).stat().st_size
+    chosen = pickles.chosen(loaded, lambda value: isinstance(value, _Distributed), key, note)
+    most = MOST_SHARING * (sum(sizes.values()) + len(content))
+    if sum(math.prod(tensor.shape) for tensor in chosen.values()) > most:
+        raise ValueError("whose arrays are far more than its files")
+    return {name: _put_together(folder, tensor) for name, tensor in chosen.items()}
+
+
+class _Distributed(NamedTuple):
+    """A tensor of a distributed checkpoint: where its parts begin in it, and where they are stored."""
+
+    shape: tuple[int, ...]
+    parts: list[tuple[tuple[int, ...], Any]]
+
+
+def _shape(size: Any) -> tuple[int, ...]:
+    """The numbers of a pickled torch.Size."""
+    numbers = tuple(size.arguments[0])
+    if any(type(number) is not int or number < 0 for number in numbers):
+        raise ValueError("with a negative size")
+    return numbers
+
+
+def _put_together(folder: Path, tensor: _Distributed) -> NDArray[Any]:
+    whole, filled = None, 0
+    for offset, information in tensor.parts:
+        start, length = information["offset"], information["length"]
+        with (folder / information["relative_path"]).open("rb") as file:
+            file.seek(start)
+            part = file.read(length)
+        loaded = _read_zip(io.BytesIO(part), len(part), None, pickles.no_note)[""]
+        if whole is None:
+            whole = np.empty(tensor.shape, loaded.dtype)
+        whole[tuple(slice(at, at + n) for at, n in zip(offset, loaded.shape, strict=True))] = loaded
+        filled += loaded.size
+    if whole is None or filled != whole.size:
+        raise ValueError("whose parts do not make up their arrays")
+    return whole
+
+
+def _unwrapped(state: State, note: pickles.Note) -> State:
+    """The state under the names of the network inside of `DataParallel`, `AveragedModel` and their like."""
+    if AVERAGED in state and all(name.startswith("module.") for name in state if name != AVERAGED):
+        state = {name: array for name, array in state.items() if name != AVERAGED}
+        note(AVERAGED, "the count of AveragedModel")
+    return pickles.without_prefix(state, note=note)
 
 
 def write(
@@ -140,246 +234,182 @@ def write(
     check_choice("layout", layout, ("own", "published"), "write")
     arrays = {name: np.asarray(value) for name, value in stored.items()}
     if layout == "published":
-        arrays = _published(arrays, layers or {})
+        arrays = published.to_theirs(arrays, layers or {})
     if fspath(path).endswith(".safetensors"):
         with replacing(path) as temporary:
-            save_file({name: np.asarray(array, order="C") for name, array in arrays.items()}, temporary)
+            ordered = {name: np.asarray(array, order="C") for name, array in arrays.items()}
+            save_file(ordered, temporary, {"format": "pt"})
         return
+    # Reading does without it.
+    import torch
+
+    from rbn.backends.torch.weights import to_tensor
+
     tensors = OrderedDict((name, to_tensor(array)) for name, array in arrays.items())
     with replacing(path) as temporary:
         torch.save(tensors, temporary)
 
 
+STORAGES = {
+    "DoubleStorage": "f8",
+    "FloatStorage": "f4",
+    "HalfStorage": "f2",
+    "BFloat16Storage": "bfloat16",
+    "LongStorage": "i8",
+    "IntStorage": "i4",
+    "ShortStorage": "i2",
+    "CharStorage": "i1",
+    "ByteStorage": "u1",
+    "BoolStorage": "b1",
+}
+"""The storages that arrays are made of, and what NumPy calls the numbers in each."""
+
+
 class _Storage(NamedTuple):
     """What a pickle says of one storage."""
 
-    dtype: str
+    key: str
+    dtype: np.dtype[Any]
     numel: int
 
 
-class _Inert:
-    """What stands for a value that is no tensor and of no use here, such as a learning rate scheduler's."""
+class _Tensor(NamedTuple):
+    """What a pickle says of one tensor: where it lies in its storage."""
+
+    storage: _Storage
+    offset: int
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    @property
+    def span(self) -> int:
+        """How many numbers of the storage it reaches over."""
+        if 0 in self.size:
+            return 0
+        return 1 + sum((n - 1) * step for n, step in zip(self.size, self.stride, strict=True))
 
 
-ITEM_SIZES = {
-    "DoubleStorage": 8,
-    "FloatStorage": 4,
-    "HalfStorage": 2,
-    "BFloat16Storage": 2,
-    "LongStorage": 8,
-    "IntStorage": 4,
-    "ShortStorage": 2,
-    "CharStorage": 1,
-    "ByteStorage": 1,
-    "BoolStorage": 1,
-}
-"""The storages that arrays are made of, and the bytes of one number in each."""
-
-
-class _Inspector(pickle._Unpickler):
-    """Goes through a pickle without making anything of it, and refuses what `torch.load` is not to be given.
-
-    That is anything but plain tensors, containers, numbers and texts; tensors that reach beyond their
-    storage; keys that are not plain; and more work than the file's size accounts for.
-
-    Args:
-        file: Where the pickle is.
-        budget: How many steps and items it may take.
+class _Machine(pickles.Machine):
+    """Puts tensors together, too: those that lie inside of their storage, and are nothing but numbers.
 
     Attributes:
         storages: What it says of every storage, by key.
     """
 
-    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {}
-    stack: list[Any]
-    pop_mark: Callable[[], list[Any]]
+    NAMES: ClassVar[Mapping[str, pickles.Name]] = {
+        **pickles.Machine.NAMES,
+        **{f"torch.{name}": pickles.Name(name) for name in STORAGES},
+        "torch._utils._rebuild_tensor": pickles.Name("tensor"),
+        "torch._utils._rebuild_tensor_v2": pickles.Name("tensor"),
+        "torch._utils._rebuild_parameter": pickles.Name("parameter"),
+        "torch._utils._rebuild_parameter_with_state": pickles.Name("parameter"),
+        "torch._tensor._rebuild_from_type_v2": pickles.Name("typed"),
+    }
 
-    def __init__(self, file: BinaryIO, budget: int) -> None:
-        super().__init__(_Counted(file, self.spend), encoding="utf-8")
-        self.budget = budget
+    def __init__(self, program: memoryview, size: int) -> None:
+        super().__init__(program, size)
         self.storages: dict[str, _Storage] = {}
-        self.known: dict[str, Any] = {
-            "torch._utils._rebuild_tensor": self.tensor,
-            "torch._utils._rebuild_tensor_v2": self.tensor,
-            "torch._utils._rebuild_parameter": self.parameter,
-            "collections.OrderedDict": self.ordered,
-            "collections.Counter": self.inert,
-            "torch.Size": self.inert,
-            "torch.device": self.inert,
-        }
 
-    def spend(self, steps: int) -> None:
-        """Count work that is done here and again by `torch.load`."""
-        self.budget -= steps
-        if self.budget < 0:
-            raise RBNValueError("its pickle is longer than the file's size accounts for")
-
-    def find_class(self, module: str, name: str) -> Any:
-        """What stands here for a class or a function; only those in `known` do."""
-        if module == "torch" and name in ITEM_SIZES:
-            return _Storage(name, 0)
-        if f"{module}.{name}" not in self.known:
-            raise RBNValueError(f"it holds {module}.{name}, which is no plain tensor")
-        return self.known[f"{module}.{name}"]
-
-    def persistent_load(self, key: Any) -> _Storage:
+    def persistent(self, key: Any) -> Any:
         """A storage: ("storage", type, key, location, numel), and in the form before the zip a view of it."""
-        if (
-            type(key) is not tuple
-            or len(key) not in (5, 6)
-            or key[0] != "storage"
-            or key[5:] not in ((), (None,))
-        ):
-            raise RBNValueError("it holds a storage of an unknown kind")
-        _, storage, name, location, numel = key[:5]
-        if not isinstance(storage, _Storage) or type(name) is not str or type(location) is not str:
-            raise RBNValueError("it holds a storage without a type or a name")
-        if type(numel) is not int or numel < 0:
-            raise RBNValueError("it holds a storage without a size")
-        found = _Storage(storage.dtype, numel)
+        self.count(4)
+        match key:
+            case "module", pickles.Unknown() as module, _, _:  # beside the source of its class
+                return module
+            case ("storage", pickles.Name(kind), str(name), str(), int(numel)) | (
+                "storage",
+                pickles.Name(kind),
+                str(name),
+                str(),
+                int(numel),
+                None,
+            ) if type(key) is tuple and kind in STORAGES and type(numel) is int and numel >= 0:
+                dtype = bfloat16() if kind == "BFloat16Storage" else np.dtype(STORAGES[kind])
+                found = _Storage(name, dtype, numel)
+            case "storage", pickles.Unknown(kind), *_:
+                return pickles.Unknown(kind, ())
+            case _:
+                raise ValueError("it holds a storage of an unknown kind, without a name or a size")
         if self.storages.setdefault(name, found) != found:
-            raise RBNValueError(f"it says two things of storage {name[:20]!r}")
+            raise ValueError(f"it says two things of storage {name[:20]!r}")
         return found
 
+    def made(self, means: str, arguments: tuple[Any, ...]) -> Any:
+        """A tensor or a parameter, and what every pickle can hold."""
+        match means, arguments:
+            case "tensor", (_Storage() as storage, offset, tuple(size), tuple(stride), *rest):
+                return self.tensor(storage, offset, size, stride, rest)
+            case "tensor", (pickles.Unknown(name), *_):  # of complex numbers, for example
+                return pickles.Unknown(f"torch.Tensor of {name}", ())
+            case "parameter", (_Tensor() | pickles.Unknown() as data, bool(), hooks, *rest) if (
+                not hooks and len(rest) < 2
+            ):
+                return data
+            case "typed", (
+                pickles.Name("tensor" | "parameter" as inner),
+                pickles.Unknown(
+                    "torch.Tensor" | "torch.nn.parameter.Parameter" | "torch.nn.parameter.Buffer"
+                ),
+                tuple(inside),
+                _,
+            ):
+                return self.made(inner, inside)
+            case "typed", (_, pickles.Unknown(name), *_):
+                return pickles.Unknown(f"torch.Tensor of {name}", ())
+            case "tensor" | "parameter" | "typed", _:
+                raise ValueError("it holds a tensor without a storage or a shape")
+        return super().made(means, arguments)
+
     def tensor(
-        self,
-        storage: Any,
-        offset: Any,
-        size: Any,
-        stride: Any,
-        grad: Any = False,
-        hooks: Any = None,
-        metadata: Any = None,
-    ) -> _Inert:
+        self, storage: _Storage, offset: Any, size: tuple[Any, ...], stride: tuple[Any, ...], rest: list[Any]
+    ) -> _Tensor:
         """A tensor, which must lie inside of its storage."""
-        if not isinstance(storage, _Storage) or len(size) > 16 or len(size) != len(stride):
-            raise RBNValueError("it holds a tensor without a storage or a shape")
+        grad, hooks, metadata, *more = *rest, *(False, None, None)[len(rest) :]
+        if len(size) > 16 or len(size) != len(stride):
+            raise ValueError("it holds a tensor without a storage or a shape")
         if any(type(number) is not int or number < 0 for number in (offset, *size, *stride)):
-            raise RBNValueError("it holds a tensor with a negative size")
-        if type(grad) is not bool or hooks or metadata:
-            raise RBNValueError("it holds a tensor with hooks, or conjugated")
-        last = sum((n - 1) * step for n, step in zip(size, stride, strict=True))
-        needed = offset if 0 in size else offset + last + 1
-        if needed > storage.numel:
-            raise RBNValueError("it holds a tensor that reaches beyond its storage")
-        return _Inert()
-
-    def parameter(self, data: Any, grad: Any, hooks: Any) -> _Inert:
-        """A parameter of a tensor."""
-        if not isinstance(data, _Inert) or type(grad) is not bool or hooks:
-            raise RBNValueError("it holds a parameter of something else than a tensor")
-        return _Inert()
-
-    def ordered(self, pairs: Iterable[Any] = ()) -> OrderedDict[Any, Any]:
-        """An ordered dictionary, as which Python 2 wrote one."""
-        pairs = list(pairs)
-        self.spend(len(pairs))
-        made: OrderedDict[Any, Any] = OrderedDict()
-        _set_items(made, [key for key, _ in pairs], [value for _, value in pairs])
+            raise ValueError("it holds a tensor with a negative size")
+        if type(grad) is not bool or hooks or metadata or more:
+            raise ValueError("it holds a tensor with hooks, or conjugated")
+        made = _Tensor(storage, offset, size, stride)
+        if offset + made.span > storage.numel:
+            raise ValueError("it holds a tensor that reaches beyond its storage")
         return made
 
-    def inert(self, items: Any) -> _Inert:
-        """A collection or a name that torch.load makes and nothing here takes."""
-        if isinstance(items, list | tuple | dict):
-            self.spend(len(items))
-            _check_keys(items)
-        return _Inert()
 
-    def load_reduce(self) -> None:
-        """Call what `find_class` gave."""
-        args = self.stack.pop()
-        if type(args) is not tuple:
-            raise RBNValueError("it calls something without arguments")
-        self.spend(len(args))
-        self.stack[-1] = self.stack[-1](*args)
-
-    def load_build(self) -> None:
-        """Attributes: only those of state dictionaries, which say their version with them."""
-        state = self.stack.pop()
-        if type(self.stack[-1]) is not OrderedDict or type(state) is not dict or len(state) != 1:
-            raise RBNValueError("it sets attributes of something else than a state dictionary")
-
-    def load_setitem(self) -> None:
-        """Set one item of a dictionary."""
-        value = self.stack.pop()
-        key = self.stack.pop()
-        _set_items(self.stack[-1], [key], [value])
-
-    def load_setitems(self) -> None:
-        """Set several items of a dictionary."""
-        items = self.pop_mark()
-        _set_items(self.stack[-1], items[::2], items[1::2])
-
-
-_Inspector.dispatch = {
-    code[0]: pickle._Unpickler.dispatch[code[0]]
-    for code in (
-        *(pickle.PROTO, pickle.STOP, pickle.MARK, pickle.GLOBAL, pickle.BINPERSID),
-        *(pickle.NONE, pickle.NEWTRUE, pickle.NEWFALSE, pickle.BININT, pickle.BININT1, pickle.BININT2),
-        *(pickle.LONG1, pickle.BINFLOAT, pickle.BINUNICODE, pickle.SHORT_BINSTRING),
-        *(pickle.EMPTY_DICT, pickle.EMPTY_LIST, pickle.EMPTY_TUPLE, pickle.APPEND, pickle.APPENDS),
-        *(pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3),
-        *(pickle.BINPUT, pickle.LONG_BINPUT, pickle.BINGET, pickle.LONG_BINGET),
-    )
-} | {
-    pickle.REDUCE[0]: _Inspector.load_reduce,
-    pickle.BUILD[0]: _Inspector.load_build,
-    pickle.SETITEM[0]: _Inspector.load_setitem,
-    pickle.SETITEMS[0]: _Inspector.load_setitems,
-}
-
-
-class _Counted:
-    """A file whose every read counts, and none of which reaches beyond its end.
-
-    Args:
-        file: The file.
-        spend: Told of every read.
-    """
-
-    def __init__(self, file: BinaryIO, spend: Callable[[int], None]) -> None:
-        self.file, self.spend = file, spend
-        start = file.tell()
-        self.size = file.seek(0, io.SEEK_END)
-        file.seek(start)
-
-    def read(self, count: int) -> bytes:
-        """Read so many bytes."""
-        self.spend(1)
-        if count > self.size - self.file.tell():  # a file makes room for all before it reads
-            raise RBNValueError("its pickle is truncated")
-        return self.file.read(count)
-
-    def readline(self) -> bytes:
-        """Read a line."""
-        self.spend(1)
-        return self.file.readline()
-
-
-def _check_zip(file: BinaryIO, size: int) -> None:
-    """Hold a zip's directory against the file, its contents against their sums, and inspect its pickle."""
+def _read_zip(file: BinaryIO, size: int, key: str | None, note: pickles.Note) -> State:
+    """The arrays of a zip, once its directory and its sums are held against the file."""
     start = _directory(file, size)
     with zipfile.ZipFile(file) as opened:
         members = opened.infolist()
         names = [member.filename for member in members]
         root = names[0].partition("/")[0] if names else ""
         if f"{root}/constants.pkl" in names:
-            raise RBNValueError("it is a TorchScript archive, which holds code")
+            raise ValueError("it is a TorchScript archive, which holds code")
         if opened.start_dir != start or len({name.lower() for name in names}) < len(names):
-            raise RBNValueError("its zip is behind something else, or has two entries of one name")
+            raise ValueError("its zip is behind something else, or has two entries of one name")
         if any(member.compress_type != zipfile.ZIP_STORED for member in members):
-            raise RBNValueError("its zip is compressed")
+            raise ValueError("its zip is compressed")
         if sum(member.file_size for member in members) > size:
-            raise RBNValueError("its zip claims more than the file holds")
+            raise ValueError("its zip claims more than the file holds")
         for member in members:
             _check_sum(opened, member)
-        contents = io.BytesIO(opened.read(f"{root}/data.pkl"))
-        inspector = _Inspector(contents, MOST_OPERATIONS + size // 10)
-        inspector.load()
-        sizes = {member.filename: member.file_size for member in members}
-    for key, (dtype, numel) in inspector.storages.items():
-        if sizes.get(f"{root}/data/{key}") != numel * ITEM_SIZES[dtype]:
-            raise RBNValueError(f"storage {key[:20]!r} is not as long as it should be")
+        machine = _Machine(memoryview(opened.read(f"{root}/data.pkl")), size)
+        loaded = machine.run()
+        order = opened.read(f"{root}/byteorder") if f"{root}/byteorder" in names else b"little"
+        entries = {member.filename: member for member in members}
+    places = {}
+    for name, (_, dtype, numel) in machine.storages.items():
+        entry = entries.get(f"{root}/data/{name}")
+        if entry is None or entry.file_size != numel * dtype.itemsize:
+            raise ValueError(f"storage {name[:20]!r} is not as long as it should be")
+        file.seek(entry.header_offset + 26)  # behind the name and what pads it, which the sum has found there
+        lengths = struct.unpack("<HH", file.read(4))
+        places[name] = entry.header_offset + 30 + sum(lengths)
+    loaded = {"": loaded} if _is_tensor(loaded) else loaded  # a part of a distributed checkpoint
+    tensors = _named(loaded, key, note)
+    _check_sharing(tensors.values(), size)
+    return _arrays(file, tensors, places, ">" if order == b"big" else "<")
 
 
 def _directory(file: BinaryIO, size: int) -> int:
@@ -388,15 +418,15 @@ def _directory(file: BinaryIO, size: int) -> int:
     tail = file.read()
     end, long_end = tail[-22:], tail[-42:-38] == b"PK\x06\x07"
     if not end.startswith(b"PK\x05\x06") or end[20:] != b"\x00\x00":
-        raise RBNValueError("its zip is truncated")
+        raise ValueError("its zip is truncated")
     if long_end and (
         not tail.startswith(b"PK\x06\x06") or int.from_bytes(tail[-34:-26], "little") != size - 98
     ):
-        raise RBNValueError("its zip has its directory somewhere else")
+        raise ValueError("its zip has its directory somewhere else")
     start = int.from_bytes(tail[48:56] if long_end else end[16:20], "little")
     file.seek(min(start, size))
     if file.read().count(b"PK\x01\x02") > 1000 + size // 128:
-        raise RBNValueError("its zip has more entries than the file's size accounts for")
+        raise ValueError("its zip has more entries than the file's size accounts for")
     return start
 
 
@@ -409,170 +439,108 @@ def _check_sum(opened: zipfile.ZipFile, member: zipfile.ZipInfo) -> None:
             pass
 
 
-def _check_legacy(file: BinaryIO, size: int) -> None:
-    """Inspect the pickles of the form before the zip, and hold the storages against the rest of the file."""
-    inspectors, objects = [], []
-    for _ in range(LEGACY_PICKLES):
-        inspectors.append(_Inspector(file, MOST_OPERATIONS + size // 10))
-        objects.append(inspectors[-1].load())
-    storages, keys = inspectors[3].storages, objects[4]
+def _read_legacy(file: BinaryIO, size: int, key: str | None, note: pickles.Note) -> State:
+    """The arrays of the form before the zip, once the storages are held against the rest of the file."""
+    try:
+        machines, objects, end = _legacy_pickles(file.read(LEGACY_START), size)
+    except pickles.CutError:
+        file.seek(0)
+        machines, objects, end = _legacy_pickles(file.read(), size)
+    storages, keys = machines[3].storages, objects[4]
     if (
         type(keys) is not list
-        or any(type(key) is not str for key in keys)
+        or any(type(name) is not str for name in keys)
         or sorted(keys) != sorted(storages)
     ):
-        raise RBNValueError("its storages are not those of its tensors")
-    for key in keys:
-        length = storages[key].numel * ITEM_SIZES[storages[key].dtype]
+        raise ValueError("its storages are not those of its tensors")
+    places = {}
+    file.seek(end)
+    for name in keys:
+        length = storages[name].numel * storages[name].dtype.itemsize
         (claimed,) = struct.unpack("<q", file.read(8))
-        if claimed != storages[key].numel or file.tell() + length > size:
-            raise RBNValueError(f"storage {key[:20]!r} is not as long as it should be")
+        if claimed != storages[name].numel or file.tell() + length > size:
+            raise ValueError(f"storage {name[:20]!r} is not as long as it should be")
+        places[name] = file.tell()
         file.seek(length, io.SEEK_CUR)
+    tensors = _named(objects[3], key, note)
+    _check_sharing(tensors.values(), size)
+    return _arrays(file, tensors, places, "<")
 
 
-def _set_items(target: Any, keys: list[Any], values: list[Any]) -> None:
-    """Set items of a dictionary, each once."""
-    _check_keys(keys)
-    if not isinstance(target, dict):
-        raise RBNValueError("it sets items of something else than a dictionary")
-    before = len(target)
-    target.update(zip(keys, values, strict=True))
-    if len(target) < before + len(keys):
-        raise RBNValueError("it has a dictionary with one key twice")
+def _legacy_pickles(start: bytes, size: int) -> tuple[list[_Machine], list[Any], int]:
+    """What the pickles say at the start of the form before the zip, and where they end."""
+    machines, objects, end = [], [], 0
+    for _ in range(LEGACY_PICKLES):
+        machines.append(_Machine(memoryview(start)[end:], size))
+        objects.append(machines[-1].run(whole=False))
+        end += machines[-1].position
+    return machines, objects, end
 
 
-def _check_keys(keys: Iterable[Any]) -> None:
-    """Refuse keys that are not plain: the hash of a deep one overruns the stack."""
-    for key in keys:
-        if type(key) not in (str, int, float, bool, type(None)):
-            raise RBNValueError("it has a dictionary with keys that are neither texts nor numbers")
+def _named(loaded: Any, key: str | None, note: pickles.Note) -> dict[str, _Tensor]:
+    """The tensors of what a checkpoint holds, without what Lightning puts before their names."""
+    tensors = pickles.chosen(loaded, _is_tensor, key, note)
+    lightning = isinstance(loaded, dict) and LIGHTNING in loaded
+    return pickles.without_prefix(tensors, ("model.",), note) if lightning else tensors
 
 
-def _state(loaded: Any) -> dict[str, Any]:
-    """The network of a checkpoint: the dictionary that holds tensors under texts."""
-    known: dict[int, bool] = {}
-    while isinstance(loaded, dict):
-        inner = {key: value for key, value in dict.items(loaded) if _holds(value, known)}
-        named = [key for key in STATES if key in inner]
-        if not named and (not inner or any(isinstance(value, torch.Tensor) for value in dict.values(loaded))):
-            break
-        if not named and len(inner) > 1:
-            raise RBNValueError(f"it holds several networks: {', '.join(map(str, inner))}")
-        loaded = inner[named[0] if named else next(iter(inner))]
-    if not isinstance(loaded, dict):
-        raise RBNValueError(f"it holds no dictionary but a {type(loaded).__name__}")
-    beside = (int, float, str, dict, type(None))
-    state = {key: value for key, value in dict.items(loaded) if not isinstance(value, beside)}
-    if not state and loaded:
-        raise RBNValueError("it holds no tensors")
-    if odd := [key for key in state if not isinstance(key, str)]:
-        raise RBNValueError(f"it holds a tensor under {odd[0]!r}, which is no name")
-    return state
+def _is_array(value: Any) -> bool:
+    return isinstance(value, np.ndarray)
 
 
-def _holds(entries: Any, known: dict[int, bool]) -> bool:
-    """Whether something is a dictionary with tensors under texts, or has one inside; looks at each once."""
-    if not isinstance(entries, dict) or id(entries) in known:
-        return known.get(id(entries), False)
-    known[id(entries)] = False
-    values = [value for key, value in dict.items(entries) if isinstance(key, str)]
-    known[id(entries)] = any(isinstance(value, torch.Tensor) or _holds(value, known) for value in values)
-    return known[id(entries)]
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, _Tensor)
 
 
-def _plain(name: str, value: Any) -> torch.Tensor:
-    """The value, if it is a tensor; `_Inspector` has seen that it is an array."""
-    if not isinstance(value, torch.Tensor):
-        raise RBNValueError(f"{name[:60]!r} is no tensor but a {type(value).__name__}")
-    return value.detach()
-
-
-def _check_sharing(tensors: Iterable[torch.Tensor], size: int) -> None:
+def _check_sharing(tensors: Iterable[_Tensor], size: int) -> None:
     """Refuse views that are together far more than the file, as one number seen as a billion."""
-    total = sum(math.prod(tensor.shape) * tensor.element_size() for tensor in _distinct(tensors).values())
+    total = sum(math.prod(tensor.size) * tensor.storage.dtype.itemsize for tensor in set(tensors))
     if total > MOST_SHARING * size:
-        raise RBNValueError(f"its tensors have {total} bytes, and the file {size}")
+        raise ValueError(f"its tensors have {total} bytes, and the file {size}")
 
 
-def _distinct(tensors: Iterable[torch.Tensor]) -> dict[tuple[Any, ...], torch.Tensor]:
-    """The tensors without those that are the same numbers under another name."""
-    return {_identity(tensor): tensor for tensor in tensors}
+def _arrays(
+    file: BinaryIO, tensors: Mapping[str, _Tensor], places: Mapping[str, int], order: Literal["<", ">"]
+) -> State:
+    """Copies of the tensors, one for all names of the same numbers.
+
+    Args:
+        file: Where the storages are.
+        tensors: The tensors, by name.
+        places: Where in the file each storage begins.
+        order: Its order of bytes.
+    """
+    copies: dict[_Tensor, NDArray[Any]] = {}
+    for tensor in tensors.values():
+        if tensor not in copies:
+            copies[tensor] = _array(file, tensor, places[tensor.storage.key], order)
+    return {name: copies[tensor] for name, tensor in tensors.items()}
 
 
-def _identity(tensor: torch.Tensor) -> tuple[Any, ...]:
-    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+def _array(file: BinaryIO, tensor: _Tensor, place: int, order: Literal["<", ">"]) -> NDArray[Any]:
+    dtype = tensor.storage.dtype
+    file.seek(place + tensor.offset * dtype.itemsize)
+    content = bytearray(tensor.span * dtype.itemsize)
+    if file.readinto(content) != len(content):  # type: ignore[attr-defined]
+        raise ValueError("it ends early")
+    numbers = np.frombuffer(content, dtype)
+    if order == ">":
+        numbers = numbers.view(f"u{dtype.itemsize}").byteswap().view(dtype)
+    if dtype.kind == "b" and numbers.view(np.uint8).max(initial=0) > 1:
+        raise ValueError("it holds what is neither true nor false")
+    if tensor.span == math.prod(tensor.size) and tensor.stride == _steps(tensor.size):
+        return numbers.reshape(tensor.size)
+    strides = [step * dtype.itemsize for step in tensor.stride]
+    view = np.lib.stride_tricks.as_strided(numbers, tensor.size, strides, writeable=False)
+    return np.array(view, order="C")
 
 
-def _arrays(tensors: Mapping[str, torch.Tensor]) -> State:
-    """Copies of the tensors, one for all names of the same numbers."""
-    copies = {identity: _array(tensor) for identity, tensor in _distinct(tensors.values()).items()}
-    return {name: copies[_identity(tensor)] for name, tensor in tensors.items()}
-
-
-def _array(tensor: torch.Tensor) -> NDArray[Any]:
-    if tensor.dtype == torch.bfloat16:
-        bits: NDArray[Any] = tensor.contiguous().view(torch.int16).numpy()
-        return bits.view(bfloat16()).copy()
-    return np.array(tensor.numpy(), order="C")
-
-
-def _without_prefix(state: State) -> State:
-    """The state without what a wrapper has put before every name."""
-    while prefix := next((p for p in PREFIXES if state and all(name.startswith(p) for name in state)), None):
-        state = {name.removeprefix(prefix): array for name, array in state.items()}
-    return state
-
-
-def _ours(state: State) -> State:
-    """The published form of RBN, IEBN and BNET as ours; anything else as it is."""
-    ours = {}
-    for name, array in state.items():
-        path, _, last = name.rpartition(".")
-        last = PUBLISHED.get(last, last)
-        outer, _, inner = path.rpartition(".")
-        if inner == "bnconv" and _join(outer, "running_mean") in state:
-            path = _join(outer, "conv")
-        if last in ADDED and array.ndim > 1 and array.shape == (1, array.size, *(1,) * (array.ndim - 2)):
-            array = array.reshape(-1)
-        ours[_join(path, last)] = array
-    if len(ours) < len(state):
-        raise RBNValueError(
-            "RBN: expected a checkpoint of one form, got one with both ours and the published names. "
-            "Leave one of them out."
-        )
-    return ours
-
-
-def _published(state: State, layers: Layers) -> State:
-    """The state in the form of the published RBN, IEBN and BNET code."""
-    theirs = {ours: published for published, ours in PUBLISHED.items()}
-    published = {}
-    for name, array in state.items():
-        path, _, last = name.rpartition(".")
-        outer, _, inner = path.rpartition(".")
-        if last in ADDED and array.ndim == 1:
-            array = array.reshape(1, -1, 1, 1)
-        layer = layers.get(path, {}).get("layer")
-        if layer == "IEBN" or (layer is None and _join(path, "center_weight") not in state):
-            last = theirs.get(last, last)
-        if inner == "conv" and _is_bnet(outer, state, layers):
-            path = _join(outer, "bnconv")
-        published[_join(path, last)] = array
-    return published
-
-
-def _is_bnet(path: str, state: State, layers: Layers) -> bool:
-    """Whether a layer is a BNET: it has statistics, and a convolution in place of gamma."""
-    if "layer" in layers.get(path, {}):
-        return bool(layers[path]["layer"] == "BNET")
-    return _join(path, "running_mean") in state and _join(path, "weight") not in state
-
-
-def _join(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
+def _steps(size: tuple[int, ...]) -> tuple[int, ...]:
+    """The strides of a tensor whose numbers lie one after another."""
+    return tuple(math.prod(size[axis + 1 :]) for axis in range(len(size)))
 
 
 def _short(reason: str) -> str:
-    """The first line of a reason: PyTorch's run to pages."""
+    """The first line of a reason, and not all of a long one."""
     first = reason.splitlines()[0] if reason else ""
-    return first if len(first) <= 200 else f"{first[:200]}..."
+    return first if len(first) <= 300 else f"{first[:300]}..."

@@ -106,7 +106,7 @@ def test_what_is_written_is_read_by_jittor(tmp_path):
 
 
 def test_what_is_written_comes_back(tmp_path):
-    checkpoints.write(tmp_path / "a.pkl", some_arrays(), "pkl")
+    checkpoints.write(tmp_path / "a.pkl", some_arrays())
     assert_same(checkpoints.read(tmp_path / "a.pkl"), some_arrays())
 
 
@@ -157,8 +157,8 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch)
     path.write_bytes(b"old")
     with pytest.raises(RBNTypeError, match=r"expected arrays of bool.*got a of object, b of complex64"):
         checkpoints.write(path, {"a": np.array([None]), "b": np.zeros(1, "complex64"), "c": np.zeros(1)})
-    with pytest.raises(RBNError, match="expected layout to be one of 'pkl', got 'published'"):
-        checkpoints.write(path, {}, "published")
+    with pytest.raises(RBNError, match="expected layout to be one of 'own', 'published', got 'pkl'"):
+        checkpoints.write(path, {}, layout="pkl")
     monkeypatch.setattr(os, "fsync", lambda handle: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         checkpoints.write(path, some_arrays())
@@ -188,11 +188,25 @@ CALLS = {
 }
 
 
+REASONS = {
+    "system": "it holds posix.system, which can run code",
+    "eval": "it holds builtins.eval, which can run code",
+    "getattr": "not put together",
+    "exec": "it holds builtins.exec, which can run code",
+    "bytearray": "no dictionary but builtins.bytearray",
+    "numpy": "it calls numpy.zeros, which is no class",
+    "load": "it calls numpy.load, which is no class",
+    "partial": "no dictionary but collections.deque",
+}
+
+
 @pytest.mark.parametrize("protocol", [2, 4])
 @pytest.mark.parametrize("name", CALLS)
 def test_no_call_is_made(name, protocol, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert "which is no array's" in refuse(tmp_path / "a.pkl", pickle.dumps(CALLS[name], protocol))
+    reason = refuse(tmp_path / "a.pkl", pickle.dumps(CALLS[name], protocol))
+    # NumPy says where it was defined, and in protocol 2 bytearray and deque have other arguments.
+    assert REASONS[name] in reason.replace("numpy.core.multiarray.", "numpy.")
     assert list(tmp_path.iterdir()) == [tmp_path / "a.pkl"]
 
 
@@ -222,7 +236,7 @@ DAMAGED = {
     "none": (HEAD + b"N.", "no dictionary"),
     "nothing": (HEAD + b"}.", "no arrays"),
     "numbers": (HEAD + b"}\x8c\x01aK\x05s.", "no arrays"),
-    "unfilled": (entry(array()[: array().index(b"(")]), "no arrays"),
+    "unfilled": (entry(array()[: array().index(b"(")]), "'a' is no plain array but an array"),
     "remains": (entry(array()) + b"x", "goes on after its end"),
     "left over": (HEAD + b"N}.", "ends too early"),
     "no values": (HEAD + b"}s.", "lacks its values"),
@@ -232,22 +246,21 @@ DAMAGED = {
     "no dictionary": (HEAD + b"](K\x01K\x01u.", "into what is no dictionary"),
     "no list": (HEAD + b"}Na.", "to what is no list"),
     "twice": (HEAD + b"}\x8c\x01a" + array() + b"s\x8c\x01a" + array() + b"s.", "'a' comes twice"),
-    "key": (HEAD + b"}NNs.", "key is neither"),
+    "key": (HEAD + b"}NNs.", "no arrays"),
     "endless key": (
-        HEAD + b")\x94" + b"".join(b"h%ch%c\x86\x94" % (i, i) for i in range(80)) + b"}h\x50Ns.",
-        "key is neither",
+        HEAD + b")\x94" + b"".join(b"h%ch%c\x86\x940" % (i, i) for i in range(80)) + b"}h\x50Ns0}.",
+        "no arrays",
     ),
     "memo": (HEAD + b"h\x07.", "refers to what has not come"),
     "memo far away": (HEAD + b"Nr\xff\xff\xff\xff.", "notes are out of order"),
     "instruction": (HEAD + b"c" + b"i" * 50, "a name has no end"),
-    "instance": (HEAD + b"\x81.", "do not need the instruction b'\\x81'"),
+    "instance": (HEAD + b"\x81.", "lacks its values"),
     "persistent": (HEAD + b"Pabc\n.", "do not need the instruction b'P'"),
     "extension": (HEAD + b"\x82\x01.", "do not need the instruction"),
     "name": (HEAD + b"NN\x93.", "a name is no text"),
     "letters": (HEAD + b"\x8c\x01\xff.", "can't decode byte"),
     "announced": (HEAD + b"\x8e" + b"\xff" * 7 + b"\x7f", "cut off"),
     "a terabyte": (HEAD + b"\x8e" + (2**40).to_bytes(8, "little") + b"x", "cut off"),
-    "long number": (HEAD + b"\x8a\x09" + b"x" * 9 + b".", "more than 64 bits"),
     "shape": (
         reshaped(b"\x8a\x06" + (10**12).to_bytes(6, "little") + b"\x85"),
         "not as many as its shape says",
@@ -264,15 +277,15 @@ DAMAGED = {
         ),
         "too big|too large",
     ),
-    "object": (entry(array(np.array([1, None], object))), "not put together"),
-    "object code": (of_dtype(b"O8"), "not put together"),
-    "long dtype": (of_dtype(b"V" + b"9" * 18), "not put together"),
-    "fields": (of_dtype(b"f4,f4"), "not put together"),
-    "text array": (entry(array(np.array(["abc"]))), "not put together"),
-    "complex": (entry(array(np.zeros(2, complex))), "not put together"),
+    "object": (entry(array(np.array([1, None], object))), "no plain array but an array"),
+    "object code": (of_dtype(b"O8"), "no plain array but an array"),
+    "long dtype": (of_dtype(b"V" + b"9" * 18), "no plain array but an array"),
+    "fields": (of_dtype(b"f4,f4"), "no plain array but an array"),
+    "text array": (entry(array(np.array(["abc"]))), "no plain array but an array"),
+    "complex": (entry(array(np.zeros(2, complex))), "no plain array but an array"),
     "dtype state": (entry(array().replace(b"\x8c\x01<", b"\x8c\x01?")), "not put together"),
     "filled twice": (entry(array() + b"K\x01\x85b"), "not put together"),
-    "called": (HEAD + b"}N\x85R.", "not put together"),
+    "called": (HEAD + b"}N\x85R.", "calls what is no class"),
 }
 
 

@@ -103,8 +103,8 @@ def test_only_the_frameworks_of_the_formats_are_imported(tmp_path, canonical):
     for name in ("b.safetensors", "b.msgpack", "b.ckpt", "b.pkl"):
         assert python(f"{start} port({str(canonical)!r}, {str(tmp_path / name)!r}); {loaded}").split() == []
     pth = str(tmp_path / "b.pth")
-    for source, destination in ((tmp_path / "b.ckpt", pth), (pth, tmp_path / "b.pkl")):
-        assert python(f"{start} port({str(source)!r}, {str(destination)!r}); {loaded}").split() == ["torch"]
+    for source, destination, needed in ((tmp_path / "b.ckpt", pth, ["torch"]), (pth, tmp_path / "b.pkl", [])):
+        assert python(f"{start} port({str(source)!r}, {str(destination)!r}); {loaded}").split() == needed
 
 
 # Networks
@@ -321,7 +321,7 @@ def test_weights_that_are_not_finite_are_named(tmp_path, state):
             "small.safetensors",
             "b.pkl",
             {"layout": "nnx"},
-            "port to jittor: expected --layout to be one of , got 'nnx'",
+            "port to jittor: expected --layout to be one of 'own', 'published', got 'nnx'",
         ),
         ("small.safetensors", "b.pth", {"layout": "nnx"}, "port to torch: .* 'own', 'published', got 'nnx'"),
         ("small.safetensors", "absent/b.pkl", {}, "expected a folder to write b.pkl into"),
@@ -432,11 +432,18 @@ def call(*arguments):
 
 
 def test_the_command_prints_the_table(tmp_path, canonical):
-    done = call(canonical, tmp_path / "b.pkl")
+    done = call(canonical, tmp_path / "b.pkl", "--all")
     assert done.exit_code == 0, done.output
     for text in ("stem.1.center_weight", "(4,) float32", "matched", "1 no counterpart"):
         assert text in done.output
     assert (tmp_path / "b.pkl").exists()
+
+
+def test_the_command_prints_a_summary_and_the_exceptions(tmp_path, canonical):
+    done = call(canonical, tmp_path / "b.pkl")
+    assert "stem.1.center_weight" not in done.output
+    assert "bn.num_batches_tracked" in done.output  # which Jittor's BatchNorm has not
+    assert "matched, 1 no counterpart; --all shows every one" in done.output
 
 
 def test_the_command_takes_every_option(tmp_path, state):
