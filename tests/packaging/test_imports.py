@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import tarfile
 from importlib import metadata
 from pathlib import Path
 
@@ -136,18 +135,11 @@ def test_a_wheel_holds_every_file(checkout, installed):
     for name, folder in FOLDERS.items():
         package = installed.joinpath(*name.split("."))
         files = {
-            file.relative_to(checkout / folder) for file in (checkout / folder).rglob("*") if file.is_file()
+            file.relative_to(checkout / folder)
+            for file in (checkout / folder).rglob("*")
+            if file.is_file() and (file.suffix not in (".cpp", ".h") or file.name == "rbn_kernels.h")
         }
         assert {file for file in files if not (package / file).is_file()} == set()
-
-
-def test_a_source_distribution_holds_what_is_compiled(checkout, tmp_path):
-    code = "import sys; from setuptools.build_meta import build_sdist; build_sdist(sys.argv[1])"
-    python("-c", code, tmp_path, cwd=shutil.copytree(checkout, tmp_path / "source"))
-    (archive,) = tmp_path.glob("rbn-*.tar.gz")
-    with tarfile.open(archive) as files:
-        names = {Path(*Path(name).parts[1:]) for name in files.getnames()}
-    assert {file.relative_to(checkout) for file in (checkout / "kernels").iterdir()} - names == set()
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler here")
