@@ -1,6 +1,8 @@
 """The compiled loops: RBN and IEBN on the CPU in as many passes over memory as BatchNorm takes."""
 
 from rbn.kernels.library import (
+    NOTHING,
+    Array,
     Plan,
     accumulate,
     backward,
@@ -13,6 +15,8 @@ from rbn.kernels.library import (
 )
 
 __all__ = [
+    "NOTHING",
+    "Array",
     "Plan",
     "accumulate",
     "backward",

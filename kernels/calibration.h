@@ -72,8 +72,8 @@ struct Plane {
 };
 
 template <class W>
-static inline typename W::Value parameter(const void *values, int64_t c, typename W::A otherwise) {
-  return values ? W::at((const typename W::A *)values + c) : typename W::Value{} + otherwise;
+static inline typename W::Value parameter(const rbn_array &array, int64_t c, typename W::A otherwise) {
+  return array.values ? W::at((const typename W::A *)array.values + c) : typename W::Value{} + otherwise;
 }
 
 // From all planes of the channels [c, c + W::count); the E and biased Var of the batch go to `mean` and `var`.
@@ -223,8 +223,8 @@ static inline void channel_backward(const rbn_layer &l, const rbn_parameters &p,
     W::set(s0_e + i, 2 * dv / positions);
     W::set(s1_f + i, dmu / positions);
   }
-  const auto give = [c](void *gradient, Sum sum) {
-    if (gradient) W::set((A *)gradient + c, W::rounded(sum));
+  const auto give = [c](const rbn_array &gradient, Sum sum) {
+    if (gradient.values) W::set((A *)gradient.values + c, W::rounded(sum));
   };
   give(gradients.gamma, dgamma);
   give(gradients.beta, dbeta);

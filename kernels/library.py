@@ -1,4 +1,4 @@
-"""Calls into the compiled loops, on addresses: whoever has memory, of any framework, can use them.
+"""Calls into the compiled loops, on memory: whoever has some, of any framework, can use them.
 
 The library is compiled when the package is installed and there is a C++ compiler; where it is not there, the
 layers compute in their framework's operations, and `problem()` says why.
@@ -9,11 +9,18 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.machinery
-from collections.abc import Sequence
+import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
+from typing import TypeAlias
 
 from rbn_core.config import Statistic
+from rbn_core.errors import RBNValueError
+
+INTERFACE = 2
+"""`RBN_INTERFACE` of rbn_kernels.h: a library from before a change of it must not be called."""
 
 DTYPES = ("float32", "float64", "float16", "bfloat16")
 STATISTICS = (None, "channel_mean", "channel_std", "input_mean")
@@ -22,6 +29,24 @@ INSTRUCTIONS = ("the compiler's default", "AVX2", "AVX-512")
 PARAMETERS = ("gamma", "beta", "center_weight", "scale_weight", "scale_bias")
 VECTORS = (*PARAMETERS, "running_mean", "running_var")
 """The (C,) inputs of a layer, in the order of `rbn_parameters`; the last two where E and Var are known."""
+
+FORWARD = ("x", "y", "mu", "v", "mean", "var", *VECTORS)
+"""The arrays of a forward pass, in the order of `rbn_forward_arrays`."""
+
+BACKWARD = ("dy", "x", "mu", "v", "dx", *VECTORS, *(f"the gradient of {name}" for name in PARAMETERS))
+"""The arrays of a backward pass, in the order of `rbn_backward_arrays`."""
+
+ACCUMULATE = ("running_mean", "running_var", "mean", "var")
+"""The arrays of an update of the running statistics, in the order of `rbn_statistics`."""
+
+Array: TypeAlias = tuple[int, int, int]
+"""`rbn_array`: where numbers lie without gaps, how many there are, and their dtype's place in `DTYPES`."""
+
+NOTHING: Array = (0, 0, 0)
+"""In the place of an array that is not there or not wanted."""
+
+_DONE, _NO_MEMORY, _ = range(3)
+"""`rbn_result`."""
 
 
 class _Layer(ctypes.Structure):
@@ -33,18 +58,6 @@ class _Layer(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("restriction", "batch_statistics", "threads")),
         ("eps", ctypes.c_double),
     )
-
-
-class _Parameters(ctypes.Structure):
-    """`rbn_parameters` of rbn_kernels.h."""
-
-    _fields_ = tuple((name, ctypes.c_void_p) for name in VECTORS)
-
-
-class _Gradients(ctypes.Structure):
-    """`rbn_gradients` of rbn_kernels.h."""
-
-    _fields_ = tuple((name, ctypes.c_void_p) for name in PARAMETERS)
 
 
 @dataclass(frozen=True)
@@ -95,89 +108,67 @@ class Plan:
         )
 
 
-def forward(
-    plan: Plan,
-    vectors: Sequence[int | None],
-    x: int,
-    y: int,
-    mu: int | None,
-    v: int | None,
-    mean: int | None,
-    var: int | None,
-) -> None:
-    """Y of eq. 12, on addresses.
+def forward(plan: Plan, arrays: Iterable[Array]) -> None:
+    """Y of eq. 12.
 
     Args:
         plan: The layer.
-        vectors: `VECTORS`, (C,) each, as far as the layer has them; the last two are not read with batch
-            statistics.
-        x: The input; read.
-        y: Of the same kind; written.
-        mu: (N, C), the mean of every plane; written, for `backward`, or `None` where there will be none.
-        v: (N, C), its biased variance, or 0 where nothing depends on it; as `mu`.
-        mean: (C,), E of the batch; written with batch statistics.
-        var: (C,), biased Var of the batch; written with batch statistics.
+        arrays: `FORWARD`: X, (N, C, M), is read, and Y, of the same kind, written. mu and v, (N, C), get the
+            mean and biased variance of every plane (or 0 where nothing depends on it) for `backward`, and are
+            `NOTHING` where there will be none. mean and var, (C,), get E and biased Var of the batch with
+            batch statistics. The vectors, (C,), are read, as far as the layer has them; the running ones are
+            not with batch statistics.
 
     Raises:
+        RBNValueError: An array does not fit the layer; nothing was read or written.
         MemoryError: There is no memory for (N, C) numbers.
     """
-    if _library().rbn_forward(plan.structure, _Parameters(*vectors), x, y, mu, v, mean, var):
-        raise MemoryError
+    _check(_library().rbn_forward(plan.structure, _FORWARD(*chain.from_iterable(arrays))))
 
 
-def backward(
-    plan: Plan,
-    vectors: Sequence[int | None],
-    dy: int,
-    x: int,
-    mu: int,
-    v: int,
-    dx: int | None,
-    gradients: Sequence[int | None],
-) -> None:
-    """The gradients of X and of the parameters, on addresses.
+def backward(plan: Plan, arrays: Iterable[Array]) -> None:
+    """The gradients of X and of the parameters.
 
     Args:
         plan: As in `forward`.
-        vectors: As in `forward`.
-        dy: The gradient of Y, laid out as X; read.
-        x: The input; read.
-        mu: As `forward` wrote it; read.
-        v: As `forward` wrote it; read.
-        dx: The gradient of X; written, unless `None`.
-        gradients: Of `PARAMETERS`, (C,) each; written, those that are there.
+        arrays: `BACKWARD`: the gradient of Y, laid out as X, X, mu and v as `forward` wrote them, and the
+            vectors are read; the gradients of X and of the parameters written, where they are wanted.
 
     Raises:
+        RBNValueError: An array does not fit the layer; nothing was read or written.
         MemoryError: There is no memory for (N, C) numbers.
     """
-    if _library().rbn_backward(
-        plan.structure, _Parameters(*vectors), dy, x, mu, v, dx, _Gradients(*gradients)
-    ):
-        raise MemoryError
+    _check(_library().rbn_backward(plan.structure, _BACKWARD(*chain.from_iterable(arrays))))
 
 
-def accumulate(
-    channels: int,
-    dtype: str,
-    batch_dtype: str,
-    running: int,
-    batch: int,
-    new_weight: float,
-    correction: float = 1.0,
-) -> None:
-    """Eq. 3, in place: running <- running + new_weight (correction batch - running), on addresses.
+def accumulate(arrays: Iterable[Array], new_weight: float, correction: float) -> None:
+    """Eq. 3, in place: running <- running + new_weight (batch - running).
 
     Args:
-        channels: C.
-        dtype: Of the running statistic, float32 or float64.
-        batch_dtype: Of the batch's, the same choice.
-        running: (C,); changed.
-        batch: (C,); read.
+        arrays: `ACCUMULATE`, (C,) each, float32 or float64; the first two are changed.
         new_weight: 1 - m, the weight of the batch.
-        correction: What the batch's is multiplied with before.
+        correction: What Var of the batch is multiplied with before.
+
+    Raises:
+        RBNValueError: The arrays do not fit each other; nothing was read or written.
     """
-    wide, wide_batch = (name == "float64" for name in (dtype, batch_dtype))
-    _library().rbn_accumulate(channels, wide, wide_batch, running, batch, new_weight, correction)
+    statistics = _ACCUMULATE(*chain.from_iterable(arrays))
+    _check(_library().rbn_accumulate(statistics, new_weight, correction))
+
+
+def _check(result: int) -> None:
+    if result == _DONE:
+        return
+    if result == _NO_MEMORY:
+        raise MemoryError
+    raise RBNValueError(
+        f"the compiled loops: {_library().rbn_refusal().decode()}. Hand over the arrays of one layer."
+    )
+
+
+_FORWARD, _BACKWARD, _ACCUMULATE = (
+    struct.Struct(f"{3 * len(names)}q").pack for names in (FORWARD, BACKWARD, ACCUMULATE)
+)
 
 
 def worthwhile_threads(images: int, channels: int, positions: int, most: int) -> int:
@@ -228,12 +219,12 @@ def _library() -> ctypes.CDLL:
     if found is None:
         raise OSError("the loops were not compiled: install g++ and install rbn again")
     library = ctypes.CDLL(str(found))
-    integer, number, address = ctypes.c_int64, ctypes.c_double, ctypes.c_void_p
-    layer, vectors, gradients = map(ctypes.POINTER, (_Layer, _Parameters, _Gradients))
-    library.rbn_forward.argtypes = (layer, vectors, *(address,) * 6)
-    library.rbn_backward.argtypes = (layer, vectors, *(address,) * 5, gradients)
-    library.rbn_accumulate.argtypes = (integer, ctypes.c_int, ctypes.c_int, address, address, number, number)
-    library.rbn_accumulate.restype = None
+    if not hasattr(library, "rbn_interface") or library.rbn_interface() != INTERFACE:
+        raise OSError(f"{found.name} was compiled for another version: install rbn again")
+    integer, number, layer, arrays = ctypes.c_int64, ctypes.c_double, ctypes.POINTER(_Layer), ctypes.c_char_p
+    library.rbn_forward.argtypes = library.rbn_backward.argtypes = (layer, arrays)
+    library.rbn_accumulate.argtypes = (arrays, number, number)
+    library.rbn_refusal.restype = ctypes.c_char_p
     library.rbn_worthwhile_threads.argtypes = (integer, integer, integer, ctypes.c_int32)
     library.rbn_limit_cache.argtypes, library.rbn_limit_cache.restype = (integer,), integer
     return library

@@ -246,23 +246,34 @@ static bool backward(const rbn_layer &l, const rbn_parameters &p, const T *dy, c
   return enough;
 }
 
-static int forward_of_dtype(const rbn_layer *l, const rbn_parameters *p, const void *x, void *y, void *mu, void *v,
-                            void *mean, void *var) {
-  switch (l->dtype) {
-    case RBN_FLOAT32: return !forward(*l, *p, (const float *)x, (float *)y, mu, v, mean, var);
-    case RBN_FLOAT64: return !forward(*l, *p, (const double *)x, (double *)y, mu, v, mean, var);
-    case RBN_FLOAT16: return !forward(*l, *p, (const _Float16 *)x, (_Float16 *)y, mu, v, mean, var);
-    default: return !forward(*l, *p, (const bfloat16 *)x, (bfloat16 *)y, mu, v, mean, var);
+template <class T>
+static int forward_of(const rbn_layer &l, const rbn_forward_arrays &a) {
+  const bool enough = forward(l, a.parameters, (const T *)a.x.values, (T *)a.y.values, a.mu.values, a.v.values,
+                              a.mean.values, a.var.values);
+  return enough ? RBN_DONE : RBN_NO_MEMORY;
+}
+
+static int forward_of_dtype(const rbn_layer &l, const rbn_forward_arrays &a) {
+  switch (l.dtype) {
+    case RBN_FLOAT32: return forward_of<float>(l, a);
+    case RBN_FLOAT64: return forward_of<double>(l, a);
+    case RBN_FLOAT16: return forward_of<_Float16>(l, a);
+    default: return forward_of<bfloat16>(l, a);
   }
 }
 
-static int backward_of_dtype(const rbn_layer *l, const rbn_parameters *p, const void *dy, const void *x,
-                             const void *mu, const void *v, void *dx, const rbn_gradients *g) {
-  switch (l->dtype) {
-    case RBN_FLOAT32: return !backward(*l, *p, (const float *)dy, (const float *)x, mu, v, (float *)dx, *g);
-    case RBN_FLOAT64: return !backward(*l, *p, (const double *)dy, (const double *)x, mu, v, (double *)dx, *g);
-    case RBN_FLOAT16:
-      return !backward(*l, *p, (const _Float16 *)dy, (const _Float16 *)x, mu, v, (_Float16 *)dx, *g);
-    default: return !backward(*l, *p, (const bfloat16 *)dy, (const bfloat16 *)x, mu, v, (bfloat16 *)dx, *g);
+template <class T>
+static int backward_of(const rbn_layer &l, const rbn_backward_arrays &a) {
+  const bool enough = backward(l, a.parameters, (const T *)a.dy.values, (const T *)a.x.values, a.mu.values, a.v.values,
+                               (T *)a.dx.values, a.gradients);
+  return enough ? RBN_DONE : RBN_NO_MEMORY;
+}
+
+static int backward_of_dtype(const rbn_layer &l, const rbn_backward_arrays &a) {
+  switch (l.dtype) {
+    case RBN_FLOAT32: return backward_of<float>(l, a);
+    case RBN_FLOAT64: return backward_of<double>(l, a);
+    case RBN_FLOAT16: return backward_of<_Float16>(l, a);
+    default: return backward_of<bfloat16>(l, a);
   }
 }

@@ -14,6 +14,8 @@
 #include <immintrin.h>
 #endif
 
+#include "fit.h"
+
 // The bytes of the processor's last cache, or what is usual where the system does not say.
 static int64_t bytes_of_last_cache() {
   long long kilobytes = 0;
@@ -62,6 +64,8 @@ static int best() {
 
 static int level = best();
 
+int rbn_interface(void) { return RBN_INTERFACE; }
+
 int rbn_instructions(void) { return level; }
 
 int rbn_limit_instructions(int most) { return level = most < best() ? most : best(); }
@@ -71,39 +75,47 @@ int64_t rbn_limit_cache(int64_t most) {
   return last_cache = most < bytes ? most : bytes;
 }
 
-int rbn_forward(const rbn_layer *layer, const rbn_parameters *parameters, const void *x, void *y, void *mu, void *v,
-                void *mean, void *var) {
+const char *rbn_refusal(void) { return refusal; }
+
+int rbn_forward(const rbn_layer *layer, const rbn_forward_arrays *arrays) {
+  if (!forward_fits(*layer, *arrays)) return RBN_DOES_NOT_FIT;
 #ifdef RBN_CHOOSES
-  if (level == 2) return avx512::forward_of_dtype(layer, parameters, x, y, mu, v, mean, var);
-  if (level == 1) return avx2::forward_of_dtype(layer, parameters, x, y, mu, v, mean, var);
+  if (level == 2) return avx512::forward_of_dtype(*layer, *arrays);
+  if (level == 1) return avx2::forward_of_dtype(*layer, *arrays);
 #endif
-  return plain::forward_of_dtype(layer, parameters, x, y, mu, v, mean, var);
+  return plain::forward_of_dtype(*layer, *arrays);
 }
 
-int rbn_backward(const rbn_layer *layer, const rbn_parameters *parameters, const void *dy, const void *x,
-                 const void *mu, const void *v, void *dx, const rbn_gradients *gradients) {
+int rbn_backward(const rbn_layer *layer, const rbn_backward_arrays *arrays) {
+  if (!backward_fits(*layer, *arrays)) return RBN_DOES_NOT_FIT;
 #ifdef RBN_CHOOSES
-  if (level == 2) return avx512::backward_of_dtype(layer, parameters, dy, x, mu, v, dx, gradients);
-  if (level == 1) return avx2::backward_of_dtype(layer, parameters, dy, x, mu, v, dx, gradients);
+  if (level == 2) return avx512::backward_of_dtype(*layer, *arrays);
+  if (level == 1) return avx2::backward_of_dtype(*layer, *arrays);
 #endif
-  return plain::backward_of_dtype(layer, parameters, dy, x, mu, v, dx, gradients);
+  return plain::backward_of_dtype(*layer, *arrays);
 }
 
-static double number(int wide, const void *numbers, int64_t i) {
-  return wide ? ((const double *)numbers)[i] : ((const float *)numbers)[i];
+static double number(const rbn_array &array, int64_t i) {
+  return array.dtype == RBN_FLOAT64 ? ((const double *)array.values)[i] : ((const float *)array.values)[i];
 }
 
-void rbn_accumulate(int64_t channels, int wide, int wide_batch, void *running, const void *batch, double new_weight,
-                    double correction) {
-  for (int64_t c = 0; c < channels; c++) {
-    const double from = number(wide, running, c), to = number(wide_batch, batch, c) * correction;
+static void accumulate(const rbn_array &running, const rbn_array &batch, double new_weight, double correction) {
+  for (int64_t c = 0; c < running.count; c++) {
+    const double from = number(running, c), to = number(batch, c) * correction;
     // From the one that weighs more: with the weight 1 nothing is left of the other.
     const double between = new_weight < 0.5 ? from + new_weight * (to - from) : to - (1 - new_weight) * (to - from);
-    if (wide)
-      ((double *)running)[c] = between;
+    if (running.dtype == RBN_FLOAT64)
+      ((double *)running.values)[c] = between;
     else
-      ((float *)running)[c] = (float)between;
+      ((float *)running.values)[c] = (float)between;
   }
+}
+
+int rbn_accumulate(const rbn_statistics *statistics, double new_weight, double correction) {
+  if (!statistics_fit(*statistics)) return RBN_DOES_NOT_FIT;
+  accumulate(statistics->running_mean, statistics->mean, new_weight, 1);
+  accumulate(statistics->running_var, statistics->var, new_weight, correction);
+  return RBN_DONE;
 }
 
 int32_t rbn_worthwhile_threads(int64_t images, int64_t channels, int64_t positions, int32_t most) {

@@ -14,6 +14,9 @@
 extern "C" {
 #endif
 
+// Counts the changes of this file that callers must follow; `rbn_interface` says which one a library was compiled for.
+#define RBN_INTERFACE 2
+
 enum rbn_dtype { RBN_FLOAT32, RBN_FLOAT64, RBN_FLOAT16, RBN_BFLOAT16 };
 enum rbn_statistic { RBN_NONE, RBN_CHANNEL_MEAN, RBN_CHANNEL_STD, RBN_INPUT_MEAN };
 enum rbn_restriction { RBN_SIGMOID, RBN_HARD_SIGMOID };
@@ -30,35 +33,65 @@ typedef struct {
   double eps;
 } rbn_layer;
 
-// (C) numbers each; a null pointer where the layer lacks the parameter.
+// Numbers without gaps in memory: where they lie, how many there are, and their rbn_dtype. All 0 where there are none.
 typedef struct {
-  const void *gamma, *beta, *center_weight, *scale_weight, *scale_bias;
-  const void *running_mean, *running_var;  // not read with batch statistics
+  void *values;
+  int64_t count, dtype;
+} rbn_array;
+
+// (C) numbers each, read; none where the layer lacks the parameter.
+typedef struct {
+  rbn_array gamma, beta, center_weight, scale_weight, scale_bias;
+  rbn_array running_mean, running_var;  // not read with batch statistics
 } rbn_parameters;
 
-// (C) numbers each, written; a null pointer where the gradient is not wanted.
+// (C) numbers each, written; none where the gradient is not wanted.
 typedef struct {
-  void *gamma, *beta, *center_weight, *scale_weight, *scale_bias;
+  rbn_array gamma, beta, center_weight, scale_weight, scale_bias;
 } rbn_gradients;
 
-// Y of eq. 12; `mu` and `v`, (N, C), get the mean and biased variance of every plane, as far as anything depends on
-// them, which the backward pass takes (both null where there is none), `mean` and `var`, (C), the E and biased Var of
-// eq. 2 and 3 (with batch statistics alone).
-// Returns 0, or 1 where memory lacks.
-int rbn_forward(const rbn_layer *, const rbn_parameters *, const void *x, void *y, void *mu, void *v, void *mean,
-                void *var);
+// Of a forward pass: X, read, and what is written: Y; `mu` and `v`, (N, C), the mean and biased variance of every plane,
+// as far as anything depends on them, which the backward pass takes (both none where there is none); `mean` and `var`,
+// (C), the E and biased Var of eq. 2 and 3 (with batch statistics alone; none where nobody asks).
+typedef struct {
+  rbn_array x, y, mu, v, mean, var;
+  rbn_parameters parameters;
+} rbn_forward_arrays;
 
-// The gradients of X, where `dx` is not null, and of the parameters, from that of Y.
-int rbn_backward(const rbn_layer *, const rbn_parameters *, const void *dy, const void *x, const void *mu,
-                 const void *v, void *dx, const rbn_gradients *);
+// Of a backward pass: the gradient of Y, X, and what the forward pass left, all read, and what is written: the
+// gradients of X, where it is wanted, and of the parameters.
+typedef struct {
+  rbn_array dy, x, mu, v, dx;
+  rbn_parameters parameters;
+  rbn_gradients gradients;
+} rbn_backward_arrays;
 
-// Eq. 3, in place: running <- running + new_weight (correction * batch - running), (C) numbers each; `wide` and
-// `wide_batch` say which are float64, and not float32.
-void rbn_accumulate(int64_t channels, int wide, int wide_batch, void *running, const void *batch, double new_weight,
-                    double correction);
+// Of an update of the running statistics, float32 or float64 numbers each: the running ones, changed, and the batch's.
+typedef struct {
+  rbn_array running_mean, running_var, mean, var;
+} rbn_statistics;
+
+// What the functions below return. What does not fit is an option that is not known, or an array that is missing or of
+// another length or dtype than the layer needs: nothing is read or written then, and `rbn_refusal` says what.
+enum rbn_result { RBN_DONE, RBN_NO_MEMORY, RBN_DOES_NOT_FIT };
+
+// Y of eq. 12.
+int rbn_forward(const rbn_layer *, const rbn_forward_arrays *);
+
+// The gradients of X and of the parameters, from that of Y.
+int rbn_backward(const rbn_layer *, const rbn_backward_arrays *);
+
+// Eq. 3, in place: running <- running + new_weight (batch - running), where Var of the batch is multiplied with
+// `correction` first.
+int rbn_accumulate(const rbn_statistics *, double new_weight, double correction);
+
+// What the last call of this thread refused: what was expected, and what came.
+const char *rbn_refusal(void);
 
 // How many of so many threads are worth waking for a batch.
 int32_t rbn_worthwhile_threads(int64_t images, int64_t channels, int64_t positions, int32_t most);
+
+int rbn_interface(void);
 
 // The instruction set in use: 0 the compiler's own, 1 AVX2 with FMA and F16C, 2 AVX-512.
 int rbn_instructions(void);

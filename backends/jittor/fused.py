@@ -25,6 +25,21 @@ HEADER = f"""
 {Path(kernels.__file__).with_name("rbn_kernels.h").read_text()}
 #include <new>
 #include <omp.h>
+#include <stdexcept>
+#include <string>
+
+static rbn_array array_of(const jittor::Var *var) {{
+  const std::string name = var->dtype().to_cstring();
+  const int64_t dtype = name == "float32" ? RBN_FLOAT32 : name == "float64" ? RBN_FLOAT64
+                        : name == "float16" ? RBN_FLOAT16 : name == "bfloat16" ? RBN_BFLOAT16 : -1;
+  return {{var->mem_ptr, var->num, dtype}};
+}}
+
+static void finish(int result, jittor::DataMap &data) {{
+  const auto refusal = (decltype(&rbn_refusal))(intptr_t)data["refusal"];
+  if (result == RBN_NO_MEMORY) throw std::bad_alloc();
+  if (result == RBN_DOES_NOT_FIT) throw std::invalid_argument(refusal());
+}}
 
 static rbn_layer layer_of(jittor::DataMap &data, const jittor::Var *x) {{
   const auto option = [&](const char *name) {{ return (int32_t)data[name]; }};
@@ -35,27 +50,28 @@ static rbn_layer layer_of(jittor::DataMap &data, const jittor::Var *x) {{
 // The last inputs, as far as the layer has them: bit i of `present` stands for the i-th of them.
 static rbn_parameters parameters_of(jittor::DataMap &data, const std::vector<jittor::Var *> &inputs) {{
   const int present = (int)data["present"], first = (int)inputs.size() - {len(VECTORS)};
-  const auto one = [&](int i) {{ return present >> i & 1 ? inputs[first + i]->mem_ptr : nullptr; }};
+  const auto one = [&](int i) {{ return present >> i & 1 ? array_of(inputs[first + i]) : rbn_array{{}}; }};
   return {{one(0), one(1), one(2), one(3), one(4), one(5), one(6)}};
 }}
 """
 
 FORWARD = """
 const rbn_layer layer = layer_of(data, in0);
-const rbn_parameters parameters = parameters_of(data, _inputs);
+const rbn_forward_arrays arrays = {array_of(in0),  array_of(out0), array_of(out1), array_of(out2),
+                                   array_of(out3), array_of(out4), parameters_of(data, _inputs)};
 const auto function = (decltype(&rbn_forward))(intptr_t)data["function"];
-if (function(&layer, &parameters, in0_p, out0_p, out1_p, out2_p, out3_p, out4_p)) throw std::bad_alloc();
+finish(function(&layer, &arrays), data);
 """
 """X and the vectors to Y, mu, v, E and Var."""
 
 BACKWARD = """
 const rbn_layer layer = layer_of(data, in1);
-const rbn_parameters parameters = parameters_of(data, _inputs);
 const int wanted = (int)data["wanted"];
-const auto one = [&](int i) { return wanted >> i & 1 ? _outputs[i]->mem_ptr : nullptr; };
-const rbn_gradients gradients = {one(1), one(2), one(3), one(4), one(5)};
+const auto one = [&](int i) { return wanted >> i & 1 ? array_of(_outputs[i]) : rbn_array{}; };
+const rbn_backward_arrays arrays = {array_of(in0), array_of(in1), array_of(in2), array_of(in3), one(0),
+                                    parameters_of(data, _inputs), {one(1), one(2), one(3), one(4), one(5)}};
 const auto function = (decltype(&rbn_backward))(intptr_t)data["function"];
-if (function(&layer, &parameters, in0_p, in1_p, in2_p, in3_p, one(0), &gradients)) throw std::bad_alloc();
+finish(function(&layer, &arrays), data);
 """
 """dY, X, mu, v and the vectors to the gradients of X and of the parameters."""
 
@@ -153,6 +169,7 @@ class Layer:
             "restriction": RESTRICTIONS.index(self.restrict),
             "batch_statistics": int(self.running is None),
             "eps": self.eps,
+            "refusal": address("rbn_refusal"),
             "present": sum(1 << i for i, name in enumerate(VECTORS) if name in present),
         }
 

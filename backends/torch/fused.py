@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -22,7 +22,7 @@ from rbn.kernels.library import DTYPES as NAMES_OF_DTYPES
 from rbn.kernels.library import PARAMETERS, VECTORS
 from rbn_core.config import SPATIAL_STATISTICS, Statistic
 
-DTYPES = {getattr(torch, name): name for name in NAMES_OF_DTYPES}
+DTYPES = {getattr(torch, name): place for place, name in enumerate(NAMES_OF_DTYPES)}
 AVAILABLE = {"cpu": not kernels.problem(), "cuda": importlib.util.find_spec("triton") is not None}
 """On which kinds of device there is a fast form."""
 
@@ -108,10 +108,8 @@ def accumulate(
     if not at_once:
         functional.accumulate(running, mean, var, new_weight, correction)
         return
-    for old, batch, factor in zip(running, (mean, var), (1.0, correction), strict=True):
-        torch.autograd.graph.increment_version(old)
-        names = DTYPES[old.dtype], DTYPES[batch.dtype]
-        kernels.accumulate(old.numel(), *names, old.data_ptr(), batch.data_ptr(), new_weight, factor)
+    torch.autograd.graph.increment_version(running)
+    kernels.accumulate(_arrays(*running, mean, var), new_weight, correction)
 
 
 def statistics_dtype(x: Tensor) -> torch.dtype:
@@ -244,13 +242,8 @@ def _transformed(
     x, channels_last = dense(x)
     y = torch.empty_like(x)
     vectors = _contiguous(layer)
-    kernels.forward(
-        _plan(x, channels_last, layer[-1] is None, *options),
-        _addresses(vectors),
-        x.data_ptr(),
-        y.data_ptr(),
-        *_addresses(statistics),
-    )
+    plan = _plan(x, channels_last, layer[-1] is None, *options)
+    kernels.forward(plan, _arrays(x, y, *statistics, *vectors))
     return y
 
 
@@ -261,23 +254,16 @@ def _backward_cpu(dy: Tensor, x: Tensor, mu: Tensor, v: Tensor, *arguments: Any)
     dy = dy.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last else dy.contiguous()
     gradients = _gradients_of(x, mu, layer[: len(PARAMETERS)], needs_dx)
     vectors = _contiguous(layer)
-    dx, *others = _addresses(gradients)
-    kernels.backward(
-        _plan(x, channels_last, layer[-1] is None, eps, centering, scaling, restrict),
-        _addresses(vectors),
-        dy.data_ptr(),
-        x.data_ptr(),
-        mu.data_ptr(),
-        v.data_ptr(),
-        dx,
-        others,
-    )
+    plan = _plan(x, channels_last, layer[-1] is None, eps, centering, scaling, restrict)
+    dx, *others = gradients
+    kernels.backward(plan, _arrays(dy, x, mu, v, dx, *vectors, *others))
     return gradients
 
 
 def _plan(x: Tensor, channels_last: bool, batch_statistics: bool, *options: Any) -> kernels.Plan:
+    dtype = NAMES_OF_DTYPES[DTYPES[x.dtype]]
     return _known_plan(
-        tuple(x.shape), DTYPES[x.dtype], channels_last, batch_statistics, torch.get_num_threads(), *options
+        tuple(x.shape), dtype, channels_last, batch_statistics, torch.get_num_threads(), *options
     )
 
 
@@ -312,9 +298,12 @@ def _contiguous(layer: list[Tensor | None]) -> list[Tensor | None]:
     return [None if value is None else value.contiguous() for value in layer]
 
 
-def _addresses(tensors: Iterable[Tensor | None]) -> list[int | None]:
-    """Where they lie, and 0, which is none, where nothing is in one."""
-    return [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+def _arrays(*tensors: Tensor | None) -> list[kernels.Array]:
+    """As the loops take them; those without numbers are none."""
+    return [
+        (tensor.data_ptr(), tensor.numel(), DTYPES[tensor.dtype]) if tensor is not None else kernels.NOTHING
+        for tensor in tensors
+    ]
 
 
 def _gradients_of(x: Tensor, mu: Tensor, stored: Any, needs_dx: bool) -> tuple[Tensor, ...]:

@@ -29,28 +29,76 @@ static T *numbers(size_t count) {
   return values;
 }
 
+static const int64_t DTYPES_OF_STATISTICS[] = {RBN_FLOAT32, RBN_FLOAT64, RBN_FLOAT32, RBN_FLOAT32};
+
+struct Call {
+  rbn_layer layer;
+  rbn_forward_arrays forward;
+  rbn_backward_arrays backward;
+};
+
 // bfloat16 values are given by their bits, any of which will do.
 template <class T, class A>
-static int call(const Shape &s, int dtype, int flags, int centering, int scaling) {
-  const size_t images = s.images * s.channels * s.positions, planes = s.images * s.channels, channels = s.channels;
-  const T *x = numbers<T>(images), *dy = numbers<T>(images);
-  T *y = numbers<T>(images), *dx = numbers<T>(images);
-  A *mu = numbers<A>(planes), *v = numbers<A>(planes), *own[14];
-  for (A *&each : own) each = numbers<A>(channels);
+static Call call_of(const Shape &s, int dtype, int flags, int centering, int scaling) {
+  const int64_t images = s.images * s.channels * s.positions, planes = s.images * s.channels, wide = DTYPES_OF_STATISTICS[dtype];
+  const auto image = [&] { return rbn_array{numbers<T>(images), images, dtype}; };
+  const auto plane = [&] { return rbn_array{numbers<A>(planes), planes, wide}; };
+  const auto own = [&] { return rbn_array{numbers<A>(s.channels), s.channels, wide}; };
   const rbn_layer layer = {s.images, s.channels,  s.positions, dtype,      flags & 1, centering,
                            scaling,  scaling % 2, flags >> 1 & 1, flags & 4 ? 3 : 1, 1e-5};
-  const rbn_parameters parameters = {own[0], own[1], own[2], own[3], own[4], own[5], own[6]};
-  const rbn_gradients gradients = {own[7], own[8], own[9], own[10], own[11]};
-  const int lacks = rbn_forward(&layer, &parameters, x, y, nullptr, nullptr, own[12], own[13]) |
-                    rbn_forward(&layer, &parameters, x, y, mu, v, own[12], own[13]) |
-                    rbn_backward(&layer, &parameters, dy, x, mu, v, dx, &gradients);
+  const rbn_parameters parameters = {own(), own(), own(), own(), own(), own(), own()};
+  const rbn_forward_arrays forward = {image(), image(), plane(), plane(), own(), own(), parameters};
+  const rbn_backward_arrays backward = {
+      image(), forward.x, forward.mu, forward.v, image(), parameters, {own(), own(), own(), own(), own()}};
+  return {layer, forward, backward};
+}
+
+static void release() {
   for (char *each : blocks) free(each);
   blocks.clear();
-  return lacks;
+}
+
+template <class T, class A>
+static int call(const Shape &s, int dtype, int flags, int centering, int scaling) {
+  const Call call = call_of<T, A>(s, dtype, flags, centering, scaling);
+  rbn_forward_arrays alone = call.forward;
+  alone.mu = alone.v = rbn_array{};
+  const int lacks = rbn_forward(&call.layer, &alone) | rbn_forward(&call.layer, &call.forward) |
+                    rbn_backward(&call.layer, &call.backward);
+  release();
+  return lacks != RBN_DONE;
+}
+
+// Calls each of whose arrays in turn is shorter than the layer needs, or of another dtype: memory ends where it says.
+template <class T, class A>
+static void refused(const Shape &s, int dtype, int flags, int *calls, int *taken) {
+  const auto each = [&](auto &arrays, int i, auto function, const rbn_layer &layer) {
+    rbn_array &array = ((rbn_array *)&arrays)[i];
+    const rbn_array fits = array;
+    const int64_t lengths[] = {0, 1, array.count - 1};
+    for (const int64_t length : lengths) {
+      if (length == fits.count) continue;
+      array = {block(length * sizeof(A) + 1), length, fits.dtype};
+      *taken += function(&layer, &arrays) != RBN_DOES_NOT_FIT;
+      *calls += 1;
+    }
+    for (int64_t other = -1; other < 5; other++) {
+      if (other == fits.dtype) continue;
+      const size_t bytes = other == RBN_FLOAT64 ? 8 : other == RBN_FLOAT32 ? 4 : 2;
+      array = {block(fits.count * bytes), fits.count, other};
+      *taken += function(&layer, &arrays) != RBN_DOES_NOT_FIT;
+      *calls += 1;
+    }
+    array = fits;
+  };
+  Call call = call_of<T, A>(s, dtype, flags, RBN_CHANNEL_STD, RBN_CHANNEL_STD);
+  for (size_t i = 0; i < sizeof call.forward / sizeof(rbn_array); i++) each(call.forward, i, rbn_forward, call.layer);
+  for (size_t i = 0; i < sizeof call.backward / sizeof(rbn_array); i++) each(call.backward, i, rbn_backward, call.layer);
+  release();
 }
 
 int main() {
-  int calls = 0, lacking = 0;
+  int calls = 0, lacking = 0, wrong = 0, taken = 0;
   for (int level = 0; level < 3 && rbn_limit_instructions(level) == level; level++)
     for (int cache = 0; cache < 2; cache++) {
       rbn_limit_cache(cache ? INT64_MAX : 0);
@@ -63,5 +111,12 @@ int main() {
                          call<_Float16, float>(s, RBN_FLOAT16, flags, centering, scaling) +
                          call<uint16_t, float>(s, RBN_BFLOAT16, flags, centering, scaling);
     }
-  printf("%d calls, %d without memory\n", calls, lacking);
+  for (const Shape &s : {SHAPES[3], SHAPES[7]})
+    for (int flags = 0; flags < 4; flags++) {
+      refused<float, float>(s, RBN_FLOAT32, flags, &wrong, &taken);
+      refused<double, double>(s, RBN_FLOAT64, flags, &wrong, &taken);
+      refused<_Float16, float>(s, RBN_FLOAT16, flags, &wrong, &taken);
+      refused<uint16_t, float>(s, RBN_BFLOAT16, flags, &wrong, &taken);
+    }
+  printf("%d calls, %d failed; %d wrong calls, %d taken\n", calls, lacking, wrong, taken);
 }

@@ -10,7 +10,15 @@ import pytest
 from rbn import kernels
 from rbn.conformance.comparison import Extended, compare
 from rbn.conformance.tolerances import tolerances
-from rbn.kernels.library import DTYPES, INSTRUCTIONS, PARAMETERS, RESTRICTIONS, STATISTICS, VECTORS
+from rbn.kernels.library import (
+    BACKWARD,
+    DTYPES,
+    FORWARD,
+    INSTRUCTIONS,
+    PARAMETERS,
+    RESTRICTIONS,
+    STATISTICS,
+)
 from rbn_core.config import Config
 from rbn_core.reference import Layer, batch_mean_and_variance, per_channel
 
@@ -48,6 +56,11 @@ class Guarded:
         self.protected = self.room.copy()
         self.read = read
 
+    @property
+    def described(self):
+        """As the loops take it."""
+        return self.address, self.array.size, DTYPES.index(self.array.dtype.name)
+
     def check(self):
         changed = self.room != self.protected
         if not self.read:
@@ -80,6 +93,11 @@ def image_of(shape, dtype="float32", offset=0.0, seed=1):
     return (x + offset).astype(dtype), dy.astype(dtype)
 
 
+def in_order(names, arrays):
+    """The arrays as the loops take them, and none where there is none of a name."""
+    return [arrays[name].described if name in arrays else kernels.NOTHING for name in names]
+
+
 def call(
     layer, x, dy, training=True, channels_last=False, threads=2, wanted=PARAMETERS, wants_dx=True, line=1
 ):
@@ -110,21 +128,18 @@ def call(
     gradients = {
         name: Guarded(np.empty(channels, kept), read=False) for name in layer.parameters if name in wanted
     }
-    vectors = [stored[name].address if name in stored else None for name in VECTORS]
     (x_, dy_), (y, dx) = given, images
-    kernels.forward(plan, vectors, x_.address, y.address, None, None, *(a.address for a in batch))
+    arrays = {"x": x_, "y": y, **dict(zip(("mean", "var"), batch, strict=True)), **stored}
+    kernels.forward(plan, in_order(FORWARD, arrays))
     alone = y.array.copy()
-    kernels.forward(plan, vectors, *(a.address for a in (x_, y, *planes, *batch)))
+    kept_planes = dict(zip(("mu", "v"), planes, strict=True))
+    kernels.forward(plan, in_order(FORWARD, arrays | kept_planes))
     assert alone.tobytes() == y.array.tobytes()  # whether or not the moments of the planes are kept
     for array in planes:
         array.protected, array.read = array.room.copy(), True  # from now on
-    kernels.backward(
-        plan,
-        vectors,
-        *(a.address for a in (dy_, x_, *planes)),
-        dx.address if wants_dx else None,
-        [gradients[name].address if name in gradients else None for name in PARAMETERS],
-    )
+    arrays = {"dy": dy_, "x": x_, **kept_planes, **({"dx": dx} if wants_dx else {}), **stored}
+    written = {f"the gradient of {name}": value for name, value in gradients.items()}
+    kernels.backward(plan, in_order(BACKWARD, arrays | written))
     for array in (*stored.values(), *given, *planes, *batch, *images, *gradients.values()):
         array.check()
     found = {"y": outward(y.array)}
@@ -349,13 +364,19 @@ def test_running_statistics(dtype, batch_dtype, new_weight):
     )
     old, new = rng.normal(size=37, scale=1e8).astype(dtype), rng.normal(size=37).astype(batch_dtype)
     running.array[...], batch.array[...] = old, new
-    kernels.accumulate(37, dtype, batch_dtype, running.address, batch.address, new_weight, 1.25)
-    expected = (1 - new_weight) * old.astype(np.longdouble) + new_weight * 1.25 * new.astype(np.longdouble)
-    # The last rounding, and two in double precision of numbers as large as the old one.
-    unit, exact = (np.finfo(name).eps for name in (dtype, "float64"))
-    bound = unit * np.abs(expected) + (0 if new_weight == 1 else 2 * exact * np.abs(old))
-    assert (np.abs(running.array - expected) <= bound).all()
-    running.check()
+    other = Guarded(old, read=False)
+    other.array[...] = old
+    statistics = (running, other, batch, batch)
+    kernels.accumulate([each.described for each in statistics], new_weight, correction=1.25)
+    for changed, factor in ((running, 1), (other, 1.25)):
+        expected = (1 - new_weight) * old.astype(np.longdouble) + new_weight * factor * new.astype(
+            np.longdouble
+        )
+        # The last rounding, and two in double precision of numbers as large as the old one.
+        unit, exact = (np.finfo(name).eps for name in (dtype, "float64"))
+        bound = unit * np.abs(expected) + (0 if new_weight == 1 else 2 * exact * np.abs(old))
+        assert (np.abs(changed.array - expected) <= bound).all()
+        changed.check()
 
 
 def test_threads_are_woken_where_there_is_work_for_them():
