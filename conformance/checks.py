@@ -11,10 +11,10 @@ from typing import Literal
 from rbn.conformance.cases import Case, config_of
 from rbn.conformance.comparison import Deviation, deviations, worst_of_each
 from rbn.conformance.diagnosis import Diagnosis
-from rbn.conformance.subject import Outcome, Subject
+from rbn.conformance.subject import NoResultInTimeError, Outcome, Subject
 from rbn.conformance.suite import all_cases
 
-PASSED, FAILED, ABSENT, EXPECTED = "passed", "failed", "absent", "expected"
+PASSED, FAILED, LATE, ABSENT, EXPECTED = "passed", "failed", "late", "absent", "expected"
 
 
 class ConformanceError(AssertionError):
@@ -28,10 +28,12 @@ class Result:
     Attributes:
         case: Its id.
         group: Its row in the report.
-        status: "passed"; "failed"; "absent" where the subject declares that it cannot run it; "expected"
-            where it differs as was declared.
+        status: "passed"; "failed"; "late" where several devices gave no result in time, and so nothing is
+            known; "absent" where the subject declares that it cannot run it; "expected" where it differs as
+            was declared.
         deviations: Every quantity's worst, over the case's steps.
-        message: Why the case failed, or is absent or expected to fail.
+        message: Why the case failed, is late or absent, or is expected to fail; and what a subject said that
+            refused something as it should.
         seconds: How long it took.
         causes: What the failure looks like, the likeliest first; see `rbn.conformance.diagnosis`.
     """
@@ -70,12 +72,12 @@ def check(
         One result for every case, and one for every wrong declaration.
 
     Raises:
-        ConformanceError: A case failed.
+        ConformanceError: A case failed, or is late.
     """
     if on_failure not in ("raise", "collect"):
         raise ValueError(f'expected on_failure to be "raise" or "collect", got {on_failure!r}.')
     results = list(run_checks(subject, cases, expected_failures))
-    failed = [result for result in results if result.status == FAILED]
+    failed = [result for result in results if result.status in (FAILED, LATE)]
     if failed and on_failure == "raise":
         raise ConformanceError(describe(subject.name, failed, len(results)))
     return results
@@ -131,6 +133,9 @@ def check_case(
     outcomes: list[Outcome] = []
     try:
         found = tuple(worst_of_each(deviations(subject, mine, outcomes)))
+    except NoResultInTimeError as error:
+        seconds = time.perf_counter() - start
+        return Result(case.id, case.group, LATE, message=f"no result in time: {error}", seconds=seconds)
     except Exception as error:  # the suite outlives any subject
         found = (Deviation("raised", float("inf"), 0.0, f"{type(error).__name__}: {error}"),)
     result = Result(case.id, case.group, PASSED, found, seconds=time.perf_counter() - start)
@@ -141,7 +146,8 @@ def check_case(
         message = f"declared ({absent or expected}), but it passes. Drop the declaration."
         return replace(result, status=FAILED, message=message)
     if right:
-        return result
+        said = (d.message for d in found if d.quantity == "refusal")
+        return replace(result, message=next(said, ""))
     if absent:
         return replace(result, status=ABSENT, message=absent)
     causes = diagnosis.causes(mine, outcomes, found) if diagnosis is not None else ()

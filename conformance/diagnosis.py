@@ -61,7 +61,7 @@ class Diagnosis:
             same = [
                 mutant
                 for mutant, theirs, failing in behaviours
-                if failing and theirs and memory(wrong) == memory(failing)
+                if failing and theirs and len(theirs) == len(outcomes) and memory(wrong) == memory(failing)
                 if are_alike(case, outcomes, theirs, counts)
             ]
             if same:

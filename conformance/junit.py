@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from xml.etree.ElementTree import Element, ElementTree, SubElement, indent
 
-from rbn.conformance.checks import FAILED, PASSED, Result
+from rbn.conformance.checks import FAILED, LATE, PASSED, Result
 from rbn.conformance.runner import Run
 
 NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
@@ -22,8 +22,9 @@ COUNTED = {"failure": "failures", "error": "errors", "skipped": "skipped"}
 def write_junit(path: Path, runs: Sequence[Run]) -> None:
     """Write a test suite for every subject and in it a test case for every case.
 
-    Absent cases and expected failures are skipped, with their reasons. A run that ended early is an error in
-    the suite of its last subject.
+    Absent cases and expected failures are skipped, with their reasons, and late ones are errors; what a
+    subject said that refused something as it should is the output of the case. A run that ended early is an
+    error in the suite of its last subject.
 
     Args:
         path: The file; its folder is made.
@@ -65,6 +66,10 @@ def _suite(root: Element, run: Run, name: str, results: Sequence[Result]) -> Ele
         if result.status == FAILED:
             kind = result.worst.quantity or "no result"
             _fill(SubElement(case, "failure", type=_text(kind)), result.message, *result.causes)
+        elif result.status == LATE:
+            _fill(SubElement(case, "error", type="late"), result.message)
+        elif result.status == PASSED and result.message:
+            SubElement(case, "system-out").text = _text(result.message)
         elif result.status != PASSED:
             SubElement(case, "skipped", message=_text(f"{result.status}: {result.message}"))
     return suite

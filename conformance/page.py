@@ -20,13 +20,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import rbn
 from rbn.conformance.cases import LAYERS, Case
-from rbn.conformance.checks import ABSENT, EXPECTED, FAILED, PASSED, Result
+from rbn.conformance.checks import ABSENT, EXPECTED, FAILED, LATE, PASSED, Result
 from rbn.conformance.kills import kills
 from rbn.conformance.mutants import MUTANTS, Mutant
 from rbn.conformance.report import STATUSES, columns_of, coverage_of
 from rbn.conformance.runner import SUBJECTS, Run, registered
 
-SIGNS = {PASSED: "✓", FAILED: "✗", EXPECTED: "△", ABSENT: "○"}
+SIGNS = {PASSED: "✓", FAILED: "✗", LATE: "◷", EXPECTED: "△", ABSENT: "○"}
 """What tells the states apart without colour."""
 
 LEVELS = (0.03, 0.1, 0.3)
@@ -87,6 +87,9 @@ class Group:
     def cell(self) -> Cell:
         """The group in the matrix."""
         ran = [entry.result for entry in self.entries if entry.result.status in (PASSED, FAILED)]
+        late = sum(entry.result.status == LATE for entry in self.entries)
+        if late and not self.failed:
+            return Cell(LATE, f"{late} late", 0, self.anchor)
         if not ran:
             statuses = sorted({entry.result.status for entry in self.entries})
             return Cell(statuses[-1], " and ".join(statuses), 0, self.anchor)
@@ -280,7 +283,7 @@ def quantities_of(columns: Sequence[Column]) -> list[list[list[str]]]:
                 scientific(d.error),
                 scientific(d.tolerance),
                 ratio_text(d.ratio),
-                d.message if d.error else "",
+                d.message if d.error or d.quantity == "refusal" else "",
             ]
             for d in sorted(entry.result.deviations, key=lambda deviation: -deviation.ratio)
         ]
@@ -297,7 +300,11 @@ def _entries(columns: Sequence[Column]) -> Iterator[Entry]:
 def cases_that_ran(runs: Sequence[Run]) -> tuple[Case, ...]:
     """Every case that at least one subject ran."""
     finished = {
-        r.case for run in runs for results in run.results.values() for r in results if r.status != ABSENT
+        r.case
+        for run in runs
+        for results in run.results.values()
+        for r in results
+        if r.status not in (ABSENT, LATE)
     }
     return tuple(dict.fromkeys(case for run in runs for case in run.cases if case.id in finished))
 

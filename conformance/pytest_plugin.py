@@ -46,12 +46,20 @@ def parametrize_with_checks(
 
 def _check(case: Case) -> Check:
     def check(subject: Subject) -> None:
-        from rbn.conformance.checks import ABSENT, EXPECTED, FAILED, ConformanceError, check_case, describe
+        from rbn.conformance.checks import (
+            ABSENT,
+            EXPECTED,
+            FAILED,
+            LATE,
+            ConformanceError,
+            check_case,
+            describe,
+        )
         from rbn.conformance.diagnosis import Diagnosis
 
         __tracebackhide__ = True
         result = check_case(subject, case, diagnosis=Diagnosis())
-        if result.status == FAILED:
+        if result.status in (FAILED, LATE):
             raise ConformanceError(describe(subject.name, [result], 1))
         if result.status == ABSENT:
             pytest.skip(result.message)

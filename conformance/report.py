@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 import rbn
-from rbn.conformance.checks import ABSENT, EXPECTED, FAILED, PASSED, Result, describe
+from rbn.conformance.checks import ABSENT, EXPECTED, FAILED, LATE, PASSED, Result, describe
 from rbn.conformance.runner import Run
 from rbn.progress import Row
 
@@ -32,7 +32,10 @@ FIRST_RUN = {
 FAILURES_SHOWN = 10
 """How many failed cases the terminal lists for each subject; the files have them all."""
 
-STATUSES = (PASSED, FAILED, EXPECTED, ABSENT)
+REFUSALS_SHOWN = 3
+"""How many texts of refusals the terminal shows for each subject; the files have them all."""
+
+STATUSES = (PASSED, FAILED, LATE, EXPECTED, ABSENT)
 
 
 def progress_row(run: Run) -> Row:
@@ -75,7 +78,7 @@ def render(runs: Sequence[Run]) -> RenderableType:
     parts: list[RenderableType | None] = [_Matrix(columns)]
     parts += [_failures(name, results) for name, results in columns.items()]
     parts += [Text(f"{run.name}: {run.failure}", style="red") for run in runs if run.failure]
-    parts += [_declared(columns), coverage(runs), _summary(runs)]
+    parts += [_late(columns), _refused(columns), _declared(columns), coverage(runs), _summary(runs)]
     return Group(*(part for part in parts if part is not None))
 
 
@@ -146,7 +149,11 @@ def coverage_of(
     """For every option its values, and for every subject those of them that did not run."""
     features = {case.id: case.features for run in runs for case in run.cases}
     ran = [
-        [features[result.case] for result in results if result.status != ABSENT and result.case in features]
+        [
+            features[result.case]
+            for result in results
+            if result.status not in (ABSENT, LATE) and result.case in features
+        ]
         for results in columns
     ]
     table = {}
@@ -159,6 +166,9 @@ def coverage_of(
 
 def _cell(results: Sequence[Result]) -> Text:
     ran = [result for result in results if result.status in (PASSED, FAILED)]
+    late = sum(result.status == LATE for result in results)
+    if late and all(result.status != FAILED for result in ran):
+        return Text(f"{late} late", style="yellow")
     if not ran:
         states = {result.status for result in results}
         return Text(", ".join(sorted(states)) or "-", style="dim")
@@ -178,6 +188,29 @@ def _failures(name: str, results: Sequence[Result]) -> Text | None:
     return Text("\n".join([text, *lines]), style="red")
 
 
+def _late(columns: Mapping[str, Sequence[Result]]) -> Text | None:
+    """What several devices gave no result for."""
+    lines = [
+        f"{LATE}: {name}: {result.case}: {result.message}"
+        for name, results in columns.items()
+        for result in results
+        if result.status == LATE
+    ]
+    return Text("\n".join(lines), style="yellow") if lines else None
+
+
+def _refused(columns: Mapping[str, Sequence[Result]]) -> Text | None:
+    """What subjects said that refused something as they should."""
+    lines = []
+    for name, results in columns.items():
+        said = [result.message for result in results if result.status == PASSED and result.message]
+        texts = list(dict.fromkeys(said))
+        if said:
+            lines.append(f"refused: {name}, {len(said)} cases in {len(texts)} different texts")
+            lines += [f"  {text}" for text in texts[:REFUSALS_SHOWN]]
+    return Text("\n".join(lines)) if lines else None
+
+
 def _declared(columns: dict[str, list[Result]]) -> Text | None:
     """What subjects cannot run, or are known to do differently, and why."""
     declared = Counter(
@@ -195,7 +228,7 @@ def _summary(runs: Sequence[Run]) -> Text:
     for run in runs:
         results = [result for subject in run.results.values() for result in subject]
         counts = {status: sum(r.status == status for r in results) for status in STATUSES}
-        verdict = "conforms" if run.passed else "DIFFERS"
+        verdict = run.verdict if run.passed else run.verdict.upper()
         of = ", ".join(f"{name} {version}" for name, version in run.versions.items())
         counted = ", ".join(f"{n} {status}" for status, n in counts.items() if n)
         lines.append(f"{run.name} {verdict}: {counted or 'no case ran'}, {run.seconds:.0f} s ({of})")
@@ -209,6 +242,7 @@ def write_json(path: Path, runs: Sequence[Run]) -> None:
         "runs": {
             run.name: {
                 "passed": run.passed,
+                "verdict": run.verdict,
                 "versions": run.versions,
                 "seconds": run.seconds,
                 "failure": run.failure,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import multiprocessing
 import os
@@ -22,7 +23,7 @@ import numpy as np
 
 from rbn.backends.frameworks import FRAMEWORKS, versions
 from rbn.conformance.cases import Case
-from rbn.conformance.checks import FAILED, Result, check_case, wrong_declarations
+from rbn.conformance.checks import FAILED, LATE, Result, check_case, wrong_declarations
 from rbn.conformance.comparison import Deviation
 from rbn.conformance.diagnosis import Diagnosis
 from rbn.conformance.subject import Subject
@@ -49,7 +50,7 @@ TIME_LIMIT = 600.0
 """Seconds for one case. The first of a framework may compile for minutes."""
 
 DEATHS = 10
-"""After so many cases that ended its process a run is given up."""
+"""After so many cases that ended its process a run is given up, and the spoilt states of a subject are."""
 
 
 @dataclass
@@ -89,10 +90,19 @@ class Run:
         return sum(len(results) for results in self.results.values())
 
     @property
+    def verdict(self) -> str:
+        """Whether it "conforms" or "differs"; "no result in time" where nothing failed and some is late."""
+        if self.passed:
+            return "conforms"
+        failed = any(result.status == FAILED for results in self.results.values() for result in results)
+        return "differs" if failed or self.failure else "no result in time"
+
+    @property
     def passed(self) -> bool:
-        """Whether every case was run and none failed."""
+        """Whether every case was run and none failed, or was late."""
         results = [result for subject in self.results.values() for result in subject]
-        return not self.failure and self.stage == "done" and all(r.status != FAILED for r in results)
+        wrong = any(result.status in (FAILED, LATE) for result in results)
+        return self.stage == "done" and not self.failure and not wrong
 
 
 def run(
@@ -148,6 +158,7 @@ class _Process:
         self.time_limit = time_limit
         self.todo = [(reference, list(run.cases)) for reference in run.references]
         self.deaths = 0
+        self.spoilt_deaths = 0
         run.started = time.monotonic()
         self.start()
 
@@ -160,13 +171,16 @@ class _Process:
         sender.close()
         self.run.stage = "importing"
         self.current: tuple[str, Case] | None = None
+        self.spoilt: Case | None = None
         self.deadline = float("inf")
 
     def attend(self) -> bool:
         """Take what came in; whether there is more to come."""
         if time.monotonic() > self.deadline:
             self.kill()
-            return self.ended(f"gave no result within {self.time_limit:.0f} s and was stopped")
+            assert self.current is not None
+            status = LATE if self.current[1].shares else FAILED
+            return self.ended(f"gave no result within {self.time_limit:.0f} s and was stopped", status)
         while self.receiver.poll():
             try:
                 kind, content = self.receiver.recv()
@@ -182,15 +196,23 @@ class _Process:
         """The imports are done."""
         self.run.stage, self.run.versions = "checking", found
 
-    def on_subject(self, counted: int) -> None:
-        """Another subject begins, which does not take so many cases."""
-        self.run.total -= counted
+    def on_subject(self, taken: Sequence[Case]) -> None:
+        """Another subject begins, which takes only these cases."""
+        cases = self.todo[0][1]
+        self.run.total -= len(cases) - len(taken)
+        cases[:] = taken
 
     def on_case(self, current: tuple[str, Case]) -> None:
         """A case begins, and is no longer to do."""
+        if self.current is not None and self.current[1].spoilt:
+            self.spoilt = self.current[1]
         self.current, self.deadline = current, time.monotonic() + self.time_limit
         cases = self.todo[0][1]
         del cases[: cases.index(current[1]) + 1]
+
+    def on_again(self, _: None) -> None:
+        """A case that was late is tried once more."""
+        self.deadline = time.monotonic() + self.time_limit
 
     def on_result(self, content: tuple[str, Result]) -> None:
         """A case is finished, or a declaration is wrong."""
@@ -206,23 +228,45 @@ class _Process:
         """The process cannot go on."""
         self.run.failure = text
 
-    def ended(self, how: str) -> bool:
+    def ended(self, how: str, status: str = FAILED) -> bool:
         """The process has ended: go on in another one if a case ended it; whether it was so."""
         if self.todo and self.current is not None and not self.run.failure:
             name, case = self.current
+            if self.spoilt is not None:  # memory that a case has ruined may end the process in the next one
+                how += f", perhaps for what {self.spoilt.id} did before"
             message = f"{how}\n{self.tail()}".rstrip()
             worst = Deviation("process", float("inf"), 0.0, how)
-            result = Result(case.id, case.group, FAILED, (worst,), message)
-            self.run.results.setdefault(name, []).append(result)
-            self.deaths += 1
-            if self.deaths < DEATHS:
+            result = Result(case.id, case.group, status, (worst,), message)
+            results = self.run.results.setdefault(name, [])
+            if results and results[-1].case == case.id:  # it ended the process after its result
+                del results[-1]
+            results.append(result)
+            if self.goes_on(name, case):
                 self.start()
                 return True
             self.run.failure = f"given up after {self.deaths} cases that ended its process"
         elif self.todo and not self.run.failure:
             self.run.failure = f"{how} before its first case\n{self.tail()}".rstrip()
+        elif self.process.exitcode and not self.run.failure:
+            self.run.failure = f"{how} after its last case\n{self.tail()}".rstrip()
         self.run.stage, self.run.seconds = "done", time.monotonic() - self.run.started
         return False
+
+    def goes_on(self, name: str, case: Case) -> bool:
+        """Whether a run goes on after a case that ended its process; without its spoilt states after many."""
+        if not case.spoilt:
+            self.deaths += 1
+            return self.deaths < DEATHS
+        self.spoilt_deaths += 1
+        cases = self.todo[0][1]
+        left = [other for other in cases if other.spoilt]
+        if self.spoilt_deaths >= DEATHS and left:
+            self.spoilt_deaths = 0
+            cases[:] = [other for other in cases if not other.spoilt]
+            message = f"not run, and {len(left) - 1} more, after {DEATHS} that ended the process"
+            self.run.results[name].append(Result(left[0].id, left[0].group, FAILED, (), message))
+            self.run.total -= len(left) - 1
+        return True
 
     def tail(self) -> str:
         """The last lines that the process wrote."""
@@ -254,10 +298,15 @@ def _work(todo: Sequence[tuple[str, Sequence[Case]]], sender: Connection, log: P
         for subject, cases in subjects:
             diagnosis = Diagnosis()
             mine = [case for case in cases if subject.takes(case)]
-            send("subject", len(cases) - len(mine))
+            send("subject", mine)
             for case in mine:
                 send("case", (subject.name, case))
-                send("result", (subject.name, check_case(subject, case, diagnosis=diagnosis)))
+                result = check_case(subject, case, diagnosis=diagnosis)
+                if result.status == LATE:  # what was compiled by then need not be compiled again
+                    send("again")
+                    result = check_case(subject, case, diagnosis=diagnosis)
+                send("result", (subject.name, result))
+            gc.collect()  # what a spoilt state has ruined ends the process here, and not where nobody looks
             for result in wrong_declarations(subject, cases):
                 send("result", (subject.name, result))
             send("finished")

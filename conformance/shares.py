@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from rbn.conformance.subject import Array, Outcome, Subject
+from rbn.conformance.subject import Array, NoResultInTimeError, Outcome, Subject
 from rbn_core.config import Config
 from rbn_core.matching import State
 
@@ -105,7 +105,8 @@ class Processes:
         """The connections of all devices, in the order of their ranks.
 
         Raises:
-            RuntimeError: A device died or hangs before it could be asked anything.
+            RuntimeError: A device died before it could be asked anything.
+            NoResultInTimeError: They did not all start in time.
         """
         connections: dict[int, Connection] = {}
         deadline = time.monotonic() + TIME_LIMIT
@@ -115,8 +116,8 @@ class Processes:
             if any(process.poll() for process in self.launched):
                 raise RuntimeError(f"a device's process ended before its first step:\n{self.log()}")
             if time.monotonic() > deadline:
-                raise RuntimeError(
-                    f"{len(connections)} of {self.world} devices started in time:\n{self.log()}"
+                raise NoResultInTimeError(
+                    f"{len(connections)} of {self.world} devices started in {TIME_LIMIT:.0f} s:\n{self.log()}"
                 )
             try:
                 connection = listener.accept()
@@ -129,7 +130,8 @@ class Processes:
         """Send every device its message, and return their answers.
 
         Raises:
-            RuntimeError: A device raised, died or hangs. The others may wait for it, so all are stopped.
+            RuntimeError: A device raised or died. The others may wait for it, so all are stopped.
+            NoResultInTimeError: A device hangs, or compiles for longer than it should take.
         """
         for connection, message in zip(self.connections, messages, strict=True):
             connection.send(message)
@@ -138,7 +140,10 @@ class Processes:
             missing = [rank for rank in range(self.world) if rank not in answers]
             found = wait([self.connections[rank] for rank in missing], TIME_LIMIT)
             if not found:
-                self.fail(f"devices {missing} of {self.world} gave no answer in time:\n{self.log()}")
+                late = f"devices {missing} of {self.world} gave no answer in {TIME_LIMIT:.0f} s"
+                log = self.log()
+                self.stop(patience=0)
+                raise NoResultInTimeError(f"{late}:\n{log}")
             for ready in found:
                 assert isinstance(ready, Connection)
                 rank = self.connections.index(ready)

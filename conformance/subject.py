@@ -23,6 +23,10 @@ Momentum = Literal["old", "new"]
 one, as in PyTorch and Jittor."""
 
 
+class NoResultInTimeError(Exception):
+    """A subject waited for other processes as long as it would: whether these are right is not known."""
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What one step of a layer gave, as NumPy arrays.

@@ -22,7 +22,7 @@ from rbn.conformance.cases import (
     parse,
 )
 from rbn.conformance.data import EXTREMES, OFFSETS, REAL, REAL_SHAPES
-from rbn_core.config import STATISTICS
+from rbn_core.config import RESTRICTIONS, RUNNING_VARIANCES, STATISTICS
 from rbn_core.errors import RBNValueError
 
 MODES = (True, False)
@@ -57,7 +57,7 @@ CALIBRATIONS: tuple[dict[str, Any], ...] = tuple(
 """Every choice of the two statistics but the default one, which the other rows have."""
 
 OPTIONS: tuple[dict[str, Any], ...] = (
-    {"running_var": "biased"},
+    *({"running_var": estimator} for estimator in RUNNING_VARIANCES[1:]),
     {"momentum": None},
     {"momentum": 0.0},
     {"momentum": 1.0},
@@ -67,7 +67,7 @@ OPTIONS: tuple[dict[str, Any], ...] = (
 """Options that all layers have."""
 
 MORE_OPTIONS: dict[str, tuple[dict[str, Any], ...]] = {
-    "rbn": ({"restrict": "hard_sigmoid"}, {"gamma": False, "beta": False}),
+    "rbn": (*({"restrict": name} for name in RESTRICTIONS[1:]), {"gamma": False, "beta": False}),
     "iebn": ({"gamma": False, "beta": False},),
     "bn": ({"gamma": False, "beta": False},),
     "bnet": (),
@@ -95,7 +95,7 @@ MIXED_OPTIONS: tuple[dict[str, Any], ...] = (
     {"gamma": False, "beta": False},
     {"restrict": "hard_sigmoid"},
 )
-"""What is mixed, up to five choices of each kind."""
+"""What is mixed."""
 
 SHARES = ((2, 2), (3, 1), (4, 0), (1, 1, 1, 1), (2, 0, 1, 1))
 """Images on each of two and four devices: equal, unequal, and none on one of them."""
@@ -267,19 +267,22 @@ def _bnet() -> Iterator[Case]:
 def _mixed(
     layer: str, shapes: Sequence[tuple[int, ...]], *options: Sequence[dict[str, Any]]
 ) -> Iterator[Case]:
-    """25 cases in which every two choices of two kinds meet.
+    """25 cases in which every two choices of two kinds meet, or more where a kind has more than five choices.
 
-    The columns i, j, i + j, i + 2j, ... modulo 5 of all rows (i, j) are an orthogonal array: any two of them
-    have each of the 25 pairs once. A kind of fewer than five choices has some of them twice.
+    The columns i, j, i + j, i + 2j, ... modulo a prime p of all rows (i, j) are an orthogonal array: any two
+    of them have each of the p p pairs once. A kind of fewer than p choices has some of them twice.
     """
-    for i, j in itertools.product(range(5), repeat=2):
-        shape, dtype = shapes[i % len(shapes)], MIXED_DTYPES[j]
-        layout, *others = ((i + factor * j) % 5 for factor in range(1, 5))
+    most = max(map(len, (shapes, MIXED_DTYPES, MIXED_LAYOUTS, *options)))
+    p = next(p for p in itertools.count(max(5, most, 2 + len(options))) if all(p % d for d in range(2, p)))
+    for i, j in itertools.product(range(p), repeat=2):
+        shape, dtype = shapes[i % len(shapes)], MIXED_DTYPES[j % len(MIXED_DTYPES)]
+        layout, *others = ((i + factor * j) % p for factor in range(1, 2 + len(options)))
         merged: dict[str, Any] = {}
-        for choices, column in zip(options, others, strict=False):
+        for choices, column in zip(options, others, strict=True):
             merged |= choices[column % len(choices)]
         training = (i + j) % 2 == 0
-        yield _case(layer, training, "offset0", shape, dtype, merged, layout=MIXED_LAYOUTS[layout])
+        how = {"layout": MIXED_LAYOUTS[layout % len(MIXED_LAYOUTS)]}
+        yield _case(layer, training, "offset0", shape, dtype, merged, **how)
 
 
 def _refused(layer: str) -> Iterator[Case]:

@@ -1,10 +1,12 @@
 """Subjects that do something bad, for the runner to outlive."""
 
+import atexit
 import os
 import signal
 import time
 from typing import ClassVar
 
+from rbn.conformance.subject import NoResultInTimeError
 from rbn.conformance.subjects.numpy import NumpyLayer
 from rbn_core.reference import Layer
 
@@ -42,6 +44,57 @@ class Hangs(Misbehaves):
         if not os.fork():  # what it started must end with it
             time.sleep(600)
         time.sleep(600)
+
+
+class LateOnce(Misbehaves):
+    """Whose devices give no result in time, as on a machine that compiles."""
+
+    late = 1
+
+    def misbehave(self):
+        if self.late:
+            self.late -= 1
+            raise NoResultInTimeError("device 1 of 2")
+
+
+class AlwaysLate(LateOnce):
+    late = 100
+
+
+class DiesWhenSpoilt(NumpyLayer):
+    """Ends its process with everything that is spoilt."""
+
+    layers: ClassVar = ("bn",)
+
+    def __init__(self):
+        super().__init__("misbehaves", Layer)
+
+    def spoil(self, name, kind):
+        os.kill(os.getpid(), signal.SIGSEGV)
+
+
+class Ruined(DiesWhenSpoilt):
+    """Ends its process in the case after the one that is to blame."""
+
+    ruined = False
+
+    def build(self, *arguments):
+        if self.ruined:
+            os.kill(os.getpid(), signal.SIGABRT)
+        super().build(*arguments)
+
+    def spoil(self, name, kind):
+        self.ruined = True
+        raise ValueError("refused, but too late")
+
+
+class DiesAtItsEnd(DiesWhenSpoilt):
+    def __init__(self):
+        super().__init__()
+        atexit.register(os.kill, os.getpid(), signal.SIGABRT)
+
+    def spoil(self, name, kind):
+        raise ValueError("refused")
 
 
 class AlwaysDies(Dies):

@@ -2,6 +2,7 @@
 
 import collections
 import itertools
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -21,17 +22,26 @@ from rbn.conformance.data import DATA, EXTREMES, OFFSETS
 from rbn.conformance.suite import (
     DTYPES,
     HALF_DTYPES,
+    MIXED_SHAPES,
     MODES,
     SHAPES,
     SHARES,
     WAY_SHARES,
+    _mixed,
     all_cases,
     quick_cases,
     select,
     with_seeds,
 )
 from rbn_core import RBNValueError
-from rbn_core.config import STATISTICS
+from rbn_core.config import (
+    FLOATING,
+    RESTRICTIONS,
+    RUNNING_VARIANCES,
+    SPATIAL_RANKS,
+    STATISTICS,
+    Statistic,
+)
 
 
 def test_case_ids_are_unique():
@@ -172,6 +182,78 @@ def test_every_combination_that_the_suite_promises_has_a_case():
     for layer, way in itertools.product(("rbn", "iebn"), WAYS):
         assert has(layer=layer, devices=f"4 by {way}")
     assert MODES == (True, False)
+
+
+LISTED = {
+    "layer": LAYERS,
+    "mode": ("train", "eval"),
+    "dtype": FLOATING,
+    "layout": LAYOUTS,
+    "spatial axes": (0, *SPATIAL_RANKS),
+    "data": DATA,
+    "centering": STATISTICS,
+    "scaling": (*STATISTICS, "input_mean"),
+    "restrict": RESTRICTIONS,
+    "running_var": RUNNING_VARIANCES,
+    "momentum": (None, 0.0, 0.9, 1.0),
+    "eps": (1e-5, 0.1),
+    "gamma and beta": (True, False),
+    "track_running_stats": (True, False),
+    "kernel_size": (None, 3, 5, 7),
+    "mixed precision": (None, *HALF_DTYPES),
+    "spoilt": (None, *SPOILS),
+}
+"""Every listed value of every option, under the names of `Case.features`."""
+
+
+def unmet(listed, cases=None):
+    """The listed values that no case has."""
+    features = [case.features for case in (all_cases() if cases is None else cases)]
+    return [
+        (option, value)
+        for option, values in listed.items()
+        for value in values
+        if not any(case[option] == str(value) for case in features)
+    ]
+
+
+def test_every_listed_value_of_every_option_is_met_by_a_case():
+    assert unmet(LISTED) == []
+    assert LISTED.keys() | {"devices"} == all_cases()[0].features.keys()
+    assert {*get_args(Statistic)} == {*STATISTICS, "input_mean"} - {None}
+    assert {case.precision for case in all_cases()} == {"", *PRECISIONS}
+    assert {case.way for case in all_cases()} == {"", *WAYS}
+    for layer, mode in itertools.product(LAYERS, ("train", "eval")):
+        mine = [case for case in all_cases() if (case.layer, case.mode) == (layer, mode)]
+        assert {case.spoil[1] for case in mine} == {"", *SPOILS}
+    for layer in LAYERS[:3]:
+        mine = [case for case in all_cases() if case.layer == layer and case.spoilt]
+        stored = {*mine[0].config.state_shapes()}
+        assert {case.spoil[0] for case in mine} >= stored - ({"gamma", "beta"} if layer != "rbn" else set())
+
+
+@pytest.mark.parametrize("option", LISTED)
+def test_a_value_more_of_an_option_that_no_case_meets_is_noticed(option):
+    assert unmet(LISTED | {option: (*LISTED[option], "a new one")}) == [(option, "a new one")]
+    met = LISTED[option][-1]
+    without = [case for case in all_cases() if case.features[option] != str(met)]
+    assert (option, met) in unmet(LISTED, without)
+
+
+@pytest.mark.parametrize("count", [1, 5, 6, 7, 8])
+def test_however_many_choices_are_mixed_every_two_of_two_kinds_meet(count):
+    kinds = [
+        [{"eps": (1 + choice) / 100} for choice in range(count)],
+        [{"momentum": choice / 10} for choice in range(count)],
+        [{"centering": value} for value in STATISTICS],
+    ]
+    features = [case.features for case in _mixed("rbn", MIXED_SHAPES, *kinds)]
+    names = ("eps", "momentum", "centering", "dtype", "layout", "spatial axes")
+    values = {name: {case[name] for case in features} for name in names}
+    assert [len(values[name]) for name in names] == [count, count, 5, 4, 4, 4]
+    for one, other in itertools.combinations(names, 2):
+        met = {(case[one], case[other]) for case in features}
+        assert met == {*itertools.product(values[one], values[other])}, (one, other)
 
 
 @pytest.mark.parametrize("case", quick_cases(), ids=lambda case: case.id)

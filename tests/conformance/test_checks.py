@@ -7,11 +7,22 @@ import numpy as np
 import pytest
 
 import rbn.conformance
-from rbn.conformance.checks import ABSENT, EXPECTED, FAILED, PASSED, ConformanceError, check, check_case
+from rbn.conformance.cases import SPOILS
+from rbn.conformance.checks import (
+    ABSENT,
+    EXPECTED,
+    FAILED,
+    LATE,
+    PASSED,
+    ConformanceError,
+    check,
+    check_case,
+)
 from rbn.conformance.comparison import Deviation, compare
-from rbn.conformance.subject import Outcome
+from rbn.conformance.subject import NoResultInTimeError, Outcome
 from rbn.conformance.subjects.numpy import Numpy, NumpyFunction, NumpyLayer
 from rbn.conformance.suite import DTYPES, all_cases, select, with_seeds
+from rbn_core.errors import RBNValueError
 from rbn_core.reference import Layer
 
 SOME = tuple(
@@ -115,6 +126,134 @@ def test_a_broken_subject_gets_a_clear_row_for_every_case(subject, quantity, mes
     assert {result.status for result in results} == {FAILED}
     assert {result.worst.quantity for result in results} == {quantity}
     assert all(message in result.message for result in results)
+
+
+class Slips(Reference):
+    """Refuses with whatever it is told to."""
+
+    spoils = SPOILS
+    named = (ValueError, TypeError)
+
+    def __init__(self, error, change=False):
+        super().__init__()
+        self.error, self.change = error, change
+        self.refusals = self.named
+
+    def spoil(self, name, kind):
+        pass
+
+    def run(self, x, training, cotangent):
+        if self.change:
+            self.layer.statistics["running_mean"] = self.layer.statistics["running_mean"] + 1
+        raise self.error
+
+
+REFUSING = select(all_cases(), ["rbn/train/offset0/1x3/float32", "rbn/train/*/spoilt=gamma:short"])
+
+
+@pytest.mark.parametrize("error", [ValueError("no"), TypeError("no"), RBNValueError("no")])
+def test_only_a_value_error_or_a_type_error_is_a_refusal_and_its_text_is_kept(error):
+    results = collect(Slips(error), REFUSING)
+    assert [result.status for result in results] == [PASSED] * 2
+    assert [result.message for result in results] == [f"{type(error).__name__}: no"] * 2
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        NameError("slip"),
+        AttributeError("slip"),
+        KeyError("slip"),
+        IndexError("slip"),
+        AssertionError("slip"),
+        SystemError("slip"),
+        ZeroDivisionError("slip"),
+        RuntimeError("slip"),
+        NotImplementedError("slip"),
+        RecursionError("slip"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_anything_else_that_is_raised_is_a_failure_that_says_what(error):
+    for result in collect(Slips(error), REFUSING):
+        assert result.status == FAILED
+        assert f"is due as a ValueError or TypeError, and it raised {type(error).__name__}:" in result.message
+        assert "slip" in result.message
+
+
+def test_a_subject_names_what_its_framework_refuses_with_but_no_slip_is_among_it():
+    class Named(Slips):
+        named = (ValueError, RuntimeError)
+
+    assert {r.status for r in collect(Named(RuntimeError("wrong size")), REFUSING)} == {PASSED}
+    for error in (NotImplementedError("slip"), RecursionError("slip"), TypeError("not named")):
+        assert {r.status for r in collect(Named(error), REFUSING)} == {FAILED}
+
+    class Meant(Slips):
+        named = (NotImplementedError,)
+
+    assert {r.status for r in collect(Meant(NotImplementedError("no such")), REFUSING)} == {PASSED}
+
+
+def test_a_refusal_that_leaves_a_changed_state_fails():
+    for result in collect(Slips(ValueError("no"), change=True), REFUSING):
+        assert result.status == FAILED
+        assert result.message.startswith("running_mean at ")
+
+
+def test_right_numbers_where_a_refusal_is_due_fail():
+    class Unmoved(Reference):
+        def spoil(self, name, kind):
+            pass
+
+    results = collect(Unmoved(), select(all_cases(), ["rbn/train/*/spoilt=gamma:*"]))
+    wrong = {result.case.rpartition(":")[2]: result.message for result in results if result.status == FAILED}
+    assert wrong.pop("missing").startswith("gradients ")  # of the layer without gamma there are fewer
+    assert wrong.keys() == {"short", "one", "long", "empty"}
+    assert all(
+        message.startswith(f"refusal is due: gamma is {kind}. Got y ") for kind, message in wrong.items()
+    )
+
+
+def test_a_layer_without_the_number_of_batches_has_to_train_on():
+    cases = select(all_cases(), ["*num_batches_tracked:missing"])
+    assert {result.status for result in collect(Slips(ValueError("no")), cases)} == {FAILED}
+    assert [result.status for result in collect(Reference(), cases)] == [PASSED] * 4
+
+
+def test_a_layer_without_gamma_or_beta_may_be_one_that_never_had_them():
+    class Drops(Reference):
+        def spoil(self, name, kind):
+            plain = Layer(replace(self.layer.config, **{name: False}))
+            plain.load({other: value for other, value in self.state().items() if other != name})
+            self.layer = plain
+
+    cases = select(all_cases(), ["*spoilt=gamma:missing", "*spoilt=beta:missing"])
+    assert {result.status for result in collect(Drops(), cases)} == {PASSED}
+
+
+def test_what_is_late_is_no_failure_and_no_success():
+    class Late(Reference):
+        def run(self, x, training, cotangent):
+            raise NoResultInTimeError("device 1 of 2 gave no answer")
+
+    results = collect(Late(), SOME)
+    assert {(r.status, r.message) for r in results} == {
+        (LATE, "no result in time: device 1 of 2 gave no answer")
+    }
+    with pytest.raises(ConformanceError, match="no result in time: device 1"):
+        check(Late(), SOME)
+
+
+def test_what_a_subject_does_not_declare_is_not_run():
+    class Plain(Reference):
+        precisions = ()
+        spoils = ("short",)
+
+    results = collect(Plain(), select(all_cases(), ["*/precision=*", "bn/*/spoilt=*"]))
+    assert results
+    assert all(result.case.endswith(":short") for result in results)
+    assert len([case for case in all_cases() if Plain().takes(case) and case.precision]) == 0
 
 
 def test_a_failure_raises_at_the_end_and_names_the_case_and_the_cause():

@@ -86,6 +86,20 @@ def test_a_run_that_ended_early_is_an_error_of_its_last_subject(root):
     assert jittor.text == "ended � before its first case"
 
 
+def test_what_is_late_is_an_error_and_a_refusal_is_the_output(tmp_path):
+    results = [
+        Result("rbn/f", "g", "late", message="no result in time: device 1"),
+        Result("rbn/g", "g", "passed", message="ValueError: RBN: expected \x1b more"),
+    ]
+    file = tmp_path / "junit.xml"
+    write_junit(file, [Run("torch", ("m:A",), (), "done", results={"A": results})])
+    (suite,) = ElementTree.parse(file).getroot()
+    assert counts(suite) == [2, 0, 1, 0]
+    late, refused = suite.iter("testcase")
+    assert late.find("error").attrib == {"type": "late", "message": "no result in time: device 1"}
+    assert refused.find("system-out").text == "ValueError: RBN: expected \N{REPLACEMENT CHARACTER} more"
+
+
 def test_versions_are_properties(root):
     assert root.find("testsuite[@name='A']/properties/property").attrib == {"name": "torch", "value": "2.13"}
 

@@ -64,6 +64,10 @@ def fake_runs():
     results[1] = Result(names[1], cases[1].group, "absent", message="has no option eps")
     results[2] = Result(names[2], cases[2].group, "expected", wrong, message=f"known {NASTY}")
     results[3] = Result(names[3], cases[3].group, "failed", message=f"ended the process\n{NASTY}")
+    results[4] = Result(names[4], cases[4].group, "late", message=f"no result in time: {NASTY}")
+    results[5] = Result(
+        names[5], cases[5].group, "passed", (Deviation("refusal", message="ValueError: it says why"),), "said"
+    )
     results.append(Result("rbn/no/*", "declarations", "failed", message="no case matches"))
     return [
         Run("torch", SUBJECTS["torch"], cases, "done", 0.0, 12.5, {"torch": results}, {"torch": "2.13"}),
@@ -445,3 +449,19 @@ def test_without_scripts_failures_are_readable(chromium, fake):
         assert "ended the process" in chromium.find_element("css selector", "#cases").text
     finally:
         chromium.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
+
+
+def test_what_is_late_and_what_a_refusal_said_are_there(fake, tmp_path, monkeypatch):
+    text = fake.read_text(errors="replace")
+    assert "1 late</a>" in text
+    assert '<p class="message">no result in time: ' in text
+    assert '<p class="message">said</p>' in text
+    assert "ValueError: it says why" in text
+    monkeypatch.setattr(page, "kills", some_kills)
+    run = Run(
+        "torch", ("m:A",), (), "done", results={"A": [Result("rbn/f", "rbn/g", "late", message="slow")]}
+    )
+    text = written(tmp_path, [run]).read_text()
+    assert text.count("no result in time</strong>") == 2  # of the run and of all
+    assert "differs</strong>" not in text
+    assert "nothing is known of it" in text

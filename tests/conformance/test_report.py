@@ -3,13 +3,14 @@
 import io
 import json
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from rich.console import Console
 
 from rbn.conformance import runner
-from rbn.conformance.checks import ABSENT, EXPECTED, FAILED, PASSED, Result
+from rbn.conformance.checks import ABSENT, EXPECTED, FAILED, LATE, PASSED, Result
 from rbn.conformance.comparison import Deviation
 from rbn.conformance.report import coverage, progress_row, render, seconds_left, write_json
 from rbn.conformance.suite import all_cases
@@ -21,7 +22,8 @@ CAUSE = "behaves like: The momentum weighs the new value instead of the old."
 def finished_run(status=PASSED, failure=""):
     worst = Deviation("y", 1.0, 2.0) if status == PASSED else Deviation("y", np.inf, 2.0, "at [0]")
     causes = (CAUSE,) if status == FAILED else ()
-    result = Result("rbn/train/x/float32", "rbn/train/float32", status, (worst,), "why", 0.1, causes)
+    why = "" if status == PASSED else "why"
+    result = Result("rbn/train/x/float32", "rbn/train/float32", status, (worst,), why, 0.1, causes)
     return runner.Run("numpy", ("a:B",), (), "done", 0.0, 1.0, {"numpy": [result]}, {"numpy": "1"}, failure)
 
 
@@ -95,9 +97,38 @@ def test_the_json_holds_every_case_and_is_plain_json(tmp_path):
     assert content["runs"]["numpy"]["passed"] is False
 
 
+def test_what_is_late_is_neither_right_nor_different(tmp_path):
+    run = finished_run(LATE)
+    text = shown([run])
+    assert "numpy NO RESULT IN TIME: 1 late" in text
+    assert "late: numpy: rbn/train/x/float32: why" in text
+    assert "1 late" in text.partition("late: numpy")[0]  # in the matrix
+    assert "DIFFERS" not in text
+    assert "conforms" not in text
+    run.results["numpy"] += finished_run(FAILED).results["numpy"]
+    assert "numpy DIFFERS: 1 failed, 1 late" in shown([run])
+    write_json(tmp_path / "results.json", [finished_run(LATE)])
+    written = json.loads((tmp_path / "results.json").read_text())["runs"]["numpy"]
+    assert (written["passed"], written["verdict"]) == (False, "no result in time")
+
+
+def test_the_texts_of_refusals_are_shown(tmp_path):
+    run = finished_run()
+    (result,) = run.results["numpy"]
+    run.results["numpy"] = [replace(result, message=f"ValueError: text {n}") for n in (0, 0, 1, 2, 3)]
+    text = shown([run])
+    assert "refused: numpy, 5 cases in 4 different texts" in text
+    assert [f"ValueError: text {n}" in text for n in range(4)] == [True, True, True, False]
+    assert "refused" not in shown([finished_run(ABSENT)])
+    write_json(tmp_path / "results.json", [run])
+    (*_, last) = json.loads((tmp_path / "results.json").read_text())["runs"]["numpy"]["subjects"]["numpy"]
+    assert (last["status"], last["message"]) == (PASSED, "ValueError: text 3")
+
+
 def test_a_run_counts_as_passed_only_when_it_is_whole():
     assert finished_run().passed
     assert not finished_run(FAILED).passed
+    assert not finished_run(LATE).passed
     assert not finished_run(failure="it ended").passed
 
 

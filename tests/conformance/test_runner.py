@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from rbn.conformance import runner
-from rbn.conformance.checks import FAILED, PASSED
+from rbn.conformance.cases import parse
+from rbn.conformance.checks import FAILED, LATE, PASSED
 from rbn.conformance.suite import all_cases, select
 
 FEW = select(all_cases(), ["bn/train/offset*/float32"], ["*/channels_last"])
@@ -51,6 +52,58 @@ def test_a_subject_that_always_dies_is_given_up_and_stops_no_other(monkeypatch):
     assert dead.failure == "given up after 2 cases that ended its process"
     assert [result.status for result in dead.results["misbehaves"]] == [FAILED] * 2
     assert alive.passed
+
+
+SPOILT = select(all_cases(), ["bn/train/offset0/8x3/float32", "bn/train/*/spoilt=running_mean:*"])
+
+
+def test_spoilt_states_that_end_the_process_are_given_up_and_nothing_else_is(monkeypatch):
+    monkeypatch.setattr(runner, "DEATHS", 2)
+    found = run("DiesWhenSpoilt", SPOILT)
+    right, *dead, rest = found.results["misbehaves"]
+    assert (right.case, right.status) == ("bn/train/offset0/8x3/float32", PASSED)
+    assert [result.status for result in dead] == [FAILED] * 2
+    assert all(result.message.startswith("ended the process with signal SIGSEGV") for result in dead)
+    left = len(SPOILT) - 4 - 1  # NumPy's arrays cannot be elsewhere
+    assert (rest.status, rest.message) == (
+        FAILED,
+        f"not run, and {left} more, after 2 that ended the process",
+    )
+    assert (found.failure, found.stage, found.passed) == ("", "done", False)
+
+
+def test_a_death_after_a_spoilt_state_names_that_too():
+    _, blamed, dead, *_ = run("Ruined", SPOILT[:3]).results["misbehaves"]
+    assert (blamed.status, dead.status) == (PASSED, FAILED)
+    assert dead.case == SPOILT[2].id
+    assert f"signal SIGABRT, perhaps for what {SPOILT[1].id} did before" in dead.message
+
+
+def test_a_process_that_dies_after_its_last_case_has_not_passed():
+    found = run("DiesAtItsEnd", SPOILT)
+    assert {result.status for result in found.results["misbehaves"]} == {PASSED}
+    assert found.failure.startswith("ended the process with signal SIGABRT after its last case")
+    assert found.verdict == "differs"
+
+
+def test_what_is_late_is_tried_again():
+    found = run("LateOnce")
+    assert {result.status for result in found.results["misbehaves"]} == {PASSED}
+    assert (found.verdict, found.passed) == ("conforms", True)
+
+
+def test_what_stays_late_is_neither_right_nor_wrong():
+    found = run("AlwaysLate")
+    (late,) = [result for result in found.results["misbehaves"] if result.status != PASSED]
+    assert (late.status, late.message) == (LATE, "no result in time: device 1 of 2")
+    assert (found.verdict, found.passed) == ("no result in time", False)
+
+
+def test_several_devices_that_are_stopped_are_late():
+    case = parse("bn/train/offset0/8x3/float32/shares=4+4")
+    (late,) = run("Hangs", [case], time_limit=2).results["misbehaves"]
+    assert late.status == LATE
+    assert "gave no result within 2 s" in late.message
 
 
 def test_every_subject_has_a_process_of_its_own_and_only_its_layers():
