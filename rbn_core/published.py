@@ -61,6 +61,9 @@ ADDED = ("center_weight", "scale_weight", "scale_bias", *FORMS["IEBN"].names.val
 VECTORS = ("weight", "bias", "gamma", "beta", *ADDED)
 """What is (1, C, 1, 1) there, under their, our own and canonical names."""
 
+BACKBONE = "backbone."
+"""What is before the names of a detector's backbone, beside which there are its other parts."""
+
 MARKS = ("running_mean", *ADDED)
 """Beside one of these a vector is a layer's, and no kernel of somebody else's layer."""
 
