@@ -27,6 +27,7 @@ from rbn_core import RBNError, weights
 
 MUTATE = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("mutate.py"))))
 MUTATIONS = os.environ.get("RBN_MUTATIONS", "2000")
+FEW = "200"
 
 FORMATS = [
     pytest.param(name, marks=pytest.mark.framework(framework)) if framework in ("torch", "flax") else name
@@ -68,11 +69,12 @@ def refused(path, framework, text="expected "):
 
 
 @pytest.mark.timeout(1800)
+@pytest.mark.parametrize("mutations", [FEW, pytest.param(MUTATIONS, marks=pytest.mark.long)])
 @pytest.mark.parametrize("name", MUTATE.FORMATS)
-def test_mutated_files_are_read_or_refused(name, tmp_path):
+def test_mutated_files_are_read_or_refused(name, mutations, tmp_path):
     """In a process of its own: a crash is its exit status."""
     script = Path(__file__).with_name("mutate.py")
-    command = [sys.executable, "-W", "error", script, name, MUTATIONS, "0", tmp_path]
+    command = [sys.executable, "-W", "error", script, name, mutations, "0", tmp_path]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     print(done.stdout)
