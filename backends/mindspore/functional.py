@@ -6,16 +6,14 @@ Everything here runs in PyNative and is compiled in graph mode, whose parser tak
 from __future__ import annotations
 
 import math
-import traceback
 from collections.abc import Callable, Mapping
 
 import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
-from mindspore.common.api import _pynative_executor
-from mindspore.ops.composite.base import _pynative_forward_run
 from numpy.lib.stride_tricks import sliding_window_view
 
+from rbn.backends.mindspore import internals
 from rbn_core.config import SPATIAL_STATISTICS, Statistic
 from rbn_core.errors import RBNError
 
@@ -98,7 +96,7 @@ def differentiable_once(y: Tensor) -> Tensor:
 
     There MindSpore's are silently wrong: a reshape behind a product, for one, stops them.
     """
-    if ops.functional.isconstant(y):  # as everything is in PyNative, and no result in a graph
+    if ops.isconstant(y):  # as everything is in PyNative, and no result in a graph
         return DifferentiableOnce()(y)
     return y
 
@@ -123,15 +121,10 @@ class DifferentiableOnce(nn.Cell):
 def refuse_second_gradients() -> None:
     """Raise where the gradient that runs in PyNative is part of what another gradient is taken of.
 
-    That is recorded then. But an exception inside a gradient leaves MindSpore's recording on, so that only a
-    function being recorded further up the stack tells.
-
     Raises:
         RBNError: It is.
     """
-    if _pynative_executor.grad_flag() and any(
-        frame.f_code is _pynative_forward_run.__code__ for frame, _ in traceback.walk_stack(None)
-    ):
+    if internals.is_recorded():
         raise RBNError(
             "RBN: expected a first gradient in PyNative mode, got the gradient of a gradient, which "
             "MindSpore computes wrongly there. Build the layer with fused=False and compile what is "
@@ -201,7 +194,7 @@ def calibrate(
     else:
         mean, var = running[0].astype(mu.dtype), running[1].astype(mu.dtype)
         mean_0 = mean
-    inverse_std = ops.rsqrt(var + epsilon)
+    inverse_std = scalar(1.0, mu) / ops.sqrt(var + epsilon)  # MindSpore writes no ONNX of rsqrt
 
     a = inverse_std + ops.ZerosLike()(mu)  # broadcast_to refuses an empty batch in graph mode
     if scaling is not None:
@@ -298,6 +291,16 @@ def per_channel(values: Tensor, x: Tensor) -> Tensor:
 def as_planes(x: Tensor) -> Tensor:
     """x, (N, C, *spatial), seen as (N, C, M)."""
     return x.reshape((x.shape[0], x.shape[1], -1))
+
+
+def described(values: tuple[Tensor | None, ...]) -> tuple[tuple[tuple[int, ...], ms.Type] | None, ...]:
+    """The shape and dtype of each, as constants of a graph; `None` for what is missing."""
+    return tuple([None if value is None else (value.shape, value.dtype) for value in values])
+
+
+def cast(x: Tensor, dtype: ms.Type) -> Tensor:
+    """x in a dtype; without an operation where it has it, which in PyNative costs as much as a real one."""
+    return x if x.dtype == dtype else x.astype(dtype)
 
 
 def scalar(value: float, like: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """RBN as one operator forward and one backward: custom operators on the compiled loops of `rbn.kernels`.
 
-Of the image only X is kept for the backward pass, as in BatchNorm. In PyNative a `_Function` takes the
-operators: it keeps what it is told to, where an operator with a gradient of its own keeps all its results, Y
-included. A graph takes such operators, and knows by itself what is needed.
+Of the image only X is kept for the backward pass, as in BatchNorm. In PyNative a function with a gradient
+takes the operators: it keeps what it is told to, where an operator with a gradient of its own keeps all its
+results, Y included. A graph takes such operators, and knows by itself what is needed.
 """
 
 from __future__ import annotations
@@ -14,22 +14,69 @@ from typing import Any
 import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
-from mindspore.common import _Function
-from mindspore.ops.signature import make_sig, sig_dtype, sig_rw
 
 from rbn import kernels
-from rbn.backends.mindspore import functional
+from rbn.backends.mindspore import functional, internals
 from rbn.kernels.library import PARAMETERS, RESTRICTIONS, STATISTICS, path
-from rbn_core.config import SPATIAL_STATISTICS, Statistic
-from rbn_core.errors import RBNError
+from rbn_core.config import (
+    CHANNEL_STATISTICS,
+    Config,
+    Statistic,
+    check_counter,
+    check_shape,
+    check_vectors,
+)
+from rbn_core.errors import RBNError, RBNTypeError
 
 AVAILABLE = not kernels.problem()
 DTYPES = (ms.float32, ms.float64, ms.float16, ms.bfloat16)
+INTEGERS = (ms.int8, ms.int16, ms.int32, ms.int64, ms.uint8, ms.uint16, ms.uint32, ms.uint64)
+KEPT = (ms.float32, ms.float64)
+"""What statistics are accumulated in."""
+STATED = ("moving_mean", "moving_variance")
+CONVOLUTION = ("conv.weight", "conv.bias")
 
 
-def takes(x: Tensor, centering: Statistic | None, scaling: Statistic | None) -> bool:
-    """Whether the fast form can compute this input; else it is for `functional.rbn`."""
-    return _takes(x.shape, x.dtype, centering, scaling)
+def check_layer(
+    layer: str,
+    num_features: int,
+    centering: Statistic | None,
+    scaling: Statistic | None,
+    restrict: str,
+    options: tuple[Any, ...],
+    accumulates: bool,
+    stored: tuple[Any, ...],
+) -> None:
+    """Refuse a layer that was changed into none, in either form: nothing is computed or accumulated then.
+
+    Args:
+        layer: "RBN", "IEBN" or "BNET".
+        num_features: C.
+        centering: K_m.
+        scaling: K_s.
+        restrict: R.
+        options: eps, momentum and running_var.
+        accumulates: Whether statistics are about to be accumulated.
+        stored: What it stores, as `functional.described` gives it: `PARAMETERS`, the running mean and
+            variance, the counter, and of a convolution the weight, the bias and the weight's due shape.
+
+    Raises:
+        RBNError: An option is unknown, or something stored is missing or has a wrong shape or dtype.
+    """
+    _check_layer(layer, num_features, centering, scaling, restrict, options, accumulates, stored)
+
+
+def takes(x: Tensor, centering: Statistic | None, scaling: Statistic | None, restrict: str) -> bool:
+    """Whether the fast form can compute this input; else it is for `functional.rbn`.
+
+    What is not known to be right is not taken.
+    """
+    return _takes(x.shape, x.dtype, centering, scaling, restrict)
+
+
+def counts(count: Parameter | None) -> bool:
+    """Whether `accumulate` can count in this; else it is for `functional.accumulate`."""
+    return ACCUMULATE is not None and count is not None and count.dtype == ms.int32
 
 
 def rbn(
@@ -53,13 +100,29 @@ def rbn(
     absent = nothing(x.shape[-1 if channels_last else 1], dtype)
     vectors, present = [], []
     for value in (*functional.in_order(parameters), *((None, None) if running is None else running)):
-        vectors.append(absent if value is None else value.astype(dtype))
+        vectors.append(absent if value is None else functional.cast(value, dtype))
         present.append(value is not None)
     options = (eps, centering, scaling, restrict, tuple(present), channels_last)
     if is_compiled(rbn):  # @jit.cond: True
-        y, _, _, mean, var = Compiled(*options)(x, *vectors)
-        return y, ops.stop_gradient(mean), ops.stop_gradient(var)
-    return Eager.apply(options, x, *vectors)
+        return with_an_operators_gradient(options, x, *vectors)
+    return in_pynative(options, x, *vectors)
+
+
+def with_an_operators_gradient(
+    options: tuple[Any, ...], x: Tensor, *vectors: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Y, E and Var; in PyNative with all results kept."""
+    y, _, _, mean, var = Compiled(*options)(x, *vectors)
+    return y, ops.stop_gradient(mean), ops.stop_gradient(var)
+
+
+def in_pynative(options: tuple[Any, ...], x: Tensor, *vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Y, E and Var, with X alone kept where MindSpore can do that."""
+    # Without the mark, a cast network has all that an operator gets in float32, and nothing else.
+    taken = x if internals.AS_GIVEN is not None else functional.cast(x, vectors[0].dtype)
+    apply = with_an_operators_gradient if internals.Function is None else Eager.apply
+    y, mean, var = apply(options, taken, *vectors)
+    return functional.cast(y, x.dtype), mean, var
 
 
 def accumulate(
@@ -83,7 +146,7 @@ def accumulate(
     ACCUMULATE(running[0], running[1], count, mean, var, accumulation(momentum, values))
 
 
-class Eager(_Function):
+class Eager(internals.Function or object):  # type: ignore[misc]
     """X and the vectors to Y, E and Var, in PyNative."""
 
     @staticmethod
@@ -105,7 +168,7 @@ class Eager(_Function):
             RBNError: It is to be differentiated in turn.
         """
         functional.refuse_second_gradients()
-        return None, *BACKWARD(dy, *ctx.saved_tensors), None, None
+        return None, *backward(PYNATIVE_BACKWARD, dy, *ctx.saved_tensors), None, None
 
 
 class Compiled(nn.Cell):
@@ -119,6 +182,33 @@ class Compiled(nn.Cell):
     def construct(self, x: Tensor, *vectors: Tensor) -> tuple[Tensor, ...]:
         """One pass to measure X, one to write Y."""
         return self.operator(x, *vectors, self.numbers)
+
+
+class AsGiven(nn.Cell):
+    """An operator that gets its inputs as they are, wherever in a cast network a gradient is taken."""
+
+    def __init__(self, operator: ops.Custom) -> None:
+        super().__init__(auto_prefix=False)
+        self.operator = operator
+        if internals.AS_GIVEN is not None:
+            self.mixed_precision_type = internals.AS_GIVEN
+
+    def construct(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """The operator's results."""
+        return self.operator(*inputs)
+
+
+def backward(operator: Any, dy: Tensor, x: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+    """The gradients of X and the parameters.
+
+    Where what comes behind the layer gives dY in another dtype than Y, both are taken to what statistics are
+    in, so that no value is rounded before the results are.
+    """
+    if dy.dtype == x.dtype:
+        return operator(dy, x, *rest)
+    dtype = functional.at_least_float32(x.dtype)
+    dx, *gradients = operator(functional.cast(dy, dtype), functional.cast(x, dtype), *rest)
+    return functional.cast(dx, x.dtype), *gradients
 
 
 # The gradients of the operators, with every parameter by its name: MindSpore's parser counts them.
@@ -158,7 +248,7 @@ def _gradients_of_forward(
 ) -> tuple[Tensor, ...]:
     _, mu, v, mean, var = out
     stored = (gamma, beta, center_weight, scale_weight, scale_bias)
-    gradients = BACKWARD(dout[0], x, mu, v, *stored, mean, var, numbers)
+    gradients = backward(BACKWARD, dout[0], x, mu, v, *stored, mean, var, numbers)
     return (*gradients, ZEROS(running_mean), ZEROS(running_var), ZEROS(numbers))
 
 
@@ -167,7 +257,32 @@ def _operator(function: str, shapes: Any, dtypes: Any, bprop: Callable[..., Any]
     return ops.Custom(f"{path()}:{function}", shapes, dtypes, "aot", bprop)
 
 
+def _accumulate() -> ops.Custom | None:
+    """The operator that changes three inputs in place; `None` where MindSpore has no word for that."""
+    if not AVAILABLE or internals.signatures is None:
+        return None
+    operator = _operator("rbn_mindspore_accumulate", (1,), ms.int32, None)
+    operator.add_prim_attr("side_effect_mem", True)
+    sign, written, dtypes = (
+        internals.signatures.make_sig,
+        internals.signatures.sig_rw,
+        internals.signatures.sig_dtype,
+    )
+    operator.set_signatures(
+        (
+            sign("running_mean", written.RW_WRITE, dtype=dtypes.T),
+            sign("running_var", written.RW_WRITE, dtype=dtypes.T1),
+            sign("count", written.RW_WRITE, dtype=dtypes.T2),
+            sign("mean", dtype=dtypes.T3),
+            sign("var", dtype=dtypes.T4),
+            sign("accumulation", dtype=dtypes.T5),
+        )
+    )
+    return operator
+
+
 ZEROS = ops.ZerosLike()
+ACCUMULATE: Any = _accumulate()
 
 if AVAILABLE:
     BACKWARD = _operator(
@@ -182,18 +297,7 @@ if AVAILABLE:
         lambda x, vector, *_: (x, *[vector] * 4),
         _gradients_of_forward,
     )
-    ACCUMULATE = _operator("rbn_mindspore_accumulate", (1,), ms.int32, None)
-    ACCUMULATE.add_prim_attr("side_effect_mem", True)
-    ACCUMULATE.set_signatures(
-        (
-            make_sig("running_mean", sig_rw.RW_WRITE, dtype=sig_dtype.T),
-            make_sig("running_var", sig_rw.RW_WRITE, dtype=sig_dtype.T1),
-            make_sig("count", sig_rw.RW_WRITE, dtype=sig_dtype.T2),
-            make_sig("mean", dtype=sig_dtype.T3),
-            make_sig("var", dtype=sig_dtype.T4),
-            make_sig("accumulation", dtype=sig_dtype.T5),
-        )
-    )
+    PYNATIVE_BACKWARD = AsGiven(BACKWARD)
 
 
 # ---- constants of a graph; in PyNative they are made once, too ----
@@ -220,16 +324,79 @@ def refuse_second_gradients() -> None:
 
 @ops.constexpr
 def _takes(
-    shape: tuple[int, ...], dtype: Any, centering: Statistic | None, scaling: Statistic | None
+    shape: tuple[int, ...], dtype: Any, centering: Statistic | None, scaling: Statistic | None, restrict: str
 ) -> bool:
     return (
         AVAILABLE
+        and not internals.is_exported()
         and ms.get_context("device_target") == "CPU"
         and dtype in DTYPES
         and 0 not in shape
-        and centering not in SPATIAL_STATISTICS
-        and scaling not in SPATIAL_STATISTICS
+        and centering in (None, *CHANNEL_STATISTICS)
+        and scaling in STATISTICS
+        and restrict in RESTRICTIONS
     )
+
+
+@ops.constexpr
+def _check_layer(*facts: Any) -> None:
+    try:
+        _checked(*facts)
+    except TypeError:  # also of what cannot be looked up, and is no option either
+        _checked.__wrapped__(*facts)
+
+
+@functools.lru_cache(maxsize=1024)
+def _checked(
+    layer: str,
+    num_features: int,
+    centering: Statistic | None,
+    scaling: Statistic | None,
+    restrict: str,
+    options: tuple[Any, ...],
+    accumulates: bool,
+    stored: tuple[Any, ...],
+) -> None:
+    eps, momentum, running_var = options
+    kernel_size = 1 if layer == "BNET" else None  # not what is checked here
+    Config(
+        num_features,
+        eps,
+        momentum,
+        centering,
+        scaling,
+        restrict,
+        running_var,
+        kernel_size=kernel_size,
+        layer=layer,
+    )
+    *arrays, due = stored
+    found = dict(zip((*PARAMETERS, *STATED, "num_batches_tracked", *CONVOLUTION), arrays, strict=True))
+    needed = [*STATED]
+    if layer == "BNET":
+        needed += ["conv.bias"]
+        check_shape("conv.weight", found["conv.weight"] and found["conv.weight"][0], due, layer)
+    else:
+        needed += ["gamma", "beta"]
+        needed += ["center_weight"] if centering else []
+        needed += ["scale_weight", "scale_bias"] if scaling else []
+    check_vectors({name: found[name] and found[name][0] for name in needed}, num_features, layer)
+    for name in needed:
+        dtype = found[name][1]
+        if dtype not in (*DTYPES, *INTEGERS):
+            raise RBNTypeError(
+                f"{layer}: expected {name} of real numbers, got {dtype}. Assign one of float32."
+            )
+        if accumulates and name in STATED and dtype not in KEPT:
+            raise RBNTypeError(
+                f"{layer}: expected {name} in at least float32 to accumulate it, got {dtype}. "
+                f"Call {name}.set_dtype(mindspore.float32), or switch the layer to evaluation."
+            )
+    if accumulates:
+        count = found["num_batches_tracked"]
+        check_counter(count, momentum, layer)
+        if count is not None:
+            check_shape("num_batches_tracked", count[0], (), layer)
 
 
 @ops.constexpr

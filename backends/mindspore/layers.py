@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
+from typing import Any, Self, TypeAlias
 
 import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import Initializer, initializer
 
-from rbn.backends.mindspore import distributed, functional, fused
+from rbn.backends.mindspore import distributed, functional, fused, internals
 from rbn_core.config import (
     Config,
     Statistic,
@@ -20,6 +20,9 @@ from rbn_core.config import (
 
 Start: TypeAlias = Initializer | str | float | Tensor
 """What MindSpore's BatchNorm takes as a parameter's start."""
+
+CASTS = {"fp32": ms.float32, "fp16": ms.float16, "bf16": ms.bfloat16}
+"""The flags of a cell that `to_float` and mixed precision cast, and to what."""
 
 
 class CalibratedNorm(nn.Cell):
@@ -63,6 +66,9 @@ class CalibratedNorm(nn.Cell):
         self.sync = sync
         self.process_groups = groups
         self.fused = fused
+        self.cast_to: Any = None
+        if internals.AS_GIVEN is not None:
+            self.mixed_precision_type = internals.AS_GIVEN
         # BatchNorm's names: in a network MindSpore renames the parameters after their attributes.
         kept = functional.at_least_float32(dtype)
         self.moving_mean = Parameter(
@@ -80,8 +86,18 @@ class CalibratedNorm(nn.Cell):
             setattr(self, name, Parameter(value, name=name, requires_grad=learned))
 
     def construct(self, x: Tensor) -> Tensor:
-        """Y, of the shape and dtype of `x`."""
+        """Y, of the shape and dtype of `x`; in a network that is cast to a dtype, of that one."""
         batch_statistics = self.training if self.use_batch_statistics is None else self.use_batch_statistics
+        fused.check_layer(
+            self.layer,
+            self.num_features,
+            self.centering,
+            self.scaling,
+            self.restrict,
+            (self.eps, self.momentum, self.running_var),
+            batch_statistics,
+            self._described(),
+        )
         channels_last = self.data_format == "NHWC"
         own_values = x.size // self.num_features
         total, average, enough, empty = own_values, functional.batch_average, own_values, False
@@ -92,7 +108,7 @@ class CalibratedNorm(nn.Cell):
             empty = own_values == 0
             share = distributed.Share(own_values, group)
             total = share.values(functional.at_least_float32(x.dtype))
-            if ops.functional.isconstant(total):
+            if ops.isconstant(total):
                 enough = int(total)
             elif not empty:  # a graph knows its own share only, and is refused where that is empty
                 enough = 2
@@ -112,36 +128,45 @@ class CalibratedNorm(nn.Cell):
             self.spatial_dims,
             self.layer,
         )
+        dtype = x.dtype if self.cast_to is None else self.cast_to
         if empty:
             y = self._forward(distributed.StandIn(self.num_features)(x), average, total)
-            return distributed.Emptied()(y, x)
-        if self.fused and group == "" and fused.takes(x, self.centering, self.scaling):
-            return self._forward_fused(x, own_values)
-        y = self._forward(ops.movedim(x, -1, 1) if channels_last else x, average, total).astype(x.dtype)
-        return ops.movedim(y, 1, -1) if channels_last else y
+            return functional.cast(distributed.Emptied()(y, x), dtype)
+        if self.fused and group == "" and fused.takes(x, self.centering, self.scaling, self.restrict):
+            return functional.cast(self._forward_fused(x, own_values), dtype)
+        y = self._forward(ops.movedim(x, -1, 1) if channels_last else x, average, total)
+        return functional.cast(ops.movedim(y, 1, -1) if channels_last else y, dtype)
 
     def _forward_fused(self, x: Tensor, values: int) -> Tensor:
         """Y of images in the layer's data format; `values` is how many there are behind each statistic."""
         batch_statistics = self.training if self.use_batch_statistics is None else self.use_batch_statistics
+        channels_last = self.data_format == "NHWC"
+        convolved = self.layer == "BNET"  # half precision is rounded once, after the convolution
         y, mean, var = fused.rbn(
-            x,
+            functional.cast(x, functional.at_least_float32(x.dtype)) if convolved else x,
             self._parameters(),
             None if batch_statistics else (self.moving_mean, self.moving_variance),
             eps=self.eps,
             centering=self.centering,
             scaling=self.scaling,
             restrict=self.restrict,
-            channels_last=self.data_format == "NHWC",
+            channels_last=channels_last,
         )
-        if batch_statistics:
+        count = self._count()
+        if batch_statistics and fused.counts(count):
             fused.accumulate(
                 (self.moving_mean, self.moving_variance),
-                self.num_batches_tracked,
+                count,
                 mean,
                 var,
                 self.momentum,
                 values if self.running_var == "unbiased" else None,
             )
+        elif batch_statistics:
+            self._track(mean, var, values)
+        if convolved:
+            y = functional.differentiable_once(self.transform(ops.movedim(y, -1, 1) if channels_last else y))
+            y = ops.movedim(y, 1, -1) if channels_last else y
         return y
 
     def _forward(self, x: Tensor, average: functional.Average, values: int | Tensor) -> Tensor:
@@ -174,13 +199,37 @@ class CalibratedNorm(nn.Cell):
             parameters["scale_bias"] = self.scale_bias
         return parameters
 
+    def _count(self) -> Any:
+        """How many batches there were; `None` where nobody counts."""
+        return getattr(self, "num_batches_tracked", None)
+
+    def _described(self) -> tuple[Any, ...]:
+        """What the layer stores, for `fused.check_layer`."""
+        values = (
+            getattr(self, "gamma", None),
+            getattr(self, "beta", None),
+            getattr(self, "center_weight", None),
+            getattr(self, "scale_weight", None),
+            getattr(self, "scale_bias", None),
+            getattr(self, "moving_mean", None),
+            getattr(self, "moving_variance", None),
+            self._count(),
+        )
+        return *functional.described(values), *self._described_transform()
+
+    def _described_transform(self) -> tuple[Any, ...]:
+        """What `transform` needs; nothing but in BNET."""
+        return None, None, None
+
     def transform(self, y: Tensor) -> Tensor:
         """What follows on (N, C) coefficients; nothing but in BNET."""
         return y
 
     def _track(self, mean: Tensor, var: Tensor, values: int | Tensor) -> None:
-        count = self.num_batches_tracked + 1
-        ops.assign(self.num_batches_tracked, count)
+        count = self._count()
+        if count is not None:
+            count = count + 1
+            ops.assign(self.num_batches_tracked, count)
         if self.momentum is None:
             new_weight = 1 / count.astype(self.moving_mean.dtype)
         else:
@@ -194,11 +243,18 @@ class CalibratedNorm(nn.Cell):
     def add_flags(self, **flags: Any) -> nn.Cell:
         """Stay in float32 where `to_float` or mixed precision casts the network, as BatchNorm does at O2.
 
-        In half precision MindSpore would accumulate rounded statistics, and in a graph none at all.
+        In half precision MindSpore would accumulate rounded statistics, and in a graph none at all. In
+        PyNative mode nothing is cast inside of the layer, whatever its dtypes are; Y is, as BatchNorm's.
         """
+        for flag, dtype in CASTS.items():
+            if flags.get(flag):
+                self.cast_to = dtype
         if flags.get("fp16") or flags.get("bf16"):
             flags |= {"fp16": False, "bf16": False, "fp32": True}
-        return super().add_flags(**flags)
+        super().add_flags(**flags)
+        if internals.AS_GIVEN is not None:
+            self.mixed_precision_type = internals.AS_GIVEN
+        return self
 
     def extend_repr(self) -> str:
         """The options, as `print(network)` shows them."""
@@ -444,7 +500,6 @@ class BNET(CalibratedNorm):
             fused,
         )
         self.spatial_dims = spatial_dims
-        self.conv_shape = config.state_shapes()["conv_weight"]
         self.kernel_size = kernel_size
         self.conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[spatial_dims - 1](
             num_features,
@@ -456,9 +511,10 @@ class BNET(CalibratedNorm):
             has_bias=True,
             dtype=dtype,
         )
+        self.conv_shape = tuple(self.conv.weight.shape)
 
     @classmethod
-    def from_batch_norm(cls, norm: nn.Cell, kernel_size: int = 3, *, spatial_dims: int = 2) -> BNET:
+    def from_batch_norm(cls, norm: nn.Cell, kernel_size: int = 3, *, spatial_dims: int = 2) -> Self:
         """A layer that equals a BatchNorm: gamma at the centre of its kernels, 0 elsewhere, beta for a bias.
 
         Args:
@@ -487,13 +543,13 @@ class BNET(CalibratedNorm):
         layer.conv.bias.set_data(norm.beta.copy())
         return layer.set_train(norm.training)
 
-    def _forward_fused(self, x: Tensor, values: int) -> Tensor:
-        """Y, as of `RBN`; half precision is rounded once, after the convolution."""
-        y = super()._forward_fused(x.astype(functional.at_least_float32(x.dtype)), values)
-        channels_last = self.data_format == "NHWC"
-        y = self.transform(ops.movedim(y, -1, 1) if channels_last else y)
-        y = functional.differentiable_once(y).astype(x.dtype)
-        return ops.movedim(y, 1, -1) if channels_last else y
+    def _described_transform(self) -> tuple[Any, ...]:
+        """The convolution's weight, its bias, and the shape due to the weight."""
+        values = (
+            getattr(self.conv, "weight", None),
+            getattr(self.conv, "bias", None),
+        )
+        return *functional.described(values), self.conv_shape
 
     def transform(self, y: Tensor) -> Tensor:
         """The convolution in the place of BatchNorm's affine step."""
