@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 import rbn.backends
 from rbn.backends.frameworks import FRAMEWORKS, missing_message
-from rbn_core import architectures, pickles, published, renaming, weights
+from rbn_core import architectures, conversion, pickles, published, renaming, weights
 from rbn_core.config import check_choice
 from rbn_core.errors import RBNTypeError, RBNValueError
 from rbn_core.files import replacing
@@ -121,6 +121,8 @@ def port(
     rename: Mapping[str, str] | None = None,
     kinds: Mapping[str, str] | None = None,
     layout: str | None = None,
+    convert: str | Mapping[str, Any] | None = None,
+    preserve: bool = False,
     progress: Callable[[str], None] = lambda step: None,
 ) -> Table:
     r"""Write the weights of one file as another, and read them back to compare them bit for bit.
@@ -145,6 +147,9 @@ def port(
             it is, one of `rbn_core.names.KINDS`. Names and ranks do not tell transposed convolutions, and
             outside of Flax and MindSpore not embeddings.
         layout: One of `LAYOUTS` of the destination's framework; by default the first.
+        convert: What the normalizations become on the way, as `norm` says what they are: BatchNorm another
+            layer, or an inert one BatchNorm.
+        preserve: Whether a converted network must give what it gave: see `rbn_core.conversion`.
         progress: Called with what is done next, in words.
 
     Returns:
@@ -161,6 +166,10 @@ def port(
         check_choice("--layout", layout, LAYOUTS.get(writer, ()), f"port to {writer}")
     progress(f"reading {source} ({reader})")
     content, table = fitted(read(source, reader, kinds, key), rename, network, norm, num_classes)
+    if convert is not None:
+        content, table = converted(content, table, convert, preserve)
+    elif preserve:
+        raise RBNValueError("port: expected --convert where --preserve is given, got none. Give it.")
     if note := told_against_suffix(source, source_format, reader):
         content = replace(content, notes=(note, *content.notes))
     if content.network is not None:
@@ -437,6 +446,71 @@ def fitted(
     layers = described.layers()
     kinds = {path: cast("Kind", layer["kind"]) for path, layer in layers.items()}
     return replace(content, state=state, kinds=kinds, layers=layers, network=described), Table(rows)
+
+
+def converted(
+    content: Content, table: Table, norm: str | Mapping[str, Any], preserve: bool
+) -> tuple[Content, Table]:
+    """The content with other normalizations, and what every array is then.
+
+    Raises:
+        RBNError: `norm` is wrong, or asks for stages or places of arrays that are no known network's; there is
+            nothing to convert, or something that cannot be.
+    """
+    described = content.network
+    before = norms_of(content)
+    if described is not None and described.name in architectures.ARCHITECTURES:
+        last = described.nodes[-1]
+        classes = last.out_features if isinstance(last, Linear) else 0
+        target = architectures.network(described.name, norm, classes)
+        after = {node.name: node for node in target.nodes if isinstance(node, Norm)}
+    else:
+        layer, options = architectures.layer_of(norm)
+        target = described
+        after = {path: replace(node, layer=layer, options=options) for path, node in before.items()}
+        if target is not None:
+            nodes = tuple(after[node.name] if isinstance(node, Norm) else node for node in target.nodes)
+            target = replace(target, nodes=nodes)
+    if not any(node.layer == "bn" for node in (*before.values(), *after.values())):
+        raise RBNValueError(
+            "port: expected BatchNorm to convert, or something to convert to it, got none. Leave --convert out."
+        )
+    state = conversion.convert_state(content.state, before, after, preserve)
+    layers = content.layers | {path: layer_entry(node) for path, node in after.items()}
+    old = {row.name: row for row in table.rows}
+    rows = []
+    for name, array in state.items():
+        if name in old and array is content.state.get(name):
+            rows.append(old.pop(name))
+        else:
+            source = old.pop(name, None)
+            rows.append(Row(name, "replaced", source.source if source else "", _shown(array)))
+    rows += [
+        replace(row, status="left out", detail="is part of the new layer")
+        if row.name in content.state
+        else row
+        for row in old.values()
+    ]
+    return replace(content, state=state, layers=layers, network=target), Table(tuple(rows), table.notes)
+
+
+def norms_of(content: Content) -> dict[str, Norm]:
+    """The normalizations with running statistics, by dotted path."""
+    if content.network is not None:
+        return {node.name: node for node in content.network.nodes if isinstance(node, Norm)}
+    found = {}
+    for path, kind in content.kinds.items():
+        mean = content.state.get(f"{path}.running_mean" if path else "running_mean")
+        if kind == "norm" and mean is not None:
+            own = {name for name in architectures.CALIBRATIONS if f"{path}.{name}" in content.state}
+            layer = "bnet" if "conv_weight" in own else "rbn" if "center_weight" in own else "iebn"
+            found[path] = Norm(path, (), len(mean), layer if own else "bn")
+    return found
+
+
+def layer_entry(node: Norm) -> dict[str, Any]:
+    """What is known about a normalization, as `rbn_core.networks.Network.layers` has it."""
+    return Network("", (replace(node, inputs=()),)).layers()[node.name]
 
 
 def beside_backbone(state: State, network: str) -> dict[str, str]:

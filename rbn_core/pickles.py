@@ -11,6 +11,7 @@ from __future__ import annotations
 import pickle
 import struct
 import sys
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections.abc import Callable, Iterator, Mapping
 from math import prod
 from typing import Any, ClassVar
@@ -84,9 +85,6 @@ class Unknown:
         self.name, self.arguments, self.state = name, arguments, state
 
 
-RENAMED = {"__builtin__": "builtins", "copy_reg": "copyreg"}
-"""What Python 2 called these modules, and what pickles of its protocol still do."""
-
 HARMLESS = {
     *(
         "argparse",
@@ -118,7 +116,7 @@ PLAIN = {
         "object",
         "range",
     ),
-    *("set", "slice", "str", "tuple", "type", "xrange", "long", "unicode"),
+    *("set", "slice", "str", "tuple", "type"),
 }
 """The builtins that hold data."""
 
@@ -382,7 +380,9 @@ class Machine:
         """What is meant by a name."""
         if type(module) is not str or type(name) is not str:
             raise ValueError("a name is no text")
-        self.push(self.named(f"{RENAMED.get(module, module)}.{name}"), 1 + len(module) / 70 + len(name) / 70)
+        # Pickles of protocol 2 have the names that Python 2 had.
+        module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
+        self.push(self.named(f"{module}.{name}"), 1 + len(module) / 70 + len(name) / 70)
 
     def named(self, full_name: str) -> Name | Unknown:
         """What is meant by a dotted name."""

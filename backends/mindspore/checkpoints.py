@@ -84,7 +84,7 @@ def read(path: str | PathLike[str], key: str | None = None, note: pickles.Note =
     """
     try:
         with open(path, "rb") as file:
-            safetensors = file.read(9)[8:] == b"{"
+            safetensors = file.read(9)[8:] == b"{" or Path(path).suffix == ".safetensors"
         state = read_safetensors(path)[0] if safetensors else _read(memoryview(Path(path).read_bytes()))
         return _renamed(_chosen(state, key, note), LONE)
     except _DamagedError as error:

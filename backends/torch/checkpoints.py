@@ -84,7 +84,9 @@ def read(path: str | PathLike[str], key: str | None = None, note: pickles.Note =
         elif path.is_file():
             state = _read_file(path, key, note)
         else:
-            raise ValueError("which is no file")
+            raise RBNValueError(
+                f"RBN: expected a PyTorch checkpoint, got {path}, which is no file. Check the path."
+            )
     except Exception as error:  # what a damaged file raises on its way through zip and pickle is anything
         if isinstance(error, RBNError | OSError):
             raise
@@ -107,7 +109,7 @@ def _read_file(path: Path, key: str | None, note: pickles.Note) -> State:
         size = path.stat().st_size
         if start.startswith(b"PK\x03\x04"):
             return _read_zip(file, size, key, note)
-        if LEGACY in start:
+        if start[:1] == b"\x80" and LEGACY in start:
             return _read_legacy(file, size, key, note)
     raise ValueError("its first bytes are those of no file of torch.save")
 
@@ -147,7 +149,7 @@ def _read_distributed(folder: Path, key: str | None, note: pickles.Note) -> Stat
     tensors, stored = described.state["state_dict_metadata"], described.state["storage_data"]
     places: dict[str, list[tuple[tuple[int, ...], Any]]] = {}
     for index, information in stored.items():
-        name, offset = index.arguments.state["fqn"], index.arguments.state["offset"]
+        name, offset = index.arguments.state["fqn"], index.arguments.state.get("offset")
         places.setdefault(name, []).append((_shape(offset) if offset else (), information.state))
     sizes: dict[str, int] = {}
     loaded: dict[str, Any] = {}
@@ -157,7 +159,7 @@ def _read_distributed(folder: Path, key: str | None, note: pickles.Note) -> Stat
         *outer, last = paths[name] if isinstance(paths, dict) and name in paths else (name,)
         for part in outer:
             branch = branch.setdefault(part, {})
-        shape = tensor.state.get("size")
+        shape = (tensor.state or {}).get("size")  # what is no tensor has none
         branch[last] = _Distributed(_shape(shape), places.get(name, [])) if shape is not None else tensor
     for *_, information in itertools.chain(*places.values()):
         file = information["relative_path"]

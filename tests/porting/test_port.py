@@ -1,6 +1,7 @@
 """`rbn.porting.port` on formats that need no framework, and the `rbn port` command."""
 
 import json
+import pickle
 import subprocess
 import sys
 
@@ -282,6 +283,149 @@ def test_names_that_are_one_in_the_target_are_refused(tmp_path):
     weights.save(tmp_path / "a.safetensors", state)
     with pytest.raises(RBNValueError, match="names differ in jittor, too, got 3, of which only 2 do"):
         port(tmp_path / "a.safetensors", tmp_path / "a.pkl")
+
+
+# Whose a file is, and what it is instead
+
+
+@pytest.mark.framework("torch")
+def test_the_content_tells_and_the_suffix_does_not(tmp_path, canonical):
+    for name, framework in (("a.pth", "torch"), ("a.pkl", "jittor"), ("a.ckpt", "mindspore"), ("t", "torch")):
+        options = {"destination_format": framework}
+        port(canonical, tmp_path / name, **options)
+        other = tmp_path / f"{name}.ckpt"
+        (tmp_path / name).rename(other)
+        table = port(other, tmp_path / "b.safetensors")
+        note = f"{other.name} is read as {framework}'s, which its content is; --from mindspore reads it as"
+        assert any(text.startswith(note) for text in table.notes) == (framework != "mindspore")
+    port(canonical, tmp_path / "pt.safetensors", destination_format="torch")
+    port(tmp_path / "pt.safetensors", tmp_path / "c.pkl")
+    with pytest.raises(RBNValueError, match="expected a MindSpore checkpoint"):
+        port(tmp_path / "a.pth.ckpt", tmp_path / "c.pkl", source_format="mindspore")
+
+
+@pytest.mark.parametrize("options", [{}, {"source_format": "torch"}])
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "a.pth",
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
+            "a pointer of Git LFS.*git lfs pull",
+        ),
+        ("a.pth", b"\n<!DOCTYPE html><html>", "a web page"),
+        ("a.pth", b"<HTML>", "a web page"),
+        ("a.h5", b"\x89HDF\r\n", "an HDF5 file"),
+        ("model-00002-of-00003.safetensors", b"x" * 99, r"part 2 of 3 alone. Give the \.index\.json beside"),
+    ],
+)
+def test_what_is_no_weights_is_called_what_it_is(tmp_path, name, content, message, options):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(RBNValueError, match=rf"expected .*weights, got .*, which is {message}"):
+        port(tmp_path / name, tmp_path / "b.pkl", **options)
+
+
+def test_half_a_download_is_called_so(tmp_path, canonical):
+    canonical.write_bytes(canonical.read_bytes()[:-10])
+    with pytest.raises(RBNValueError, match=r"it has \d+ bytes of \d+, as half of a download"):
+        port(canonical, tmp_path / "b.pkl")
+
+
+# The old file stays until the new one is read back
+
+
+@pytest.mark.parametrize("name", ["b.safetensors", "b.ckpt", "b.pkl", "b.msgpack"])
+def test_a_number_goes_everywhere(tmp_path, name):
+    state = {"logit_scale": np.array(2.5, np.float32), "fc.weight": np.ones((2, 3), np.float32)}
+    weights.save(tmp_path / "a.safetensors", state)
+    port(tmp_path / "a.safetensors", tmp_path / name)
+    port(tmp_path / name, tmp_path / "c.safetensors")
+    same(weights.load(tmp_path / "c.safetensors"), state)
+
+
+@pytest.mark.parametrize("name", ["b.safetensors", "b.ckpt", "b.pkl"])
+def test_what_is_not_read_back_leaves_the_old_file(tmp_path, canonical, monkeypatch, name):
+    (tmp_path / name).write_bytes(b"old")
+    monkeypatch.setattr(porting, "stored_arrays", lambda path, framework: {})
+    with pytest.raises(RBNValueError, match="expected to read back what was written"):
+        port(canonical, tmp_path / name)
+    assert (tmp_path / name).read_bytes() == b"old"
+    assert sorted(path.name for path in tmp_path.iterdir()) == [name, canonical.name]
+
+
+# What names and shapes do not tell
+
+
+def test_only_a_running_mean_tells_a_norm(tmp_path):
+    state = {
+        "act.weight": np.ones(4, np.float32),
+        "ln.weight": np.ones((4, 3), np.float32),
+        "ln.bias": np.ones((4, 3), np.float32),
+        "bn.weight": np.ones(4, np.float32),
+        "bn.running_mean": np.ones(4, np.float32),
+        "a/b.weight": np.ones((2, 3), np.float32),
+        "mask": np.array([0, -np.inf], np.float32),
+    }
+    porting.checkpoints("jittor").write(tmp_path / "a.pkl", state)
+    table = port(tmp_path / "a.pkl", tmp_path / "b.safetensors")
+    found = weights.read(tmp_path / "b.safetensors")
+    names = ("act.weight", "ln.weight", "ln.bias", "bn.gamma", "bn.running_mean", "a/b.weight", "mask")
+    assert found.state.keys() == set(names)
+    kinds = {path: layer["kind"] for path, layer in found.layers.items()}
+    assert kinds == {"act": "other", "ln": "other", "bn": "norm", "a/b": "linear", "": "other"}
+    rows = {row.name: row.source for row in table.rows}
+    assert (rows["bn.gamma"], rows["act.weight"]) == ("bn.weight", "")
+    assert table.notes[0] == "taken for normalizations, by their statistics or names: bn"
+    assert table.notes[1].startswith("kept under their own names, as neither names nor shapes tell")
+    port(tmp_path / "b.safetensors", tmp_path / "c.pkl")
+    same(porting.stored_arrays(tmp_path / "c.pkl", "jittor"), state)
+    with pytest.raises(RBNValueError, match=r"names without a slash.*got a/b\.weight"):
+        port(tmp_path / "a.pkl", tmp_path / "c.msgpack")
+
+
+@pytest.mark.parametrize("name", ["bn.running_mean", "act.weight", "fc.bias"])
+def test_infinity_in_weights_is_refused_by_the_name_in_the_file(tmp_path, name):
+    state = {
+        "bn.weight": np.ones(4),
+        "bn.running_mean": np.zeros(4),
+        "act.weight": np.ones(4),
+        "fc.bias": np.ones(4),
+    }
+    state[name] = np.array([1, -np.inf, np.nan, 0])
+    porting.checkpoints("jittor").write(tmp_path / "a.pkl", state)
+    with pytest.raises(RBNValueError, match=rf"NaN or infinity in {name} \(2 of 4\)"):
+        port(tmp_path / "a.pkl", tmp_path / "b.safetensors")
+    state[name] = np.ones(4)
+    state["bn.weight"] = np.array([1, np.nan, 0, 0])
+    porting.checkpoints("jittor").write(tmp_path / "a.pkl", state)
+    with pytest.raises(RBNValueError, match=r"NaN or infinity in bn\.weight \(1 of 4\)"):
+        port(tmp_path / "a.pkl", tmp_path / "b.safetensors")
+
+
+def test_bfloat16_is_read_where_nothing_has_imported_it(tmp_path):
+    path = tmp_path / "a.safetensors"
+    weights.save(path, {"fc.weight": np.ones((2, 3), ml_dtypes.bfloat16)})
+    code = f"from rbn_core import weights; print(weights.load({str(path)!r})['fc.weight'].dtype)"
+    assert python(code).strip() == "bfloat16"
+    code = f"import sys; sys.modules['ml_dtypes'] = None; from rbn_core import weights\n{code}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "expected the package ml_dtypes" in done.stderr
+
+
+def test_what_is_left_out_is_a_row_and_a_key_chooses(tmp_path):
+    content = {"net": {"a": np.ones(2)}, "ema": {"a": np.zeros(2)}, "epoch": 3}
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps(content))
+    table = port(tmp_path / "a.pkl", tmp_path / "b.safetensors")
+    left = [(row.name, row.status, row.detail) for row in table.rows[1:]]
+    assert left == [("ema", "left out", "1 arrays; take them with --key ema"), ("epoch", "left out", "3")]
+    port(tmp_path / "a.pkl", tmp_path / "b.safetensors", key="ema")
+    same(weights.load(tmp_path / "b.safetensors"), {"a": np.zeros(2)})
+    state = {"teacher.a": np.zeros(2), "student.a": np.ones(2)}
+    porting.checkpoints("mindspore").write(tmp_path / "a.ckpt", state)
+    port(tmp_path / "a.ckpt", tmp_path / "b.safetensors", key="teacher")
+    same(weights.load(tmp_path / "b.safetensors"), {"a": np.zeros(2)})
+    with pytest.raises(RBNValueError, match="--key with a framework's file"):
+        port(tmp_path / "b.safetensors", tmp_path / "c.pkl", key="teacher")
 
 
 # What is refused

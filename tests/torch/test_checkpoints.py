@@ -1,22 +1,30 @@
 """PyTorch's files are read whole or refused, whatever is in them."""
 
+import argparse
+import datetime
+import enum
 import io
+import json
 import os
+import pathlib
 import pickle
 import random
+import subprocess
+import sys
 import tarfile
 import time
 import zipfile
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 
 import ml_dtypes
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.distributed import checkpoint as distributed
 
 from rbn.backends.torch import BNET, IEBN, RBN, checkpoints, describe, from_numpy, network, to_numpy
-from rbn_core import RBNError, RBNTypeError, RBNValueError
+from rbn_core import RBNError, RBNTypeError, RBNValueError, weights
 from rbn_core.names import from_own, to_own
 
 FORMS = {"zip": True, "legacy": False}
@@ -104,7 +112,8 @@ def published(net):
     """A model's state as the published code of the three papers has it."""
     state = OrderedDict()
     for name, value in net.state_dict().items():
-        if name.endswith(("center_weight", "scale_weight", "scale_bias")):
+        added = ("center_weight", "scale_weight", "scale_bias")
+        if name.endswith(added) or name in ("1.weight", "1.bias", "3.weight", "3.bias"):
             value = value.reshape(1, -1, 1, 1)
         for ours, theirs in (
             ("2.conv", "2.bnconv"),
@@ -213,6 +222,143 @@ def test_a_torchvision_style_resnet50_loads_quickly(tmp_path):
     assert all(torch.equal(target.state_dict()[n], v) for n, v in source.state_dict().items())
     assert to_own("torch", to_numpy(source), kinds).keys() == source.state_dict().keys()
     assert took < 5  # 0.2 s on an idle machine
+
+
+class Config:
+    """Somebody's class, which is not made: its `__setstate__` would raise."""
+
+    def __init__(self):
+        self.rate = 0.1
+
+    def __setstate__(self, state):
+        raise AssertionError
+
+
+class Mode(enum.Enum):
+    """Somebody's enumeration."""
+
+    FAST = 1
+
+
+BESIDE = {
+    "argparse.Namespace": argparse.Namespace(lr=0.1),
+    "an array of shape ()": np.float64(0.9),
+    "a scalar of numpy.dtype M8": np.datetime64("2020"),
+    "pathlib.PosixPath": pathlib.PosixPath("/somewhere"),
+    "datetime.datetime": datetime.datetime(2020, 1, 1),
+    "builtins.set": {1, 2},
+    "a dict of 1": defaultdict(list, a=[1]),
+    "a dict of 2": {("a", 1): 2, Mode.FAST: 3},
+    f"{__name__}.Config": Config(),
+    f"{__name__}.Mode": Mode.FAST,
+    "torch.float32": torch.float32,
+    "torch._utils._rebuild_sparse_tensor": torch.ones(2).to_sparse(),
+    "torch.nn.modules.linear.Linear": nn.Linear(2, 2),
+}
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("what", BESIDE)
+def test_objects_beside_the_network_are_named_and_not_made(what, zipped, tmp_path):
+    content = {"state_dict": {"a": torch.ones(2)}, "beside": BESIDE[what]}
+    torch.save(content, tmp_path / "x.pth", _use_new_zipfile_serialization=zipped)
+    told = []
+    same(
+        checkpoints.read(tmp_path / "x.pth", note=lambda *entry: told.append(entry)),
+        {"a": np.ones(2, np.float32)},
+    )
+    assert told == [("beside", what)]
+
+
+def test_a_key_chooses_among_networks(tmp_path):
+    ema = {"module.a": torch.zeros(2)}
+    torch.save({"state_dict": {"a": torch.ones(2)}, "state_dict_ema": ema}, tmp_path / "x.pth")
+    told = []
+    found = checkpoints.read(tmp_path / "x.pth", "state_dict_ema", lambda *entry: told.append(entry))
+    same(found, {"a": np.zeros(2, np.float32)})
+    assert [name for name, _ in told] == ["state_dict", "module.*"]
+    with pytest.raises(RBNValueError, match="nothing is called 'teacher' in it; there are state_dict"):
+        checkpoints.read(tmp_path / "x.pth", "teacher")
+
+
+def test_what_lightning_and_averaged_models_put_before_names_goes(tmp_path):
+    state = {f"model.{name}": value for name, value in nn.Linear(2, 2).state_dict().items()}
+    torch.save({"state_dict": state, "pytorch-lightning_version": "2.4"}, tmp_path / "x.ckpt")
+    told = []
+    found = checkpoints.read(tmp_path / "x.ckpt", note=lambda *entry: told.append(entry))
+    assert found.keys() == {"weight", "bias"}
+    assert told[-1] == ("model.*", "what stands before every name")
+    more = {"state_dict": state | {"loss.weight": torch.ones(1)}, "pytorch-lightning_version": "2.4"}
+    torch.save(more, tmp_path / "x.ckpt")
+    assert checkpoints.read(tmp_path / "x.ckpt").keys() == more["state_dict"].keys()
+    torch.save(torch.optim.swa_utils.AveragedModel(nn.Linear(2, 2)).state_dict(), tmp_path / "x.pth")
+    assert checkpoints.read(tmp_path / "x.pth").keys() == {"weight", "bias"}
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+def test_an_index_of_hugging_face_is_read_with_its_parts(suffix, tmp_path):
+    state = nn.Sequential(nn.Conv2d(1, 2, 1), RBN(2)).state_dict()
+    parts = [dict(list(state.items())[:3]), dict(list(state.items())[3:])]
+    places = {}
+    for number, part in enumerate(parts):
+        name = f"model-{number}{suffix}"
+        if suffix == ".bin":
+            torch.save(part, tmp_path / name)
+        else:
+            checkpoints.write(tmp_path / name, {key: value.numpy() for key, value in part.items()})
+        places |= dict.fromkeys(part, name)
+    index = tmp_path / "model.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    for path in (index, tmp_path):
+        same(checkpoints.read(path), {key: value.numpy() for key, value in state.items()})
+    for wrong, message in (
+        ({"a": "../outside.bin"}, "which is no file beside it"),
+        ({"a": "absent.bin"}, "whose part absent.bin is not there"),
+        ({"a": f"model-0{suffix}"}, "lacks a"),
+    ):
+        index.write_text(json.dumps({"weight_map": wrong}))
+        with pytest.raises(RBNValueError, match=message):
+            checkpoints.read(index)
+
+
+@pytest.mark.filterwarnings("ignore")  # PyTorch's own, of a single process
+def test_a_distributed_checkpoint_is_read(tmp_path):
+    net = nn.Sequential(nn.Conv2d(1, 2, 1), RBN(2))
+    state = {name: value.numpy() for name, value in net.state_dict().items()}
+    distributed.save({"model": net.state_dict(), "epoch": 3}, checkpoint_id=tmp_path / "nested")
+    distributed.save(net.state_dict(), checkpoint_id=tmp_path / "flat")
+    told = []
+    same(checkpoints.read(tmp_path / "nested", note=lambda *entry: told.append(entry)), state)
+    assert told == [("epoch", "torch.distributed.checkpoint.metadata.BytesStorageMetadata")]
+    same(checkpoints.read(tmp_path / "flat"), state)
+    (part,) = (tmp_path / "flat").glob("*.distcp")
+    part.write_bytes(part.read_bytes()[:-100])
+    with pytest.raises(RBNValueError, match="its zip is truncated"):
+        checkpoints.read(tmp_path / "flat")
+    part.unlink()
+    part.symlink_to(tmp_path / "nested" / part.name)
+    with pytest.raises(RBNValueError, match="which is no file in it"):
+        checkpoints.read(tmp_path / "flat")
+
+
+def test_safetensors_say_whose_they_are(tmp_path):
+    checkpoints.write(tmp_path / "x.safetensors", {"a": np.ones(2)})
+    assert weights.read_metadata(tmp_path / "x.safetensors") == {"format": "pt"}
+
+
+def test_reading_needs_no_pytorch(tmp_path):
+    torch.save({"a": torch.ones(2, dtype=torch.bfloat16), "b": torch.ones(2, 3).T}, tmp_path / "x.pth")
+    script = """
+import importlib.util, sys
+sys.modules["torch"] = None
+spec = importlib.util.spec_from_file_location("checkpoints", sys.argv[1])
+checkpoints = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(checkpoints)
+print({name: (array.shape, array.dtype.name) for name, array in checkpoints.read(sys.argv[2]).items()})
+"""
+    command = [sys.executable, "-c", script, checkpoints.__file__, tmp_path / "x.pth"]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == "{'a': ((2,), 'bfloat16'), 'b': ((3, 2), 'float32')}"
 
 
 class Reduced:
@@ -459,8 +605,11 @@ def test_a_safetensors_file_that_is_damaged_is_refused(tmp_path):
 
 
 def test_what_is_no_file_is_refused(tmp_path):
-    for path in (tmp_path / "x.pth", tmp_path):
-        with pytest.raises(RBNValueError, match=r"expected a PyTorch checkpoint, got .*, which is no file"):
+    for path, message in (
+        (tmp_path / "x.pth", r"expected a PyTorch checkpoint, got .*, which is no file"),
+        (tmp_path, r"which has 0 files that end in \.index\.json, and no \.metadata"),
+    ):
+        with pytest.raises(RBNValueError, match=message):
             checkpoints.read(path)
 
 
