@@ -278,6 +278,15 @@ def port(
     map_file: Annotated[
         Path | None, typer.Option("--map", metavar="FILE", help="TOML with the tables [rename] and [kinds].")
     ] = None,
+    convert: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LAYER", help="What BatchNorm becomes on the way: rbn, iebn, bnet, or JSON as for --norm."
+        ),
+    ] = None,
+    preserve: Annotated[
+        bool, typer.Option("--preserve", help="With --convert: the network gives what it gave.")
+    ] = False,
     layout: Annotated[
         str | None, typer.Option(help="published with --to torch; linen or nnx with --to flax.")
     ] = None,
@@ -294,10 +303,14 @@ def port(
     """
     # Not needed by the other commands, and slow to import.
     from rbn import porting
-    from rbn_core import RBNError
+    from rbn_core import RBNError, RBNValueError
 
     console = _console()
     try:
+        if verify and convert is not None:
+            raise RBNValueError(
+                "port: expected --verify of one network, got --convert, which makes another. Leave one out."
+            )
         rename, kinds = porting.read_map(map_file) if map_file else ({}, {})
         choices: dict[str, Any] = {
             "source_format": source_format,
@@ -314,7 +327,15 @@ def port(
             def progress(step: str) -> None:
                 status.update(escape(step))
 
-            found = porting.port(source, destination, **choices, layout=layout, progress=progress)
+            found = porting.port(
+                source,
+                destination,
+                **choices,
+                layout=layout,
+                convert=None if convert is None else porting.parse_norm(convert),
+                preserve=preserve,
+                progress=progress,
+            )
             difference = None
             if verify:
                 from rbn import verification

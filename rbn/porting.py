@@ -454,8 +454,8 @@ def converted(
     """The content with other normalizations, and what every array is then.
 
     Raises:
-        RBNError: `norm` is wrong, or asks for stages or places of arrays that are no known network's; there is
-            nothing to convert, or something that cannot be.
+        RBNError: `norm` is wrong, or asks for stages or places of arrays that are no known network's; nothing
+            is there to convert, or something that cannot be.
     """
     described = content.network
     before = norms_of(content)
@@ -471,9 +471,9 @@ def converted(
         if target is not None:
             nodes = tuple(after[node.name] if isinstance(node, Norm) else node for node in target.nodes)
             target = replace(target, nodes=nodes)
-    if not any(node.layer == "bn" for node in (*before.values(), *after.values())):
+    if all(node.layer == after[path].layer for path, node in before.items()):
         raise RBNValueError(
-            "port: expected BatchNorm to convert, or something to convert to it, got none. Leave --convert out."
+            f"port: expected normalizations that {norm!r} changes, got none. Leave --convert out."
         )
     state = conversion.convert_state(content.state, before, after, preserve)
     layers = content.layers | {path: layer_entry(node) for path, node in after.items()}

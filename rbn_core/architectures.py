@@ -89,6 +89,21 @@ class NormChoice:
         return (self.layer, self.options) if chosen else ("bn", {})
 
 
+def layer_of(norm: str | Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+    """The layer that `norm` names, as `network` takes it, and its options, where there are no stages.
+
+    Raises:
+        RBNError: It is unknown, or says where the layer goes.
+    """
+    chosen = _choice(norm)
+    if not isinstance(norm, str) and norm.keys() & {"stages", "places"}:
+        raise RBNValueError(
+            "network: expected stages and places of a network that is known, got none. Name the network, or "
+            "leave them out."
+        )
+    return chosen.layer, chosen.options
+
+
 def _choice(norm: str | Mapping[str, Any]) -> NormChoice:
     if isinstance(norm, str):
         norm = {"layer": norm}

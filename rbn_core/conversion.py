@@ -12,6 +12,7 @@ from rbn_core import reference
 from rbn_core.config import Config, check_choice
 from rbn_core.errors import RBNTypeError, RBNValueError
 from rbn_core.matching import State
+from rbn_core.networks import Norm
 
 LAYERS = ("bn", "rbn", "iebn", "bnet")
 """What a layer can be converted to."""
@@ -103,6 +104,55 @@ def to_batch_norm(config: Config, state: Mapping[str, Any]) -> State | str:
         if not config.gamma:
             kept.setdefault("beta", np.zeros(config.num_features))
     return kept
+
+
+def convert_state(
+    state: Mapping[str, Any], before: Mapping[str, Norm], after: Mapping[str, Norm], preserve: bool
+) -> State:
+    """The state of a network in which some normalizations become others.
+
+    Args:
+        state: The network's, under canonical names.
+        before: What is there, by dotted path.
+        after: What is to be there, at the same paths.
+        preserve: As in `from_batch_norm`. Back to BatchNorm goes only what is preserved.
+
+    Returns:
+        All arrays: a BNET that need not be preserved starts at 0, as in the papers' networks.
+
+    Raises:
+        RBNValueError: A layer cannot become the other; every reason is told.
+    """
+    converted = dict(state)
+    wrong = []
+    for path, new in after.items():
+        old = before[path]
+        if (old.layer, old.options) == (new.layer, new.options):
+            continue
+        prefix = f"{path}." if path else ""
+        own = {name: state[prefix + name] for name in old.state_shapes() if prefix + name in state}
+        if old.layer == "bn":
+            found = from_batch_norm(new.config, own, preserve)
+        elif new.layer == "bn":
+            found = to_batch_norm(old.config, own)
+        else:
+            found = f"is {old.layer}, which becomes {new.layer} by way of bn alone"
+        if isinstance(found, str):
+            wrong.append(f"{path} {found}")
+            continue
+        start = reference.Layer(new.config).state()
+        for name in own:
+            del converted[prefix + name]
+        for name in new.state_shapes():
+            value = found.get(name, np.zeros_like(start[name]))
+            dtype = own["running_mean"].dtype if value.dtype.kind == "f" else value.dtype
+            converted[prefix + name] = value.astype(dtype, copy=False)
+    if wrong:
+        raise RBNValueError(
+            f"convert: expected layers that can be converted, got {len(wrong)} that cannot: "
+            f"{'; '.join(wrong[:6])}{'; ...' if len(wrong) > 6 else ''}. Choose others with stages or places."
+        )
+    return converted
 
 
 def restriction(config: Config, scale_bias: Any) -> Any:
