@@ -111,7 +111,8 @@ def main(options: list[str]) -> int:
     try:
         while waiting or active:
             while waiting and len(active) < (os.cpu_count() or 1):
-                active.append(Part(waiting.pop(0), [] if long else ["-m", "not long"]))
+                options = ["--durations", "20", *([] if long else ["-m", "not long"])]
+                active.append(Part(waiting.pop(0), options))
             time.sleep(0.1)
             for part in [part for part in active if not part.runs()]:
                 active.remove(part)

@@ -62,13 +62,15 @@ INSTALL = [
     "python -m pip install -c constraints.txt --no-build-isolation -e .[cli,torch,flax,mindspore,jittor,dev]",
     "python -c import rbn.backends.jittor",
 ]
-SHORT = " -m not long"
+SLOWEST, SHORT = " --durations 20", " -m not long"
 FRAMEWORK_TESTS = {
-    "coverage run --data-file=.coverage.{0} -m pytest --framework {0}" + SHORT: "pytest --framework {0}",
+    "coverage run --data-file=.coverage.{0} -m pytest --framework {0}"
+    + SLOWEST
+    + SHORT: "pytest --framework {0}",
     "coverage combine --quiet --data-file=.coverage.{0}": "combining the coverage of {0}",
     "coverage report --data-file=.coverage.{0} --include=backends/{0}/* --fail-under=95": "coverage of {0}",
 }
-PARTS = [{"pytest -n 2 --dist loadfile" + SHORT: "pytest"}] + [
+PARTS = [{"pytest -n 2 --dist loadfile" + SLOWEST + SHORT: "pytest"}] + [
     {call.format(name): failure.format(name) for call, failure in FRAMEWORK_TESTS.items()}
     for name in ("torch", "flax", "mindspore", "jittor")
 ]
