@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -78,7 +79,8 @@ def due(case: Case) -> tuple[Step, ...]:
     state, config = case.state(), case.config
     name, kind = case.spoil
     if kind == "missing" and name in config.parameters and name in OPTIONAL:
-        config = replace(config, **{name: False})
+        without_it: dict[str, Any] = {name: False}
+        config = replace(config, **without_it)
         del state[name]
     reference = Extended(config)
     reference.load(state)

@@ -345,8 +345,7 @@ def _spoilt() -> Iterator[Case]:
             if kind != "shared" or name in SHARED_WITH:
                 yield _case(layer, training, "offset0", OPTION_SHAPE, "float32", spoilt=f"{name}:{kind}")
     for layer in LAYERS:
-        how = {"spoilt": "num_batches_tracked:missing"}
-        yield _case(layer, True, "offset0", OPTION_SHAPE, "float32", **how)
+        yield _case(layer, True, "offset0", OPTION_SHAPE, "float32", spoilt="num_batches_tracked:missing")
 
 
 def _case(
