@@ -1,6 +1,7 @@
 """RBN, IEBN and BNET in Flax: here for linen, in `rbn.backends.flax.nnx` for NNX."""
 
 from rbn.backends.flax import nnx
+from rbn.backends.flax.activations import activations
 from rbn.backends.flax.layers import BNET, IEBN, RBN
 from rbn.backends.flax.networks import Network, network
 from rbn.backends.flax.optimizers import optimizer_from_numpy, optimizer_to_numpy
@@ -12,6 +13,7 @@ __all__ = [
     "IEBN",
     "RBN",
     "Network",
+    "activations",
     "convert",
     "describe",
     "from_numpy",

@@ -7,6 +7,7 @@ from rbn.backends.jittor import environment
 environment.prepare()
 
 # Behind prepare(): Jittor reads its environment when it is imported.
+from rbn.backends.jittor.activations import activations  # noqa: E402
 from rbn.backends.jittor.layers import BNET, IEBN, RBN  # noqa: E402
 from rbn.backends.jittor.networks import Network, network  # noqa: E402
 from rbn.backends.jittor.optimizers import optimizer_from_numpy, optimizer_to_numpy  # noqa: E402
@@ -21,6 +22,7 @@ __all__ = [
     "IEBN",
     "RBN",
     "Network",
+    "activations",
     "convert",
     "describe",
     "from_numpy",

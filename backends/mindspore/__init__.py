@@ -1,5 +1,6 @@
 """RBN in MindSpore: `rbn.backends.mindspore.RBN` in place of `mindspore.nn.BatchNorm1d`, `2d` and `3d`."""
 
+from rbn.backends.mindspore.activations import activations
 from rbn.backends.mindspore.layers import BNET, IEBN, RBN
 from rbn.backends.mindspore.networks import Network, network
 from rbn.backends.mindspore.optimizers import optimizer_from_numpy, optimizer_to_numpy
@@ -11,6 +12,7 @@ __all__ = [
     "IEBN",
     "RBN",
     "Network",
+    "activations",
     "convert",
     "describe",
     "from_numpy",

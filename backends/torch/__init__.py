@@ -1,5 +1,6 @@
 """RBN, IEBN and BNET in PyTorch, in place of `torch.nn.BatchNorm1d`, `2d` and `3d`, and whole networks."""
 
+from rbn.backends.torch.activations import activations
 from rbn.backends.torch.layers import BNET, IEBN, RBN
 from rbn.backends.torch.networks import Network, network
 from rbn.backends.torch.optimizers import optimizer_from_numpy, optimizer_to_numpy
@@ -11,6 +12,7 @@ __all__ = [
     "IEBN",
     "RBN",
     "Network",
+    "activations",
     "convert",
     "convert_sync_rbn",
     "describe",

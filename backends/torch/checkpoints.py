@@ -444,7 +444,7 @@ def _check_sum(opened: zipfile.ZipFile, member: zipfile.ZipInfo) -> None:
 def _read_legacy(file: BinaryIO, size: int, key: str | None, note: pickles.Note) -> State:
     """The arrays of the form before the zip, once the storages are held against the rest of the file."""
     try:
-        machines, objects, end = _legacy_pickles(file.read(LEGACY_START), size)
+        machines, objects, end = _legacy_pickles(file.read(min(LEGACY_START, size)), size)
     except pickles.CutError:
         file.seek(0)
         machines, objects, end = _legacy_pickles(file.read(), size)

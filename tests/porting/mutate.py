@@ -5,6 +5,8 @@ more memory than ten times the file. The parent sees a crash as the exit status;
 is then still in FOLDER. A file can be made again: its damage depends on FORMAT, SEED and its number alone.
 """
 
+import argparse
+import datetime
 import io
 import pickle
 import random
@@ -16,7 +18,8 @@ import sys
 import time
 import tracemalloc
 import zipfile
-from pathlib import Path
+from collections import defaultdict
+from pathlib import Path, PurePosixPath
 
 import ml_dtypes
 import numpy as np
@@ -98,6 +101,17 @@ def example(seed):
 KINDS = {"conv1": "convolution", "bn1": "norm", "head.fc": "linear"}
 
 
+BESIDE = {
+    "epoch": 3,
+    "args": argparse.Namespace(lr=0.1, where=PurePosixPath("runs"), stages=(1, 4)),
+    "best": np.float64(0.9),
+    "when": datetime.datetime(2020, 1, 1),
+    "seen": {1, 2},
+    "by": defaultdict(list, {("a", 1): [1.0]}),
+}
+"""What stands beside the weights."""
+
+
 def whole(name, path, seed):
     """Write an undamaged file, in one of the forms that the format has."""
     framework = FORMATS[name][0]
@@ -113,10 +127,19 @@ def whole(name, path, seed):
         import torch
 
         entries = {"state_dict": {key: torch.tensor(value.astype(np.float32)) for key, value in own.items()}}
-        torch.save(entries | {"epoch": 3}, path, _use_new_zipfile_serialization=False)
+        torch.save(entries | BESIDE, path, _use_new_zipfile_serialization=False)
+        return
+    if name == "pth" and seed % 3 == 2:  # what a training script writes
+        import torch
+
+        entries = {key: torch.tensor(value.astype(np.float32)) for key, value in own.items()}
+        torch.save({"state_dict": entries, "state_dict_ema": entries} | BESIDE, path)
         return
     if name == "pkl" and seed % 3 == 1:  # as a Python without Jittor would
-        path.write_bytes(pickle.dumps({"model": own, "epoch": 3}, protocol=2))
+        path.write_bytes(pickle.dumps({"model": own} | BESIDE, protocol=2))
+        return
+    if name == "pkl" and seed % 3 == 2:
+        path.write_bytes(pickle.dumps({"model": own, "ema": own} | BESIDE, protocol=4))
         return
     options = {"layout": "nnx"} if framework == "flax" and seed % 3 == 1 else {}
     porting.checkpoints(framework).write(path, own, **options)

@@ -1,5 +1,6 @@
 """RBN, IEBN and BNET as NNX modules, networks of them, and what is done to whole models."""
 
+from rbn.backends.flax.nnx.activations import activations
 from rbn.backends.flax.nnx.layers import BNET, IEBN, RBN, CalibratedNorm
 from rbn.backends.flax.nnx.networks import Network, network
 from rbn.backends.flax.nnx.surgery import convert
@@ -11,6 +12,7 @@ __all__ = [
     "RBN",
     "CalibratedNorm",
     "Network",
+    "activations",
     "convert",
     "describe",
     "from_numpy",
