@@ -192,10 +192,10 @@ class CalibrationsLeftOut(WrongSubject):
     """In mixed precision the layer is plain BatchNorm: the calibrations have no form in the narrow type."""
 
     def run(self, x: Array, training: bool, cotangent: Array) -> Outcome:
-        if not self.precision:
-            return super().run(x, training, cotangent)
         whole = self.layer
-        plain = Layer(replace(whole.config, centering=None, scaling=None))
+        if not self.precision or whole.config.kernel_size is not None:
+            return super().run(x, training, cotangent)
+        plain = Layer(replace(whole.config, layer="RBN", centering=None, scaling=None))
         plain.load({name: value for name, value in whole.state().items() if name in plain.state()})
         self.layer = plain
         outcome = super().run(x, training, cotangent)
