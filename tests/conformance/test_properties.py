@@ -27,6 +27,9 @@ SLOW = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 EXAMPLES = {"flax": 12, "mindspore": 12, "jittor": 4}
 """Where every new shape is compiled for seconds; elsewhere there are a hundred."""
 
+SEARCHES = pytest.mark.parametrize("share", [0.25, pytest.param(1.0, marks=pytest.mark.long)])
+"""How much of a search runs."""
+
 APART = ("reference", "numpy", "flax", "flax.nnx")
 """Who can have gamma without beta, or beta without gamma."""
 
@@ -92,12 +95,12 @@ def name_in_turn():
     )
 
 
-def for_each(name, data, property_of):
+def for_each(name, data, property_of, share=1.0):
     """Look for a case that breaks a property of a subject; it can be run again by the id that is printed."""
     subject = subject_of(name)
 
     @given(case=cases(statistics=(*CHANNEL_STATISTICS, None) if name == "numpy" else STATISTICS, data=data))
-    @settings(SLOW, max_examples=EXAMPLES.get(name.partition(".")[0], 100))
+    @settings(SLOW, max_examples=round(share * EXAMPLES.get(name.partition(".")[0], 100)))
     def search(case):
         assume(reason(case, {**subject.absent, **subject.expected_failures}) is None)
         assume(case.config.gamma == case.config.beta or name in APART)
@@ -146,14 +149,16 @@ def test_an_id_holds_the_whole_case(case):
     assert parse(case.id) == case
 
 
+@SEARCHES
 @name_in_turn()
-def test_every_implementation_agrees_with_the_reference(name):
-    for_each(name, DATA, agrees)
+def test_every_implementation_agrees_with_the_reference(name, share):
+    for_each(name, DATA, agrees, share)
 
 
+@SEARCHES
 @name_in_turn()
-def test_what_is_not_finite_stays_in_its_plane_in_evaluation_and_is_not_swallowed_in_training(name):
-    for_each(name, NOT_FINITE, shows_where_it_is)
+def test_what_is_not_finite_stays_in_its_plane_in_evaluation_and_is_not_swallowed_in_training(name, share):
+    for_each(name, NOT_FINITE, shows_where_it_is, share)
 
 
 class Swallows(Layer):
