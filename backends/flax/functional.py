@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.typing import Dtype
 from jax import Array
 
 from rbn_core.config import SPATIAL_STATISTICS, Statistic
+from rbn_core.errors import RBNTypeError, RBNValueError
 
 RESTRICT = {"sigmoid": jax.nn.sigmoid, "hard_sigmoid": jax.nn.hard_sigmoid}
 
-Average = Callable[[Array], Array]
+Average = Callable[[Array, Array | None], Array]
+Whole = Callable[[Array], Array]
 
 
-def batch_average(values: Array) -> Array:
-    """(N, C) plane values to their mean over the batch, (C,)."""
-    return values.mean(axis=0)
+def batch_average(values: Array, counts: Array | None = None) -> Array:
+    """(N, C) plane values to their mean over the batch, (C,), weighed by how many numbers each is of."""
+    if counts is None:
+        return values.mean(axis=0)
+    return ratio((values * counts).sum(axis=0), counts.sum(axis=0))
+
+
+def whole_plane(values: Array) -> Array:
+    """Means over a device's part of every plane to those over the planes: here a device has all of them."""
+    return values
 
 
 def rbn(
@@ -33,7 +44,9 @@ def rbn(
     scaling: Statistic | None,
     restrict: str,
     dtype: Dtype | None,
+    mask: Any = None,
     average: Average = batch_average,
+    whole: Whole = whole_plane,
 ) -> tuple[Array, Array, Array]:
     """Representative Batch Normalization, eq. 12 of the paper.
 
@@ -48,31 +61,118 @@ def rbn(
         scaling: K_s of eq. 9, or `None`.
         restrict: R of eq. 9.
         dtype: The output dtype that the layer was given; all is computed in at least that.
-        average: Takes (N, C) plane values to their mean over the batch, (C,); here or over all devices.
+        mask: Which values count, of a shape that broadcasts to that of x; all of them by default. K_m, K_s, E
+            and Var are of those alone; a plane that has none counts for nothing in E and Var, and its own
+            mean and variance are 0.
+        average: Takes (N, C) plane values, and how many numbers each is of, to their mean over the batch,
+            (C,); here or over all devices.
+        whole: Takes the means over parts of planes to those over whole ones, where devices share them.
 
     Returns:
         Y, and the E and biased Var it was normalized with, all in at least float32 and in what x and the
         parameters promote to.
     """
     axis %= x.ndim
-    x = jnp.asarray(x, jnp.result_type(x, *parameters.values(), jnp.float32, dtype or jnp.float32))
+    x = jnp.asarray(x, widest(x, *parameters.values(), jnp.float32, dtype or jnp.float32))
+    parameters = {name: jnp.asarray(parameter, x.dtype) for name, parameter in parameters.items()}
+    if mask is not None:
+        mask = jnp.broadcast_to(jnp.asarray(mask, bool), x.shape)
     if axis == 0:
         # Without a batch axis in front, the one behind the channels is it.
-        x = x.swapaxes(0, 1)
+        x, mask = (None if array is None else array.swapaxes(0, 1) for array in (x, mask))
     front = max(axis, 1)
     if centering in SPATIAL_STATISTICS:
-        k_m = spatial_statistic(centering, x, front, eps)
+        k_m = spatial_statistic(centering, x, front, eps, mask)
         x = x + per_channel(parameters["center_weight"], x, front) * k_m
         centering = None
+    mu, v, counts = moments(x, front, mask, whole)
+    known: Any = parameters
     if scaling in SPATIAL_STATISTICS:
-        before = {"center_weight": parameters["center_weight"]} if centering else {}
-        x_s, mean, var = two_pass(x, before, running, front, eps, centering, None, restrict, average)
-        y = scale_spatially(x_s, parameters, front, eps, scaling, restrict)
-    else:
-        y, mean, var = two_pass(x, parameters, running, front, eps, centering, scaling, restrict, average)
+        known = {"center_weight": parameters["center_weight"]} if centering else {}
+    a, b, mean, var = calibrate(
+        mu,
+        v,
+        known,
+        running,
+        eps,
+        centering,
+        None if scaling in SPATIAL_STATISTICS else scaling,
+        restrict,
+        partial(average, counts=counts),
+    )
+    y = affine(x, a, b, front)
+    if scaling in SPATIAL_STATISTICS:
+        y = scale_spatially(y, parameters, front, eps, scaling, restrict, mask)
     if axis == 0:
         y = y.swapaxes(0, 1)
     return y, mean, var
+
+
+def channel_axis(axis: Any, layer: str = "RBN") -> int:
+    """The channel axis, which BatchNorm takes as a tuple, too.
+
+    Raises:
+        RBNError: There are several, or something else.
+    """
+    axes = tuple(axis) if isinstance(axis, tuple | list) else (axis,)
+    if len(axes) == 1 and isinstance(axes[0], int | np.integer) and not isinstance(axes[0], bool):
+        return int(axes[0])
+    wrong = RBNValueError if len(axes) > 1 else RBNTypeError
+    raise wrong(
+        f"{layer}: expected one channel axis, got axis={axis!r}. "
+        "Pass an int, and reshape the input where its channels lie on several axes."
+    )
+
+
+def with_a_batch(x: Any, vectors: Sequence[Array], *, shared: bool) -> Array:
+    """x, if `vmap` has not taken its batch axis.
+
+    Args:
+        x: Of any rank: from four axes on the first is the batch.
+        vectors: All (C,) arrays that the layer has.
+        shared: Whether the batch is spread over a named axis: then (N, C) is a part of it.
+
+    Raises:
+        RBNValueError: (H, W, C) or (L, C) under `vmap` over x alone.
+    """
+    if x.ndim > 3 or (shared and x.ndim == 2):
+        return x
+    return refuse_unbatched(jnp.asarray(x), *vectors)
+
+
+@jax.custom_batching.custom_vmap
+def _mapped(x: Array, *vectors: Array) -> Array:
+    return x
+
+
+@_mapped.def_vmap
+def _mapped_along(size: int, mapped: list[bool], x: Array, *vectors: Array) -> tuple[Array, bool]:
+    if mapped[0] and not any(mapped[1:]):
+        shape = x.shape[1:]
+        raise RBNValueError(
+            f"RBN: expected an input whose batch axis can be told under vmap, got shape {shape} for each, "
+            "which is one image or a batch of fewer axes. "
+            "Give one image its batch axis, x[None], or the batch one more spatial axis, of length 1."
+        )
+    return x, mapped[0]
+
+
+@jax.custom_jvp
+def refuse_unbatched(x: Array, *vectors: Array) -> Array:
+    """x, unless `vmap` goes over it and over none of the layer's vectors, whatever else is around that.
+
+    (H, W, C) under `vmap` cannot be told from a batch of sequences, which the layer takes it for outside.
+    An ensemble maps its parameters, too.
+
+    Raises:
+        RBNValueError: It does so.
+    """
+    return _mapped(x, *vectors)
+
+
+@refuse_unbatched.defjvp
+def _derivative(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tuple[Array, Array]:
+    return refuse_unbatched(*primals), tangents[0]
 
 
 def as_output(y: Array, x: Any, dtype: Dtype | None) -> Array:
@@ -87,31 +187,36 @@ def statistics_dtype(param_dtype: Dtype) -> Dtype:
 
     It is fixed, so that a step under `jit` or `scan` gives back the dtypes it took.
     """
-    return jnp.promote_types(param_dtype, jnp.float32)
+    return widest(param_dtype, jnp.float32)
 
 
-def two_pass(
-    x: Array,
-    parameters: Mapping[str, Array],
-    running: tuple[Array, Array] | None,
-    axis: int,
-    eps: float,
-    centering: Statistic | None,
-    scaling: Statistic | None,
-    restrict: str,
-    average: Average,
-) -> tuple[Array, Array, Array]:
-    """Y, E and Var for channel statistics; only the first and the last step touch the image."""
-    mu, v = moments(x, axis)
-    a, b, mean, var = calibrate(mu, v, parameters, running, eps, centering, scaling, restrict, average)
-    return affine(x, a, b, axis), mean, var
+def widest(*arrays: Any) -> Dtype:
+    """The dtype that arrays and dtypes promote to, also where `jax_numpy_dtype_promotion` is "strict"."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.result_type(*arrays)
 
 
-def moments(x: Array, axis: int) -> tuple[Array, Array]:
-    """The mean and biased variance of every plane, (N, C) each; the variance from x - mean, never x^2."""
+def moments(
+    x: Array, axis: int, mask: Array | None = None, whole: Whole = whole_plane
+) -> tuple[Array, Array, Array | None]:
+    """The mean and biased variance of every plane, (N, C) each; the variance from x - mean, never x^2.
+
+    Returns:
+        These two, and with a mask how many values each is of.
+    """
     axes = spatial_axes(x, axis)
-    mu = x.mean(axes)
-    return mu, jnp.square(x - jnp.expand_dims(mu, axes)).mean(axes)
+    if mask is None:
+        mu = whole(x.mean(axes))
+        return mu, whole(jnp.square(x - jnp.expand_dims(mu, axes)).mean(axes)), None
+    counts = whole(mask.sum(axes, dtype=x.dtype))
+    mu = ratio(whole(jnp.where(mask, x, 0).sum(axes)), counts)
+    v = ratio(whole(jnp.square(jnp.where(mask, x - jnp.expand_dims(mu, axes), 0)).sum(axes)), counts)
+    return mu, v, counts
+
+
+def ratio(total: Array, counts: Array) -> Array:
+    """A mean, or 0 where it is of nothing."""
+    return total / jnp.where(counts > 0, counts, 1)
 
 
 def calibrate(
@@ -123,7 +228,7 @@ def calibrate(
     centering: Statistic | None,
     scaling: Statistic | None,
     restrict: str,
-    average: Average,
+    average: Callable[[Array], Array],
 ) -> tuple[Array, Array, Array, Array]:
     """Equations 2 to 9 on (N, C) moments, for channel statistics.
 
@@ -134,37 +239,38 @@ def calibrate(
         a and b of Y = a X + b, (N, C) each, and the E and biased Var they were made with, (C,) each.
     """
     origin = average(jax.lax.stop_gradient(mu)) if running is None else jnp.zeros(mu.shape[1], mu.dtype)
-    mu_0 = mu - origin
+    mu_0 = mu - origin[None]
     shift, origin_cm = jnp.zeros_like(mu), origin
     if centering == "channel_mean":
-        shift = parameters["center_weight"] * mu_0
+        shift = parameters["center_weight"][None] * mu_0
         origin_cm = origin + parameters["center_weight"] * origin
     elif centering == "channel_std":
-        shift = parameters["center_weight"] * jnp.sqrt(v + eps)
+        shift = parameters["center_weight"][None] * jnp.sqrt(v + eps)
     shifted = mu_0 + shift  # the plane means of X_cm; its plane variances are those of X
 
     if running is None:
         mean_0 = average(shifted)
         mean = mean_0 + origin_cm
-        var = average(v + jnp.square(shifted - mean_0))
+        var = average(v + jnp.square(shifted - mean_0[None]))
     else:
         mean, var = (jnp.asarray(statistic, mu.dtype) for statistic in running)
         mean_0 = mean
     inverse_std = jax.lax.rsqrt(var + eps)
 
-    a = jnp.broadcast_to(inverse_std, mu.shape)
+    a = jnp.broadcast_to(inverse_std[None], mu.shape)
     if scaling is not None:
-        k_s = (shifted - mean_0) * inverse_std
+        k_s = (shifted - mean_0[None]) * inverse_std[None]
         if scaling == "channel_std":
-            k_s = jnp.sqrt(v * jnp.square(inverse_std) + eps)
+            k_s = jnp.sqrt(v * jnp.square(inverse_std)[None] + eps)
         elif scaling == "input_mean":
             k_s = mu
-        a = a * RESTRICT[restrict](parameters["scale_weight"] * k_s + parameters["scale_bias"])
+        z = parameters["scale_weight"][None] * k_s + parameters["scale_bias"][None]
+        a = a * RESTRICT[restrict](z)
     if "gamma" in parameters:
-        a = a * parameters["gamma"]
-    b = a * (shift - mean_0 - origin)
+        a = a * parameters["gamma"][None]
+    b = a * (shift - mean_0[None] - origin[None])
     if "beta" in parameters:
-        b = b + parameters["beta"]
+        b = b + parameters["beta"][None]
     return a, b, mean, var
 
 
@@ -182,9 +288,11 @@ def track(
     *,
     momentum: float | None,
     running_var: str,
-    values: int,
+    values: Any,
 ) -> tuple[Array, Array]:
     """The running statistics after one more batch, for the linen and the NNX layer.
+
+    A channel of which a mask has left nothing keeps its own, and one of a single value has the variance 0.
 
     Args:
         running: E and Var, (C,) each.
@@ -193,11 +301,16 @@ def track(
         num_batches_tracked: How many batches there are with this one.
         momentum: m of eq. 3; `None` averages all batches.
         running_var: Which variance is accumulated, "unbiased" or "biased".
-        values: n of eq. 2, the number of values behind each channel's statistic.
+        values: n of eq. 2, the number of values behind each channel's statistic; with a mask an array, (C,).
     """
-    new_weight = 1.0 / num_batches_tracked if momentum is None else 1.0 - momentum
+    new_weight: Any = 1.0 / num_batches_tracked.astype(var.dtype) if momentum is None else 1.0 - momentum
+    if not isinstance(values, Array):
+        correction = values / (values - 1)
+    else:
+        correction = values / jnp.maximum(values - 1, 1)
+        new_weight = jnp.where(values > 0, new_weight, 0)
     if running_var == "unbiased":
-        var = var * (values / (values - 1))
+        var = var * correction
     return accumulate(running, mean, var, new_weight)
 
 
@@ -225,7 +338,7 @@ def channels_last(convolution: Callable[[Array], Array], y: Array, axis: int) ->
 def accumulate(
     running: tuple[Array, Array], mean: Array, var: Array, new_weight: float | Array
 ) -> tuple[Array, Array]:
-    """Eq. 3: running + (1 - m) (batch - running), without a gradient, in the dtype of running.
+    """Eq. 3: running + (1 - m) (batch - running), without a gradient, in the dtype of running or float32.
 
     Args:
         running: E and Var, (C,) each.
@@ -233,25 +346,40 @@ def accumulate(
         var: sigma_B^2, (C,), already divided as the layer wants it.
         new_weight: 1 - m, the weight of the batch.
     """
-    mean, var = (
-        jax.lax.stop_gradient(old + new_weight * (batch - old)).astype(old.dtype)
-        for old, batch in zip(running, (mean, var), strict=True)
-    )
-    return mean, var
+    new = []
+    for old, batch in zip(running, (mean, var), strict=True):
+        batch = batch.astype(widest(old, batch))
+        start = old.astype(batch.dtype)
+        new.append(jax.lax.stop_gradient(start + new_weight * (batch - start)).astype(statistics_dtype(old)))
+    return new[0], new[1]
 
 
-def spatial_statistic(name: Statistic, x: Array, axis: int, eps: float) -> Array:
+def spatial_statistic(name: Statistic, x: Array, axis: int, eps: float, mask: Array | None) -> Array:
     """mu_s or sigma_s of Table 3, over the channels of every position: (N, *spatial), 1 at `axis`."""
+    if mask is None:
+        return (
+            x.mean(axis, keepdims=True)
+            if name == "spatial_mean"
+            else jnp.sqrt(x.var(axis, keepdims=True) + eps)
+        )
+    counts = mask.sum(axis, keepdims=True, dtype=x.dtype)
+    mean = ratio(jnp.where(mask, x, 0).sum(axis, keepdims=True), counts)
     if name == "spatial_mean":
-        return x.mean(axis, keepdims=True)
-    return jnp.sqrt(x.var(axis, keepdims=True) + eps)
+        return mean
+    return jnp.sqrt(ratio(jnp.square(jnp.where(mask, x - mean, 0)).sum(axis, keepdims=True), counts) + eps)
 
 
 def scale_spatially(
-    x_s: Array, parameters: Mapping[str, Array], axis: int, eps: float, scaling: Statistic, restrict: str
+    x_s: Array,
+    parameters: Mapping[str, Array],
+    axis: int,
+    eps: float,
+    scaling: Statistic,
+    restrict: str,
+    mask: Array | None,
 ) -> Array:
     """Eq. 9 and the affine step, for a statistic that differs from position to position."""
-    k_s = spatial_statistic(scaling, x_s, axis, eps)
+    k_s = spatial_statistic(scaling, x_s, axis, eps, mask)
     z = per_channel(parameters["scale_weight"], x_s, axis) * k_s
     y = x_s * RESTRICT[restrict](z + per_channel(parameters["scale_bias"], x_s, axis))
     if "gamma" in parameters:

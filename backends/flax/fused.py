@@ -7,8 +7,7 @@ gradients of gradients and `vmap` go through the plain form, and so does everyth
 from __future__ import annotations
 
 import ctypes
-import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,15 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax.typing import Dtype
 from jax import Array
-from jax.core import ShapedArray
-from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
 from numpy.typing import NDArray
 
 from rbn import kernels
-from rbn.backends.flax import functional
-from rbn.kernels.library import DTYPES, PARAMETERS, VECTORS, address
-from rbn_core.config import SPATIAL_STATISTICS, Statistic
+from rbn.backends.flax import distributed, functional, internals
+from rbn.kernels.library import DTYPES, PARAMETERS, RESTRICTIONS, STATISTICS, VECTORS, address
+from rbn_core.config import Config, Statistic, check_shape
+from rbn_core.errors import RBNTypeError
+from rbn_core.names import NAMES
 
 TARGETS = ("rbn_xla_forward", "rbn_xla_backward")
 """The custom calls, under their names in kernels/xla.cpp."""
@@ -45,8 +43,71 @@ def _register() -> bool:
     return True
 
 
-AVAILABLE = _register()
-"""Whether there are compiled loops."""
+def check_layer(config: Config, given: Mapping[str, Any]) -> dict[str, Array]:
+    """What a layer stores, as arrays of JAX, if it is what the layer must have.
+
+    Args:
+        config: The layer's options.
+        given: The parameters and running statistics under canonical names.
+
+    Raises:
+        RBNTypeError: Something holds no real numbers.
+        RBNValueError: Something is missing, or is of another shape than the layer's.
+    """
+    due = config.state_shapes()
+    due.pop("num_batches_tracked")
+    if config.kernel_size is not None:
+        due["conv_weight"] = (*due["conv_weight"][2:], 1, config.num_features)
+    arrays = {name: given.get(name) for name in due}
+    for name, array in arrays.items():
+        own = NAMES["flax"][name].partition("/")[2]
+        if array is None or np.shape(array) != due[name]:
+            check_shape(own, None if array is None else np.shape(array), due[name], config.layer)
+        if not isinstance(array, Array):  # such as what `flax.serialization` reads
+            arrays[name] = array = jnp.asarray(array)
+        if not (jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, jnp.integer)):
+            raise RBNTypeError(
+                f"{config.layer}: expected {own} of real numbers, got dtype {array.dtype}. Convert it first."
+            )
+    return arrays
+
+
+def compute(
+    x: Any,
+    parameters: Mapping[str, Array],
+    running: tuple[Array, Array] | None,
+    config: Config,
+    *,
+    axis: int,
+    dtype: Dtype | None,
+    mask: Any,
+    share: distributed.Share,
+    in_loops: bool,
+) -> tuple[Array, Array, Array]:
+    """Y, E and Var in the fast form where it can be, and else in the plain one.
+
+    Args:
+        x: As in `functional.rbn`, and so are `parameters`, `running`, `axis`, `dtype` and `mask`.
+        parameters: Those that the layer has.
+        running: E and Var, or `None` for the batch's.
+        config: The layer's options.
+        axis: The channel axis.
+        dtype: The output dtype that the layer was given.
+        mask: Which values count.
+        share: What part of the batch x is.
+        in_loops: Whether the layer may take the fast form.
+    """
+    statistics: dict[str, Any] = {
+        "centering": config.centering,
+        "scaling": config.scaling,
+        "restrict": config.restrict,
+    }
+    options = statistics | {"axis": axis, "eps": config.eps, "dtype": dtype}
+    if in_loops and share.alone and mask is None and takes(x, parameters, axis=axis, **statistics):
+        return rbn(x, parameters, running, **options)
+    return functional.rbn(
+        x, parameters, running, **options, mask=mask, average=share.average, whole=share.whole
+    )
 
 
 def takes(
@@ -56,22 +117,24 @@ def takes(
     axis: int,
     centering: Statistic | None,
     scaling: Statistic | None,
+    restrict: str,
 ) -> bool:
     """Whether the fast form can compute this input; else it is for `functional.rbn`.
 
-    It is for images with the channels last or behind the batch. Where types say what lies on which device,
-    as in `shard_map` and with explicit sharding, JAX carries that only through its own operations.
+    It is for images with the channels last or behind the batch, of sizes that are known.
     """
     arrays = (x, *parameters.values())
     return (
         AVAILABLE
-        and jnp.result_type(x).name in DTYPES
+        and all(isinstance(size, int) for size in x.shape)  # in an export a size can be a symbol
+        and x.dtype.name in DTYPES
         and x.size >= POSITIONS * x.shape[0] * x.shape[axis] > 0
         and axis % x.ndim in (1, x.ndim - 1)
-        and centering not in SPATIAL_STATISTICS
-        and scaling not in SPATIAL_STATISTICS
-        and jnp.result_type(*arrays, jnp.float32) == computed_in(x)
-        and not any(kind.vma or any(kind.sharding.spec) for kind in map(jax.typeof, arrays))
+        and centering in STATISTICS
+        and scaling in STATISTICS
+        and restrict in RESTRICTIONS
+        and functional.widest(*arrays, jnp.float32) == computed_in(x)
+        and not any(map(internals.says_where, arrays))
     )
 
 
@@ -95,14 +158,14 @@ def rbn(
     """
     x = jnp.asarray(x)
     if dtype is not None and dtype != x.dtype:
-        x = x.astype(jnp.result_type(computed_in(x), dtype))
+        x = x.astype(functional.widest(computed_in(x), dtype))
     given = dict(parameters)
     if running is not None:
         given |= dict(zip(RUNNING, running, strict=True))
     present = tuple(name for name in VECTORS if name in given)
     layer = Layer(axis % x.ndim, eps, centering, scaling, restrict, present)
     vectors = [given[name].astype(computed_in(x)) for name in present]
-    y, _, _, mean, var = FORWARD.bind(x, *vectors, layer=layer)
+    y, _, _, mean, var = OPERATIONS.forward.bind(x, *vectors, layer=layer)
     return y, mean, var
 
 
@@ -164,47 +227,6 @@ class Layer(NamedTuple):
         return np.array([bits, *np.frombuffer(bytes(plan.structure), np.int64)])
 
 
-def operation(
-    name: str,
-    in_operations: Callable[..., Sequence[Any]],
-    shapes: Callable[..., Sequence[Any]],
-    in_loops: Callable[..., Sequence[Any]] | None = None,
-) -> Primitive:
-    """What becomes a custom call in a program for one CPU and JAX's operations in every other.
-
-    On what a program runs is known only when it is compiled. XLA would gather a batch that is spread over
-    devices, and an exported program must run where this package is not installed.
-    """
-    primitive = Primitive(name)
-    primitive.multiple_results = True
-    primitive.def_impl(jax.jit(primitive.bind, static_argnames="layer"))
-
-    @primitive.def_abstract_eval
-    def shaped(*arrays: Any, layer: Layer) -> list[ShapedArray]:
-        return [ShapedArray(each.shape, each.dtype) for each in shapes(layer, *arrays)]
-
-    def on_cpu(context: mlir.LoweringRuleContext, *arrays: Any, layer: Layer) -> Any:
-        program = context.module_context
-        alone = getattr(program.axis_context, "num_devices", None) == 1
-        exported = program.lowering_parameters.for_export
-        compute = in_loops if in_loops and alone and not exported else in_operations
-        return mlir.lower_fun(functools.partial(compute, layer))(context, *arrays)
-
-    def batched(arrays: Sequence[Any], axes: Sequence[Any], *, layer: Layer) -> tuple[Any, Any]:
-        results = jax.vmap(functools.partial(in_operations, layer), axes)(*arrays)
-        return results, (0,) * len(results)
-
-    def derivative(primals: Sequence[Any], tangents: Sequence[Any], *, layer: Layer) -> tuple[Any, Any]:
-        compute = functools.partial(in_operations, layer)
-        return jax.jvp(compute, tuple(primals), tuple(map(ad.instantiate_zeros, tangents)))
-
-    mlir.register_lowering(primitive, mlir.lower_fun(lambda *arrays, layer: in_operations(layer, *arrays)))
-    mlir.register_lowering(primitive, on_cpu, platform="cpu")
-    batching.primitive_batchers[primitive] = batched
-    ad.primitive_jvps[primitive] = derivative
-    return primitive
-
-
 # ---- Y, of which the other outputs are a part: only Y has a derivative ----
 
 
@@ -215,15 +237,13 @@ def _forward_in_loops(layer: Layer, x: Array, *vectors: Array) -> list[Array]:
 
 def _forward_in_operations(layer: Layer, x: Array, *vectors: Array) -> list[Array]:
     y, mean, var = layer.plain(x, *vectors)
-    return [y, *functional.moments(x.astype(computed_in(x)), layer.axis), mean, var]
+    mu, v, _ = functional.moments(x.astype(computed_in(x)), layer.axis)
+    return [y, mu, v, mean, var]
 
 
 def _forward_shapes(layer: Layer, x: Any, *_: Any) -> list[Any]:
     image, planes, channels = layer.shapes(x)
     return [image, planes, planes, channels, channels]
-
-
-FORWARD = operation("rbn_forward", _forward_in_operations, _forward_shapes, _forward_in_loops)
 
 
 # ---- the gradients of X, the parameters, and E and Var where they are given ----
@@ -253,9 +273,6 @@ def _backward_shapes(layer: Layer, dy: Any, x: Any, *_: Any) -> list[Any]:
     return [image, *(channels,) * len(layer.present)]
 
 
-BACKWARD = operation("rbn_backward", _backward_in_operations, _backward_shapes, _backward_in_loops)
-
-
 # ---- the derivative of Y along tangents of X and the vectors, whose transpose are the gradients ----
 
 
@@ -268,33 +285,53 @@ def _tangent_shapes(layer: Layer, x: Any, *_: Any) -> list[Any]:
     return [layer.shapes(x)[0]]
 
 
-TANGENT = operation("rbn_tangent", _tangent_in_operations, _tangent_shapes)
-
-
-def _derivative_of_forward(
-    primals: Sequence[Any], tangents: Sequence[Any], *, layer: Layer
-) -> tuple[Any, Any]:
+def _derivative_of_forward(layer: Layer, primals: Sequence[Any], tangents: Sequence[Any]) -> tuple[Any, Any]:
     x, *vectors = primals
-    outputs = FORWARD.bind(x, *vectors, layer=layer)
-    _, mu, v, mean, var = outputs
-    (dy,) = TANGENT.bind(x, mu, v, *vectors, *map(ad.instantiate_zeros, tangents), layer=layer)
-    return outputs, [dy, *map(ad.Zero.from_primal_value, (mu, v, mean, var))]
+    outputs = OPERATIONS.forward.bind(x, *vectors, layer=layer)
+    _, *statistics = outputs
+    (dy,) = OPERATIONS.tangent.bind(x, *statistics[:2], *vectors, *tangents, layer=layer)
+    return outputs, [dy, *map(jnp.zeros_like, statistics)]
 
 
-def _transpose_of_tangent(cotangents: Sequence[Any], *arguments: Any, layer: Layer) -> list[Any]:
-    known, linear = arguments[: 3 + len(layer.present)], arguments[3 + len(layer.present) :]
-    gradients = BACKWARD.bind(ad.instantiate_zeros(cotangents[0]), *known, layer=layer)
-    wanted = zip(gradients, linear, strict=True)
-    return [
-        *(None for _ in known),
-        *(gradient if ad.is_undefined_primal(tangent) else None for gradient, tangent in wanted),
-    ]
+def _transpose_of_tangent(
+    layer: Layer, cotangents: Sequence[Any], arrays: Sequence[Any], linear: Sequence[bool]
+) -> list[Any]:
+    known = 3 + len(layer.present)
+    gradients = OPERATIONS.backward.bind(cotangents[0], *arrays[:known], layer=layer)
+    wanted = zip(gradients, linear[known:], strict=True)
+    return [None] * known + [gradient if is_linear else None for gradient, is_linear in wanted]
 
 
-ad.primitive_jvps[FORWARD] = _derivative_of_forward
-ad.primitive_transposes[TANGENT] = _transpose_of_tangent
+class Operations(NamedTuple):
+    """What programs show of the layer."""
+
+    forward: internals.Operation
+    backward: internals.Operation
+    tangent: internals.Operation
+
+
+def _operations() -> Operations:
+    return Operations(
+        internals.operation(
+            "rbn_forward",
+            _forward_in_operations,
+            _forward_shapes,
+            _forward_in_loops,
+            derivative=_derivative_of_forward,
+        ),
+        internals.operation("rbn_backward", _backward_in_operations, _backward_shapes, _backward_in_loops),
+        internals.operation(
+            "rbn_tangent", _tangent_in_operations, _tangent_shapes, transposed=_transpose_of_tangent
+        ),
+    )
+
+
+OPERATIONS = internals.built(_operations)
+
+AVAILABLE = OPERATIONS is not None and _register()
+"""Whether there are compiled loops, and what JAX makes operations of."""
 
 
 def computed_in(x: Any) -> Any:
     """What statistics, parameters and their gradients are computed in: at least float32."""
-    return jnp.promote_types(jnp.result_type(x), jnp.float32)
+    return functional.widest(x, jnp.float32)

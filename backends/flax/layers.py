@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY
-from functools import partial
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.linen import initializers
-from flax.linen.linear import default_kernel_init
+from flax.traverse_util import flatten_dict
 from flax.typing import Dtype, Initializer
 from jax import Array
 
@@ -27,19 +26,18 @@ class CalibratedNorm(nn.Module):
     """
 
     use_running_average: bool | None = None
-    axis: int = -1
+    axis: int | Sequence[int] = -1
     momentum: float | None = 0.9
     epsilon: float = 1e-5
     dtype: Dtype | None = None
     param_dtype: Dtype = jnp.float32
     _: KW_ONLY
     running_var: str = "unbiased"
-    axis_name: distributed.AxisName = None
-    axis_index_groups: distributed.IndexGroups = None
     fused: bool = True
 
     def __post_init__(self) -> None:
-        self.config(num_features=1)
+        config = self.config(num_features=1)
+        functional.channel_axis(self.axis, config.layer)
         super().__post_init__()
 
     @nn.nowrap
@@ -47,66 +45,75 @@ class CalibratedNorm(nn.Module):
         """The layer's options in the project's terms; C is known only once there is an input."""
         raise NotImplementedError
 
+    @nn.nowrap
+    def share(self, training: bool) -> distributed.Share:
+        """What part of the batch an input is."""
+        raise NotImplementedError
+
     @nn.compact
-    def __call__(self, x: Array, use_running_average: bool | None = None) -> Array:
+    def __call__(self, x: Array, use_running_average: bool | None = None, *, mask: Any = None) -> Array:
         """Y, of the shape of `x`, (N, *spatial, C).
 
         Args:
             x: The input; not changed.
             use_running_average: Evaluation (True) or training (False), unless the layer already knows.
+            mask: Which values count in the statistics, of a shape that broadcasts to that of x; all of them
+                by default. E, Var and the instance statistics are of those alone; a plane that has none
+                counts for nothing in E and Var, and its own mean and variance are 0.
         """
         use_running_average = nn.merge_param(
             "use_running_average", self.use_running_average, use_running_average
         )
-        training = not use_running_average and not self.is_initializing()
-        config = self.config(self._num_features(x))
-        share = distributed.Share(self.axis_name if training else None, self.axis_index_groups)
+        initializing = self.is_initializing()
+        training = not use_running_average and not initializing
+        config, axis, stored = self._config_for(x), functional.channel_axis(self.axis), self._stored()
+        share = self.share(training)
         values = x.size // config.num_features * share.devices
         check_input(
             x.shape,
             x.dtype.name,
             config.num_features,
             training=training,
-            axis=self.axis,
+            axis=axis,
             values=values,
             spatial_dims=None if config.kernel_size is None else config.spatial_dims,
             layer=config.layer,
         )
+        if not initializing:
+            fused.check_layer(config, stored)
         parameters = self._parameters(config)
         shape, dtype = (config.num_features,), functional.statistics_dtype(self.param_dtype)
         stored_mean = self.variable("batch_stats", "mean", jnp.zeros, shape, dtype)
         stored_var = self.variable("batch_stats", "var", jnp.ones, shape, dtype)
-        running = (stored_mean.value, stored_var.value)
-        if training or self.is_initializing():
+        running = (jnp.asarray(stored_mean.value), jnp.asarray(stored_var.value))
+        if training or initializing:
             tracked = self.variable("batch_stats", "num_batches_tracked", jnp.zeros, (), jnp.int32)
-        options: dict[str, Any] = {
-            "axis": self.axis,
-            "centering": config.centering,
-            "scaling": config.scaling,
-        }
-        compute: Callable[..., tuple[Array, Array, Array]] = partial(functional.rbn, average=share.average)
-        if self.fused and share.axis_name is None and fused.takes(x, parameters, **options):
-            compute = fused.rbn
-        y, mean, var = compute(
+        if not initializing and config.kernel_size is None:
+            vectors = (*parameters.values(), *running)
+            x = functional.with_a_batch(x, vectors, shared=bool(share.batch))
+        y, mean, var = fused.compute(
             x,
             parameters,
             running if use_running_average else None,
-            eps=self.epsilon,
-            restrict=config.restrict,
+            config,
+            axis=axis,
             dtype=self.normalized_dtype(x),
-            **options,
+            mask=mask,
+            share=share,
+            in_loops=self.fused,
         )
         if training:
-            tracked.value += 1
+            count = jnp.asarray(tracked.value) + 1
             stored_mean.value, stored_var.value = functional.track(
                 running,
                 mean,
                 var,
-                tracked.value,
+                count,
                 momentum=self.momentum,
                 running_var=self.running_var,
-                values=values,
+                values=values if mask is None else share.count(mask, x, axis),
             )
+            tracked.value = count
         return functional.as_output(self.transform(y), x, self.dtype)
 
     @nn.nowrap
@@ -125,23 +132,31 @@ class CalibratedNorm(nn.Module):
         return {}
 
     @nn.nowrap
-    def _num_features(self, x: Array) -> int:
-        """C, as stored, on the last axis; the input's where nothing is stored yet."""
-        for collection in ("params", "batch_stats"):
-            for leaf in jax.tree.leaves(self.variables.get(collection, {})):
-                if leaf.ndim:
-                    return leaf.shape[-1]
-        return x.shape[self.axis % x.ndim] if x.ndim else 1
+    def _stored(self) -> dict[str, Any]:
+        """What there is, by canonical names."""
+        flat = flatten_dict(
+            {name: nn.unbox(self.variables.get(name, {})) for name in ("params", "batch_stats")}, sep="/"
+        )
+        return {name: flat[own] for name, own in NAMES["flax"].items() if flat.get(own) is not None}
+
+    @nn.nowrap
+    def _config_for(self, x: Array) -> Config:
+        """With C as stored, on the last axis, unless the input's is stored, too, or nothing is."""
+        here = x.shape[functional.channel_axis(self.axis) % x.ndim] if x.ndim else 1
+        sizes = [np.shape(array)[-1] for array in self._stored().values() if np.ndim(array)]
+        return self.config(sizes[0] if sizes and here not in sizes else here)
 
     @nn.nowrap
     def _parameters(self, config: Config) -> dict[str, Any]:
         starts = self.starts()
         return {
-            canonical: self.param(
-                NAMES["flax"][canonical].removeprefix("params/"),
-                starts.get(canonical, initializers.constant(start)),
-                (config.num_features,),
-                self.param_dtype,
+            canonical: jnp.asarray(
+                self.param(
+                    NAMES["flax"][canonical].removeprefix("params/"),
+                    starts.get(canonical, initializers.constant(start)),
+                    (config.num_features,),
+                    self.param_dtype,
+                )
             )
             for canonical, start in config.parameters.items()
         }
@@ -154,6 +169,17 @@ class AffineNorm(CalibratedNorm):
     use_scale: bool = True
     bias_init: Initializer = initializers.zeros
     scale_init: Initializer = initializers.ones
+    axis_name: distributed.AxisName = None
+    axis_index_groups: distributed.IndexGroups = None
+    _: KW_ONLY
+    spatial_axis_name: distributed.AxisName = None
+
+    @nn.nowrap
+    def share(self, training: bool) -> distributed.Share:
+        """What part of the batch an input is: of its planes in evaluation, too."""
+        return distributed.Share(
+            self.axis_name if training else None, self.axis_index_groups, self.spatial_axis_name
+        )
 
     @nn.nowrap
     def starts(self) -> Mapping[str, Initializer]:
@@ -172,6 +198,8 @@ class RBN(AffineNorm):
     Inputs are (N, *spatial, C) with any number of spatial axes, in float64 (where JAX has it enabled),
     float32, bfloat16 or float16; statistics are taken in at least float32. A half-precision input gives an
     output of its own dtype, where BatchNorm promotes it to that of the parameters.
+    The batch axis is always there, where BatchNorm and `nn.Conv` can do without it: (H, W, C) is a batch of H
+    sequences, and under `vmap` over the input alone an error.
     In training E and Var are the batch's, in evaluation the running ones; K_m and K_s are always the input's.
 
     Collections: `params` has `scale` (gamma) and `bias` (beta) as in BatchNorm, and `center_weight` (w_m,
@@ -182,7 +210,7 @@ class RBN(AffineNorm):
 
     Attributes:
         use_running_average: evaluation (True) or training (False); here or in the call.
-        axis: the channel axis; the batch is the first of the others.
+        axis: the channel axis, also as a tuple of one; the batch is the first of the others.
         momentum: the weight of the *old* value in the running statistics; `None` averages all batches.
         epsilon: epsilon, added to a variance under its root.
         dtype: the dtype of the output; `None` as said above.
@@ -198,6 +226,9 @@ class RBN(AffineNorm):
         axis_name: the axis of `pmap`, `vmap` or `shard_map` that the batch is spread over, or several; under
             `jit` with a sharded batch the statistics are the whole batch's without it.
         axis_index_groups: the groups of devices along it that share their statistics; all by default.
+        spatial_axis_name: the axis of `shard_map` along which devices share every image, or several, in
+            evaluation, too. It must be said here and not in `axis_name` alone, as BatchNorm takes it: K_m and
+            K_s are of whole images. Under `jit` with sharded images they are so without it.
         fused: whether one custom call computes the layer in a program for one CPU; `False` always takes JAX's
             own operations. Synchronised and spatial statistics take them, too.
 
@@ -238,7 +269,7 @@ class IEBN(AffineNorm):
 
     Attributes:
         use_running_average: evaluation (True) or training (False); here or in the call.
-        axis: the channel axis; the batch is the first of the others.
+        axis: the channel axis, also as a tuple of one; the batch is the first of the others.
         momentum: the weight of the *old* value in the running statistics; `None` averages all batches.
         epsilon: epsilon, added to the variance under its root.
         dtype: the dtype of the output; `None` as in `RBN`.
@@ -251,6 +282,9 @@ class IEBN(AffineNorm):
         axis_name: the axis of `pmap`, `vmap` or `shard_map` that the batch is spread over, or several; under
             `jit` with a sharded batch the statistics are the whole batch's without it.
         axis_index_groups: the groups of devices along it that share their statistics; all by default.
+        spatial_axis_name: the axis of `shard_map` along which devices share every image, or several, in
+            evaluation, too. It must be said here and not in `axis_name` alone, as BatchNorm takes it: K_m and
+            K_s are of whole images. Under `jit` with sharded images they are so without it.
         fused: whether one custom call computes the layer in a program for one CPU; `False` always takes JAX's
             own operations. Synchronised and spatial statistics take them, too.
 
@@ -284,7 +318,7 @@ class BNET(CalibratedNorm):
 
     Attributes:
         use_running_average: evaluation (True) or training (False); here or in the call.
-        axis: the channel axis; the batch is the first of the others.
+        axis: the channel axis, also as a tuple of one; the batch is the first of the others.
         momentum: the weight of the *old* value in the running statistics; `None` averages all batches.
         epsilon: epsilon, added to the variance under its root.
         dtype: the dtype of the output; `None` as in `RBN`.
@@ -307,8 +341,10 @@ class BNET(CalibratedNorm):
     _: KW_ONLY
     kernel_size: int = 3
     spatial_dims: int = 2
-    kernel_init: Initializer = default_kernel_init
+    kernel_init: Initializer = initializers.lecun_normal()
     bias_init: Initializer = initializers.zeros
+    axis_name: distributed.AxisName = None
+    axis_index_groups: distributed.IndexGroups = None
 
     @classmethod
     def from_batch_norm(
@@ -359,14 +395,20 @@ class BNET(CalibratedNorm):
         )
 
     @nn.nowrap
+    def share(self, training: bool) -> distributed.Share:
+        """What part of the batch an input is."""
+        return distributed.Share(self.axis_name if training else None, self.axis_index_groups)
+
+    @nn.nowrap
     def normalized_dtype(self, x: Array) -> Dtype:
         """At least float32: half precision is rounded once, after the convolution."""
-        return jnp.promote_types(x.dtype if self.dtype is None else self.dtype, jnp.float32)
+        return functional.widest(x.dtype if self.dtype is None else self.dtype, jnp.float32)
 
     @nn.nowrap
     def transform(self, y: Array) -> Array:
         """The convolution in the place of BatchNorm's affine step."""
-        channels = y.shape[self.axis]
+        axis = functional.channel_axis(self.axis)
+        channels = y.shape[axis]
         conv = nn.Conv(
             channels,
             (self.kernel_size,) * self.spatial_dims,
@@ -376,4 +418,4 @@ class BNET(CalibratedNorm):
             bias_init=self.bias_init,
             name="conv",
         )
-        return functional.channels_last(conv, y, self.axis)
+        return functional.channels_last(conv, y, axis)

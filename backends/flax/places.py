@@ -122,6 +122,21 @@ def shapes_of_norm(config: Config, param_dtype: Any, statistics_dtype: Any) -> S
     }
 
 
+def refuse_stack(path: str, state: State) -> None:
+    """Refuse a layer that stands for several, as `nn.vmap`, `nn.scan` and `nnx.vmap` make them.
+
+    Raises:
+        RBNValueError: It is one: nothing says on which axis the layers lie.
+    """
+    stacked = [name for name, array in state.items() if array.ndim > 1 and name != "conv_weight"]
+    if stacked:
+        raise RBNValueError(
+            f"convert: expected layers whose arrays are of shape (C,), got {stacked[0]} of shape "
+            f"{state[stacked[0]].shape} in {path}, a stack of layers or one of several channel axes. "
+            "Build the stack of the new layers, or leave the layer out with where=."
+        )
+
+
 def copied(array: Any) -> NDArray[Any]:
     """A NumPy copy; half precision becomes float32."""
     copy = np.array(array, order="C")

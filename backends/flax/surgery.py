@@ -14,7 +14,7 @@ import numpy as np
 from flax import core, traverse_util
 from jax import Array
 
-from rbn.backends.flax import layers, places
+from rbn.backends.flax import distributed, layers, places
 from rbn.backends.flax.layers import CalibratedNorm
 from rbn.backends.flax.networks import Network, batch_norm_options, norm_options, redescribed
 from rbn.backends.flax.networks import layer as layer_of
@@ -80,7 +80,7 @@ def convert(
 
     Raises:
         RBNTypeError: The model itself is such a layer, or an option is unknown.
-        RBNValueError: `to`, `where` or an option is wrong, or `init` is needed.
+        RBNValueError: `to`, `where` or an option is wrong, `init` is needed, or a layer stands for several.
     """
     pattern = conversion.chooser(to, where)
     if isinstance(model, nn.BatchNorm | CalibratedNorm):
@@ -99,7 +99,10 @@ def convert(
     for path, found in _layers(model, stored, init).items():
         if found.is_batch_norm == (to == "bn") or not pattern.fullmatch(".".join(path)):
             continue
-        new = _converted(found, _below(stored, path), to, preserve, options)
+        state = _below(stored, path)
+        if np.ndim(found.common.get("axis", -1)) == 0 or len(found.common["axis"]) == 1:
+            places.refuse_stack(".".join(path), state)
+        new = _converted(found, state, to, preserve, options)
         if isinstance(new, str):
             rows.append(Row(".".join(path), "kept", found.name, new))
             continue
@@ -170,11 +173,6 @@ def _answer(
     answer = answers.get(old.scope.path[depth:])
     if answer is None or any(old is new for new in made):
         return following(*args, **kwargs)
-    if kwargs.pop("mask", None) is not None:
-        raise RBNTypeError(
-            f"convert: expected a call of {'.'.join(old.scope.path)} without a mask, which only "
-            "BatchNorm takes. Leave the layer out with where=."
-        )
     made.append(_make(*answer, _taken_over(old), old.scope))
     return made[-1](*args, **kwargs)
 
@@ -189,7 +187,7 @@ def _make(to: str, options: Mapping[str, Any], common: Mapping[str, Any], scope:
 
 def _taken_over(layer: nn.Module) -> dict[str, Any]:
     """The options that stay."""
-    common = {name: getattr(layer, name) for name in TAKEN_OVER}
+    common = _common(layer)
     if not isinstance(common["axis"], int):
         if len(common["axis"]) != 1:
             raise RBNValueError(
@@ -197,6 +195,14 @@ def _taken_over(layer: nn.Module) -> dict[str, Any]:
                 f"{'.'.join(layer.scope.path)}. Leave the layer out with where=."
             )
         common["axis"] = common["axis"][0]
+    return common
+
+
+def _common(layer: nn.Module) -> dict[str, Any]:
+    """The options that BatchNorm has, too; it names the axes of a batch and those of an image in one."""
+    common = {name: getattr(layer, name) for name in TAKEN_OVER}
+    if spatial := distributed.names(getattr(layer, "spatial_axis_name", None)):
+        common["axis_name"] = (*distributed.names(common["axis_name"]), *spatial)
     return common
 
 
@@ -225,8 +231,7 @@ class Found:
 
 def _found(layer: nn.Module) -> Found:
     ours = isinstance(layer, CalibratedNorm)
-    common = {name: getattr(layer, name) for name in TAKEN_OVER}
-    return Found(type(layer).__name__, common, layer.config if ours else None)
+    return Found(type(layer).__name__, _common(layer), layer.config if ours else None)
 
 
 def _layers(model: nn.Module, stored: Mapping[str, Any], init: Init | None) -> dict[Path, Found]:

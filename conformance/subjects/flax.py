@@ -9,14 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax.experimental import enable_x64
 
 from rbn.backends import flax as linen_layers
 from rbn.backends.flax import from_numpy, to_numpy
 from rbn.backends.flax import nnx as nnx_layers
-from rbn.conformance.cases import LAYERS, WAYS
+from rbn.backends.flax.internals import enable_x64
+from rbn.backends.flax.nnx.layers import assign
+from rbn.conformance.cases import LAYERS, PRECISIONS_OF, SPOILS, WAYS
 from rbn.conformance.subject import Array, LayerSubject, Outcome, Subject
 from rbn.conformance.subjects.jax_devices import AXIS, Step, compiled, shared
+from rbn.conformance.subjects.numpy import spoilt
 from rbn.conformance.suite import OPTION_SHAPE
 from rbn_core.config import Config
 from rbn_core.matching import State
@@ -128,14 +130,18 @@ class Family(FlaxModule):
         way: How several devices share their statistics, one of `cases.WAYS`; by default the `usual` one.
         world: How many devices there are.
         fused: Whether one custom call computes them, where it can.
+        precision: The dtypes of the parameters and of the work, one of Flax's `cases.PRECISIONS`; by default
+            those of the input, at least float32 for the parameters.
     """
 
     devices = 4
     ways = WAYS
+    precisions = tuple(PRECISIONS_OF["flax"])
+    spoils = tuple(kind for kind in SPOILS if kind != "elsewhere")  # a CPU is one device
     takes_axis = True
     usual: str
 
-    def __init__(self, way: str = "", world: int = 1, fused: bool = True) -> None:
+    def __init__(self, way: str = "", world: int = 1, fused: bool = True, precision: str = "") -> None:
         super().__init__(
             self.name if fused else f"{self.name}.plain",
             self.make_rbn,
@@ -149,6 +155,7 @@ class Family(FlaxModule):
         self.way = way or self.usual
         self.world = world
         self.fused = fused
+        self.precision = precision
 
     def make_rbn(self, config: Config, dtype: Any) -> Any:
         """RBN, IEBN or BNET."""
@@ -158,11 +165,15 @@ class Family(FlaxModule):
         """The options of either kind; under `jit` a batch on several devices needs no name of an axis."""
         named = self.world > 1 and self.way != "jit"
         mine = {"axis": self.axis, "axis_name": AXIS if named else None, "fused": self.fused}
-        return mine | options(config, dtype)
+        return mine | options(config, dtype) | dtypes(self.precision)
 
     def through(self, way: str) -> Subject:
         """The layers that share their statistics in another way."""
         return type(self)(way, fused=self.fused)
+
+    def under(self, precision: str) -> Subject:
+        """The layers with other dtypes of the parameters and of the work."""
+        return type(self)(fused=self.fused, precision=precision)
 
     def spread(self, shares: tuple[int, ...]) -> Subject:
         """The layers on so many devices."""
@@ -171,7 +182,9 @@ class Family(FlaxModule):
         return type(self)(self.way, len(shares), self.fused)
 
     def way_of(self, step: Step, x: jax.Array) -> Step:
-        """How the step is run."""
+        """How the step is run; op by op the ways into mixed precision share what is compiled."""
+        if self.precision:
+            return step
         return super().way_of(step, x) if self.world == 1 else shared(step, self.way, self.world)
 
 
@@ -192,6 +205,13 @@ class Flax(Family):
     def named(self, variables: Any) -> State:
         """Variables as users get them."""
         return to_numpy(variables)
+
+    def spoil(self, name: str, kind: str) -> None:
+        """Variables of NumPy, as `flax.serialization.from_bytes` returns them, of which one is changed."""
+        flat = {name: np.array(value) for name, value in flatten_dict(self.variables, sep="/").items()}
+        found = {canonical: flat[own] for canonical, own in NAMES["flax"].items() if own in flat}
+        kept = spoilt(found, name, kind)
+        self.variables = unflatten_dict({NAMES["flax"][name]: value for name, value in kept.items()}, sep="/")
 
 
 class FlaxNNX(Family, NNXModule):
@@ -216,6 +236,24 @@ class FlaxNNX(Family, NNXModule):
     def state(self) -> State:
         """The module's state as users get it."""
         return to_numpy(self.layer)
+
+    def spoil(self, name: str, kind: str) -> None:
+        """Variables of NumPy, of which one is changed or taken away."""
+        owners: dict[str, tuple[Any, str]] = {}
+        for canonical, own in NAMES["flax"].items():
+            _, *path, last = own.split("/")
+            owner: Any = self.layer
+            for part in path:
+                owner = getattr(owner, part, None)
+            if getattr(owner, last, None) is not None:
+                owners[canonical] = owner, last
+        found = {canonical: np.array(getattr(*place)[...]) for canonical, place in owners.items()}
+        kept = spoilt(found, name, kind)
+        for canonical, (owner, last) in owners.items():
+            if canonical in kept:
+                assign(getattr(owner, last), kept[canonical])
+            else:
+                setattr(owner, last, None)
 
 
 def plain() -> Flax:
@@ -294,6 +332,14 @@ def options(config: Config, dtype: str) -> dict[str, Any]:
         "scaling": config.scaling,
         "restrict": config.restrict,
     }
+
+
+def dtypes(precision: str) -> dict[str, Any]:
+    """The options that a way into mixed precision is, such as "param_float16_dtype_float32"."""
+    words = precision.split("_")
+    given = dict(zip(words[::2], words[1::2], strict=False))
+    named = {"param": "param_dtype", "dtype": "dtype"}
+    return {named[word]: jnp.dtype(dtype) for word, dtype in given.items() if word}
 
 
 def needs_x64(x: Array) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import jax
@@ -153,6 +154,44 @@ def groups() -> float:
     return worst
 
 
+def images() -> float:
+    """Every image on two devices and the batch on two, in training and in evaluation, against one device."""
+    mesh = Mesh(np.array(jax.devices()).reshape(2, 2), ("batch", "rows"))
+    rng, worst = np.random.default_rng(2), 0.0
+    x, g = (jnp.asarray(rng.normal(mean, size=(4, 6, 3, 5)), jnp.float32) for mean in (1.0, 0.0))
+    mask = jnp.asarray(rng.random((4, 6, 3, 1)) < 0.7)
+    everywhere, parts = P(), P("batch", "rows")
+    for name, options in LAYERS.values():
+        if name == "BNET":  # whose convolution needs its neighbours' rows
+            continue
+        named = {"axis_name": "batch", "spatial_axis_name": "rows"}
+        start = to_numpy(getattr(rbn_flax.nnx, name)(5, rngs=nnx.Rngs(0), **options))
+        state = {key: rng.uniform(0.5, 1.0, value.shape) for key, value in start.items()}
+        state["num_batches_tracked"] = np.array(0)
+        for make in (nnx_step, linen_step):
+            plain, stored = make(name, options, state)
+            step, own = make(name, options | named, state)
+            shared = jax.shard_map(
+                step,
+                mesh=mesh,
+                in_specs=(everywhere, parts, parts),
+                out_specs=(parts, everywhere, everywhere),
+            )
+            worst = max(worst, *map(deviation, jax.jit(shared)(own, x, g), jax.jit(plain)(stored, x, g)))
+        whole, layer = (getattr(rbn_flax, name)(**options, **own) for own in ({}, named))
+        for training in (False, True):
+            call = {"use_running_average": not training, "mutable": ["batch_stats"]}
+            masked = jax.shard_map(
+                lambda x, mask, layer=layer, call=call, own=stored: layer.apply(own, x, mask=mask, **call),
+                mesh=mesh,
+                in_specs=(parts, parts),
+                out_specs=(parts, everywhere),
+            )
+            due = jax.jit(partial(whole.apply, **call))(stored, x, mask=mask)
+            worst = max(worst, deviation(jax.jit(masked)(x, mask), due))
+    return worst
+
+
 if __name__ == "__main__":
     assert len(jax.devices()) == DEVICES
-    print(json.dumps(dict(measure()) | {"groups": {"all": groups()}}))
+    print(json.dumps(dict(measure()) | {"groups": {"all": groups()}, "images": {"all": images()}}))

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax import export
-from jax.experimental import enable_x64
 from jax.sharding import PartitionSpec as P
 
 import rbn.backends.flax as rbn_flax
 from rbn import kernels
 from rbn.backends.flax import functional, fused
+from rbn.backends.flax.internals import enable_x64
 from rbn.kernels.library import PARAMETERS
 
 pytestmark = pytest.mark.skipif(not fused.AVAILABLE, reason=kernels.problem() or "without custom calls")
@@ -121,9 +121,15 @@ def test_forward_mode(centering, scaling, axis, training):
 
 def test_what_it_takes():
     (x, parameters, _), _, _ = layer_and_input("channel_mean", "channel_mean", -1, True)
-    options = {"axis": -1, "centering": "channel_mean", "scaling": None}
+    options = {"axis": -1, "centering": "channel_mean", "scaling": None, "restrict": "sigmoid"}
     assert fused.takes(x, parameters, **options)
-    for changed in ({"axis": 2}, {"centering": "spatial_mean"}, {"scaling": "spatial_std"}):
+    for changed in (
+        {"axis": 2},
+        {"centering": "spatial_mean"},
+        {"scaling": "spatial_std"},
+        {"scaling": "typo"},
+        {"restrict": "typo"},
+    ):
         assert not fused.takes(x, parameters, **options | changed)
     for other in (x[:0], x.astype(jnp.float32), x[:, 0, 0], x[:, :1, :3]):
         assert not fused.takes(other, parameters, **options)
@@ -225,8 +231,8 @@ def test_synchronised_statistics_take_the_operations_of_jax(idiom):
         )
         return str(jax.make_jaxpr(step)(stored, images(*X)))
 
-    assert fused.FORWARD.name not in program(training=True)
-    assert fused.FORWARD.name in program(training=False)  # which shares nothing
+    assert fused.OPERATIONS.forward.name not in program(training=True)
+    assert fused.OPERATIONS.forward.name in program(training=False)  # which shares nothing
 
 
 def test_without_compiled_loops_the_layers_take_the_operations_of_jax(monkeypatch):

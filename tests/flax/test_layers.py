@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx, serialization
-from jax.experimental import enable_x64
 from jax.test_util import check_grads
 
 import rbn.backends.flax as rbn_flax
 from rbn.backends.flax import BNET, IEBN, RBN, from_numpy, to_numpy
+from rbn.backends.flax.internals import enable_x64
 from rbn_core import RBNError, RBNTypeError, RBNValueError
 
 STATS = ["batch_stats"]

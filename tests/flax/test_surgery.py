@@ -1,5 +1,7 @@
 """BatchNorm to RBN, IEBN and BNET in whole models, linen and NNX, and back."""
 
+import functools
+import inspect
 from typing import Any
 
 import flax.linen as nn
@@ -380,22 +382,108 @@ def test_what_a_description_cannot_say_is_refused() -> None:
         convert(Module(), "rbn")
 
 
-def test_what_linen_layers_do_alone_is_refused_when_they_are_called() -> None:
+def test_a_mask_reaches_the_layer_that_answers() -> None:
     class Masked(nn.Module):
         @nn.compact
-        def __call__(self, x: jax.Array) -> jax.Array:
-            return nn.BatchNorm(use_running_average=True)(x, mask=jnp.ones(x.shape, bool))
+        def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+            return nn.BatchNorm(use_running_average=not train)(x, mask=jnp.arange(5)[:, None, None] < 3)
 
+    variables = Masked().init(jax.random.key(0), images(), train=False)
+    model, converted, _ = convert(Masked(), variables, preserve=True, centering=None)
+    for x in (images(), images().at[:, 3:].set(7.0)):
+        found, due = (
+            net.apply(given, x, train=True, mutable=STATS)
+            for net, given in ((model, converted), (Masked(), variables))
+        )
+        close(found[0], due[0])
+        close(found[1]["batch_stats"]["BatchNorm_0"]["var"], due[1]["batch_stats"]["BatchNorm_0"]["var"])
+
+
+def stack(make: Any) -> Any:
+    """Three layers in one, as NNX makes an ensemble."""
+
+    @nnx.split_rngs(splits=3)
+    @nnx.vmap
+    def create(rngs: nnx.Rngs) -> Any:
+        return make(rngs)
+
+    class Holder(nnx.Module):
+        def __init__(self) -> None:
+            self.plain = nnx.BatchNorm(4, rngs=nnx.Rngs(0))
+            self.norm = create(nnx.Rngs(0))
+
+    return Holder()
+
+
+def test_a_stack_of_nnx_layers_is_refused_and_stays_whole() -> None:
+    for to, make in (
+        ("rbn", lambda rngs: nnx.BatchNorm(4, rngs=rngs)),
+        ("bnet", lambda rngs: nnx.BatchNorm(4, use_bias=False, use_scale=False, rngs=rngs)),
+        ("bn", lambda rngs: rbn_flax.nnx.RBN(4, rngs=rngs)),
+    ):
+        model = stack(make)
+        before, kinds = to_numpy(model), [type(model.plain), type(model.norm)]
+        with pytest.raises(RBNValueError, match=r"\(3, 4\) in norm, a stack of layers"):
+            rbn_flax.nnx.convert(model, to)
+        equal(to_numpy(model), before)
+        assert [type(model.plain), type(model.norm)] == kinds
+        if to != "bn":
+            assert len(rbn_flax.nnx.convert(model, to, where="plain").rows) == 1
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_stack_of_linen_layers_is_refused(shared: bool) -> None:
+    class Block(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array, _: Any) -> Any:
+            return nn.BatchNorm(use_running_average=True, name="norm")(x), None
+
+    lifted = {"variable_axes": {"params": 0, "batch_stats": 0}, "split_rngs": {"params": True}}
+    if shared:
+        lifted = {
+            "variable_axes": {"batch_stats": 0},
+            "variable_broadcast": "params",
+            "split_rngs": {"params": False},
+        }
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return nn.scan(Block, length=3, **lifted)(name="blocks")(x, None)[0]
+
+    variables = Net().init(jax.random.key(0), images())
+    for init in (None, lambda: Net().init(jax.random.key(0), images())):
+        with pytest.raises(RBNValueError, match=r"\(3, 3\) in blocks.norm, a stack of layers"):
+            convert(Net(), variables, init=init)
+
+
+def test_what_batch_norm_is_told_of_axes_and_dtypes_stays() -> None:
+    class Net(nnx.Module):
+        def __init__(self, **options: Any) -> None:
+            self.norm = nnx.BatchNorm(4, rngs=nnx.Rngs(0), **options)
+
+    model = Net(axis=(-1,), axis_name="batch")
+    rbn_flax.nnx.convert(model, centering=None, scaling=None)
+    model.norm.spatial_axis_name = "rows"
+    rbn_flax.nnx.convert(model, "bn")
+    assert model.norm.axis_name == ("batch", "rows")
+    if "promote_dtype" in inspect.signature(nnx.BatchNorm).parameters:
+        promote = functools.partial(nnx.nn.dtypes.promote_dtype)
+        for given, due in (({}, None), ({"promote_dtype": promote}, promote)):
+            model = Net(**given)
+            rbn_flax.nnx.convert(model)
+            assert model.norm.promote_dtype is due
+
+
+def test_several_channel_axes_of_linen_layers_are_refused() -> None:
     class TwoAxes(nn.Module):
         @nn.compact
         def __call__(self, x: jax.Array) -> jax.Array:
             return nn.BatchNorm(use_running_average=True, axis=(-2, -1))(x)
 
-    for net, text in ((Masked(), "without a mask"), (TwoAxes(), "expected one channel axis")):
-        variables = net.init(jax.random.key(0), images())
-        model, variables, _ = convert(net, variables)
-        with pytest.raises(RBNError, match=text):
-            model.apply(variables, images())
+    variables = TwoAxes().init(jax.random.key(0), images())
+    with pytest.raises(RBNValueError, match=r"\(5, 3\) in BatchNorm_0, a stack of layers or one of several"):
+        convert(TwoAxes(), variables)
 
     def init() -> Any:
         return TwoAxes().init(jax.random.key(0), images())

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from flax import nnx
 from flax.core import freeze
-from jax.experimental import enable_x64
 
 from rbn.backends import flax as rbn_flax
 from rbn.backends.flax import BNET, IEBN, RBN, Network, describe, from_numpy, network, to_numpy
+from rbn.backends.flax.internals import enable_x64
 from rbn_core import Config, RBNTypeError, RBNValueError
 from rbn_core.execution import convolution, initial_state
 from rbn_core.networks import Convolution

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from flax import nnx
-from flax.nnx import initializers, rnglib
-from flax.nnx.module import first_from
-from flax.nnx.nn.linear import default_kernel_init
+from flax.nnx import initializers
 from flax.typing import Dtype, Initializer
 from jax import Array
 
@@ -20,10 +18,18 @@ from rbn_core.config import (
     IEBN_STARTS,
     Config,
     Statistic,
+    check_counter,
     check_input,
     refuse_unknown_options,
 )
+from rbn_core.errors import RBNValueError
 from rbn_core.names import NAMES
+
+KERNEL_INIT = initializers.lecun_normal()
+"""How Flax's convolutions start."""
+
+PromoteDtype = Callable[..., Any]
+"""A function of a tuple of arrays and `dtype=`, as `flax.nnx.nn.dtypes.promote_dtype`."""
 
 
 class CalibratedNorm(nnx.Module):
@@ -36,18 +42,21 @@ class CalibratedNorm(nnx.Module):
 
     starts: ClassVar[Mapping[str, float]] = {}
     spatial_dims: int | None = None
+    spatial_axis_name: distributed.AxisName = None
 
     def __init__(
         self,
         config: Config,
-        use_running_average: bool,
-        axis: int,
+        use_running_average: bool | None,
+        axis: int | Sequence[int],
         dtype: Dtype | None,
         param_dtype: Dtype,
         axis_name: distributed.AxisName,
         axis_index_groups: distributed.IndexGroups,
+        promote_dtype: PromoteDtype | None,
         fused: bool,
     ) -> None:
+        functional.channel_axis(axis, config.layer)
         shape = (config.num_features,)
         self.mean = nnx.BatchStat(jnp.zeros(shape, functional.statistics_dtype(param_dtype)))
         self.var = nnx.BatchStat(jnp.ones(shape, functional.statistics_dtype(param_dtype)))
@@ -69,61 +78,75 @@ class CalibratedNorm(nnx.Module):
         self.running_var = config.running_var
         self.axis_name = axis_name
         self.axis_index_groups = axis_index_groups
+        self.promote_dtype = promote_dtype
         self.fused = fused
 
-    def __call__(self, x: Array, use_running_average: bool | None = None) -> Array:
+    def __call__(self, x: Array, use_running_average: bool | None = None, *, mask: Any = None) -> Array:
         """Y, of the shape of `x`, (N, *spatial, C).
 
         Args:
             x: The input; not changed.
             use_running_average: Evaluation (True) or training (False); `None` as the layer is set.
+            mask: Which values count in the statistics, of a shape that broadcasts to that of x; all of them
+                by default. E, Var and the instance statistics are of those alone; a plane that has none
+                counts for nothing in E and Var, and its own mean and variance are 0.
         """
-        use_running_average = first_from(
-            use_running_average,
-            self.use_running_average,
-            error_msg=f"{self.layer}: expected use_running_average in the call or in the layer, "
-            "got None in both.",
-        )
+        if use_running_average is None:
+            use_running_average = self.use_running_average
+        if use_running_average is None:
+            raise RBNValueError(
+                f"{self.layer}: expected use_running_average in the call or in the layer, got None in both. "
+                "Pass it here, or call train() or eval() before."
+            )
         training = not use_running_average
-        share = distributed.Share(self.axis_name if training else None, self.axis_index_groups)
+        options, axis = config(self), functional.channel_axis(self.axis, self.layer)
+        share = distributed.Share(
+            self.axis_name if training else None, self.axis_index_groups, self.spatial_axis_name
+        )
         values = x.size // self.num_features * share.devices
         check_input(
             x.shape,
             x.dtype.name,
             self.num_features,
             training=training,
-            axis=self.axis,
+            axis=axis,
             values=values,
             spatial_dims=self.spatial_dims,
             layer=self.layer,
         )
-        parameters = self._parameters()
-        running = (self.mean[...], self.var[...])
-        options: dict[str, Any] = {"axis": self.axis, "centering": self.centering, "scaling": self.scaling}
-        compute: Callable[..., tuple[Array, Array, Array]] = partial(functional.rbn, average=share.average)
-        if self.fused and share.axis_name is None and fused.takes(x, parameters, **options):
-            compute = fused.rbn
-        y, mean, var = compute(
+        stored = fused.check_layer(options, self._stored())
+        parameters = {name: stored[name] for name in options.parameters}
+        running = promoted = (stored["running_mean"], stored["running_var"])
+        if training:
+            check_counter(getattr(self, "num_batches_tracked", None), self.momentum, self.layer)
+        if self.promote_dtype is not None:
+            x, promoted, parameters = self._promoted(x, running, parameters, self.promote_dtype)
+        if options.kernel_size is None:
+            vectors = (*parameters.values(), *running)
+            x = functional.with_a_batch(x, vectors, shared=bool(share.batch))
+        y, mean, var = fused.compute(
             x,
             parameters,
-            None if training else running,
-            eps=self.epsilon,
-            restrict=self.restrict,
+            None if training else promoted,
+            options,
+            axis=axis,
             dtype=self.normalized_dtype(x),
-            **options,
+            mask=mask,
+            share=share,
+            in_loops=self.fused,
         )
         if training:
-            self.num_batches_tracked[...] += 1
-            self.mean[...], self.var[...] = functional.track(
-                running,
-                mean,
-                var,
-                self.num_batches_tracked[...],
-                momentum=self.momentum,
-                running_var=self.running_var,
-                values=values,
-            )
+            self._track(running, mean, var, values if mask is None else share.count(mask, x, axis))
         return functional.as_output(self.transform(y), x, self.dtype)
+
+    def set_view(self, use_running_average: bool | None = None) -> None:
+        """What `nnx.view(model, use_running_average=...)` calls on a copy of the layer.
+
+        Args:
+            use_running_average: Evaluation (True) or training (False).
+        """
+        if use_running_average is not None:
+            self.use_running_average = use_running_average
 
     def normalized_dtype(self, x: Array) -> Dtype | None:
         """The dtype that `transform` is to get, if any is asked for."""
@@ -133,10 +156,73 @@ class CalibratedNorm(nnx.Module):
         """What follows on (N, C) coefficients; nothing but in BNET."""
         return y
 
-    def _parameters(self) -> dict[str, Array]:
-        names = ("gamma", "beta", *self.starts)
-        stored = {name: getattr(self, NAMES["flax"][name].removeprefix("params/"), None) for name in names}
-        return {name: param[...] for name, param in stored.items() if param is not None}
+    def _stored(self) -> dict[str, Any]:
+        """What there is, by canonical names."""
+        found: dict[str, Any] = {}
+        for name, own in NAMES["flax"].items():
+            variable: Any = self
+            for part in own.split("/")[1:]:
+                variable = getattr(variable, part, None)
+            if variable is not None:
+                found[name] = variable[...]
+        return found
+
+    def _track(self, running: tuple[Array, Array], mean: Array, var: Array, values: Any) -> None:
+        """One more batch; without a counter nobody counts it."""
+        counter, count = getattr(self, "num_batches_tracked", None), jnp.zeros((), jnp.int32)
+        if counter is not None:
+            count = jnp.asarray(counter[...]) + 1
+        new = functional.track(
+            running, mean, var, count, momentum=self.momentum, running_var=self.running_var, values=values
+        )
+        for variable, value in zip((self.mean, self.var, counter), (*new, count), strict=True):
+            if variable is not None:
+                assign(variable, value)
+
+    def _promoted(
+        self,
+        x: Array,
+        running: tuple[Array, Array],
+        parameters: Mapping[str, Array],
+        promote: PromoteDtype,
+    ) -> tuple[Array, tuple[Array, Array], dict[str, Array]]:
+        """x, E and Var and the parameters as a function of BatchNorm's makes its own five of one dtype."""
+        five = (x, *running, parameters.get("gamma"), parameters.get("beta"))
+        x, mean, var, gamma, beta = promote(five, dtype=self.dtype)
+        affine = {"gamma": gamma, "beta": beta}
+        changed = {name: value for name, value in affine.items() if value is not None}
+        return x, (mean, var), {**parameters, **changed}
+
+
+def config(layer: CalibratedNorm) -> Config:
+    """The options of a layer in the project's terms, checked again: they can be assigned.
+
+    As in BatchNorm, a layer of which gamma or beta is `None` is one without it.
+
+    Raises:
+        RBNError: One of them is none.
+    """
+    options: dict[str, Any] = {
+        "eps": layer.epsilon,
+        "momentum": layer.momentum,
+        "running_var": layer.running_var,
+    }
+    if layer.layer == "BNET":
+        return Config.bnet(layer.num_features, layer.conv.kernel_size[0], layer.spatial_dims or 2, **options)
+    affine = {"gamma": "scale", "beta": "bias"}
+    options |= {name: getattr(layer, own, None) is not None for name, own in affine.items()}
+    if layer.layer == "IEBN":
+        return Config.iebn(layer.num_features, **options)
+    calibration = {name: getattr(layer, name) for name in ("centering", "scaling", "restrict")}
+    return Config(layer.num_features, **options, **calibration)
+
+
+def assign(variable: Any, value: Array) -> None:
+    """A new value in the place of the old one: a NumPy array that lies there is not written into."""
+    if hasattr(variable, "set_value"):  # in Flax from 0.12.1 on, where [...] writes into it
+        variable.set_value(value)
+    else:
+        variable[...] = value
 
 
 class AffineNorm(CalibratedNorm):
@@ -145,28 +231,45 @@ class AffineNorm(CalibratedNorm):
     def __init__(
         self,
         config: Config,
-        use_running_average: bool,
-        axis: int,
+        use_running_average: bool | None,
+        axis: int | Sequence[int],
         dtype: Dtype | None,
         param_dtype: Dtype,
         axis_name: distributed.AxisName,
         axis_index_groups: distributed.IndexGroups,
+        promote_dtype: PromoteDtype | None,
         fused: bool,
+        spatial_axis_name: distributed.AxisName,
         bias_init: Initializer,
         scale_init: Initializer,
-        rngs: rnglib.Rngs,
+        rngs: nnx.Rngs,
+        bias_metadata: Mapping[str, Any],
+        scale_metadata: Mapping[str, Any],
     ) -> None:
         shape, beta = (config.num_features,), config.beta
         self.scale = nnx.data(
-            nnx.Param(scale_init(rngs.params(), shape, param_dtype)) if config.gamma else None
+            nnx.Param(scale_init(rngs.params(), shape, param_dtype), **scale_metadata)
+            if config.gamma
+            else None
         )
-        self.bias = nnx.data(nnx.Param(bias_init(rngs.params(), shape, param_dtype)) if beta else None)
+        self.bias = nnx.data(
+            nnx.Param(bias_init(rngs.params(), shape, param_dtype), **bias_metadata) if beta else None
+        )
         self.use_bias = config.beta
         self.use_scale = config.gamma
         self.bias_init = bias_init
         self.scale_init = scale_init
+        self.spatial_axis_name = spatial_axis_name
         super().__init__(
-            config, use_running_average, axis, dtype, param_dtype, axis_name, axis_index_groups, fused
+            config,
+            use_running_average,
+            axis,
+            dtype,
+            param_dtype,
+            axis_name,
+            axis_index_groups,
+            promote_dtype,
+            fused,
         )
 
 
@@ -181,6 +284,8 @@ class RBN(AffineNorm):
     Inputs are (N, *spatial, C) with any number of spatial axes, in float64 (where JAX has it enabled),
     float32, bfloat16 or float16; statistics are taken in at least float32. A half-precision input gives an
     output of its own dtype, where BatchNorm promotes it to that of the parameters.
+    The batch axis is always there, where BatchNorm and `nn.Conv` can do without it: (H, W, C) is a batch of H
+    sequences, and under `vmap` over the input alone an error.
     In training E and Var are the batch's, in evaluation the running ones; K_m and K_s are always the input's.
 
     State: `scale` (gamma) and `bias` (beta) as in BatchNorm, and `center_weight` (w_m, from 0),
@@ -191,7 +296,7 @@ class RBN(AffineNorm):
     Args:
         num_features: C, the number of channels.
         use_running_average: evaluation (True) or training (False); `train()` and `eval()` set it.
-        axis: the channel axis; the batch is the first of the others.
+        axis: the channel axis, also as a tuple of one; the batch is the first of the others.
         momentum: the weight of the *old* value in the running statistics; `None` averages all batches.
         epsilon: epsilon, added to a variance under its root.
         dtype: the dtype of the output; `None` as said above.
@@ -207,7 +312,14 @@ class RBN(AffineNorm):
         axis_name: the axis of `pmap`, `vmap` or `shard_map` that the batch is spread over, or several; under
             `jit` with a sharded batch the statistics are the whole batch's without it.
         axis_index_groups: the groups of devices along it that share their statistics; all by default.
+        spatial_axis_name: the axis of `shard_map` along which devices share every image, or several, in
+            evaluation, too. It must be said here and not in `axis_name` alone, as BatchNorm takes it: K_m and
+            K_s are of whole images. Under `jit` with sharded images they are so without it.
+        promote_dtype: a function of the input, E, Var, gamma and beta, as BatchNorm's, that makes them of one
+            dtype; `None` keeps the dtypes as said above.
         rngs: the random keys that `bias_init` and `scale_init` draw from.
+        bias_metadata: what the `nnx.Param` of beta says beside its value.
+        scale_metadata: what that of gamma says.
         fused: whether one custom call computes the layer in a program for one CPU; `False` always takes JAX's
             own operations. Synchronised and spatial statistics take them, too.
 
@@ -221,8 +333,8 @@ class RBN(AffineNorm):
         self,
         num_features: int,
         *,
-        use_running_average: bool = False,
-        axis: int = -1,
+        use_running_average: bool | None = False,
+        axis: int | Sequence[int] = -1,
         momentum: float | None = 0.9,
         epsilon: float = 1e-5,
         dtype: Dtype | None = None,
@@ -237,7 +349,11 @@ class RBN(AffineNorm):
         running_var: str = "unbiased",
         axis_name: distributed.AxisName = None,
         axis_index_groups: distributed.IndexGroups = None,
-        rngs: rnglib.Rngs,
+        spatial_axis_name: distributed.AxisName = None,
+        promote_dtype: PromoteDtype | None = None,
+        rngs: nnx.Rngs,
+        bias_metadata: Mapping[str, Any] = MappingProxyType({}),
+        scale_metadata: Mapping[str, Any] = MappingProxyType({}),
         fused: bool = True,
     ) -> None:
         config = Config(
@@ -259,10 +375,14 @@ class RBN(AffineNorm):
             param_dtype,
             axis_name,
             axis_index_groups,
+            promote_dtype,
             fused,
+            spatial_axis_name,
             bias_init,
             scale_init,
             rngs,
+            bias_metadata,
+            scale_metadata,
         )
 
 
@@ -279,7 +399,7 @@ class IEBN(AffineNorm):
     Args:
         num_features: C, the number of channels.
         use_running_average: evaluation (True) or training (False); `train()` and `eval()` set it.
-        axis: the channel axis; the batch is the first of the others.
+        axis: the channel axis, also as a tuple of one; the batch is the first of the others.
         momentum: the weight of the *old* value in the running statistics; `None` averages all batches.
         epsilon: epsilon, added to the variance under its root.
         dtype: the dtype of the output; `None` as in `RBN`.
@@ -292,7 +412,14 @@ class IEBN(AffineNorm):
         axis_name: the axis of `pmap`, `vmap` or `shard_map` that the batch is spread over, or several; under
             `jit` with a sharded batch the statistics are the whole batch's without it.
         axis_index_groups: the groups of devices along it that share their statistics; all by default.
+        spatial_axis_name: the axis of `shard_map` along which devices share every image, or several, in
+            evaluation, too. It must be said here and not in `axis_name` alone, as BatchNorm takes it: K_m and
+            K_s are of whole images. Under `jit` with sharded images they are so without it.
+        promote_dtype: a function of the input, E, Var, gamma and beta, as BatchNorm's, that makes them of one
+            dtype; `None` keeps the dtypes as said above.
         rngs: the random keys that `bias_init` and `scale_init` draw from.
+        bias_metadata: what the `nnx.Param` of beta says beside its value.
+        scale_metadata: what that of gamma says.
         fused: whether one custom call computes the layer in a program for one CPU; `False` always takes JAX's
             own operations. Synchronised and spatial statistics take them, too.
 
@@ -306,8 +433,8 @@ class IEBN(AffineNorm):
         self,
         num_features: int,
         *,
-        use_running_average: bool = False,
-        axis: int = -1,
+        use_running_average: bool | None = False,
+        axis: int | Sequence[int] = -1,
         momentum: float | None = 0.9,
         epsilon: float = 1e-5,
         dtype: Dtype | None = None,
@@ -319,7 +446,11 @@ class IEBN(AffineNorm):
         running_var: str = "unbiased",
         axis_name: distributed.AxisName = None,
         axis_index_groups: distributed.IndexGroups = None,
-        rngs: rnglib.Rngs,
+        spatial_axis_name: distributed.AxisName = None,
+        promote_dtype: PromoteDtype | None = None,
+        rngs: nnx.Rngs,
+        bias_metadata: Mapping[str, Any] = MappingProxyType({}),
+        scale_metadata: Mapping[str, Any] = MappingProxyType({}),
         fused: bool = True,
     ) -> None:
         config = Config.iebn(
@@ -338,10 +469,14 @@ class IEBN(AffineNorm):
             param_dtype,
             axis_name,
             axis_index_groups,
+            promote_dtype,
             fused,
+            spatial_axis_name,
             bias_init,
             scale_init,
             rngs,
+            bias_metadata,
+            scale_metadata,
         )
 
 
@@ -359,7 +494,7 @@ class BNET(CalibratedNorm):
         num_features: C, the number of channels.
         kernel_size: the extent of the kernel along every axis; odd.
         use_running_average: evaluation (True) or training (False); `train()` and `eval()` set it.
-        axis: the channel axis; the batch is the first of the others.
+        axis: the channel axis, also as a tuple of one; the batch is the first of the others.
         momentum: the weight of the *old* value in the running statistics; `None` averages all batches.
         epsilon: epsilon, added to the variance under its root.
         dtype: the dtype of the output; `None` as in `RBN`.
@@ -371,6 +506,8 @@ class BNET(CalibratedNorm):
         axis_name: the axis of `pmap`, `vmap` or `shard_map` that the batch is spread over, or several; under
             `jit` with a sharded batch the statistics are the whole batch's without it.
         axis_index_groups: the groups of devices along it that share their statistics; all by default.
+        promote_dtype: a function of the input, E, Var, gamma and beta, as BatchNorm's, that makes them of one
+            dtype; `None` keeps the dtypes as said above.
         rngs: the random keys that `kernel_init` and `bias_init` draw from.
         fused: whether one custom call computes the layer in a program for one CPU; `False` always takes JAX's
             own operations. Synchronised and spatial statistics take them, too.
@@ -384,19 +521,20 @@ class BNET(CalibratedNorm):
         num_features: int,
         kernel_size: int = 3,
         *,
-        use_running_average: bool = False,
-        axis: int = -1,
+        use_running_average: bool | None = False,
+        axis: int | Sequence[int] = -1,
         momentum: float | None = 0.9,
         epsilon: float = 1e-5,
         dtype: Dtype | None = None,
         param_dtype: Dtype = jnp.float32,
         spatial_dims: int = 2,
-        kernel_init: Initializer = default_kernel_init,
+        kernel_init: Initializer = KERNEL_INIT,
         bias_init: Initializer = initializers.zeros,
         running_var: str = "unbiased",
         axis_name: distributed.AxisName = None,
         axis_index_groups: distributed.IndexGroups = None,
-        rngs: rnglib.Rngs,
+        promote_dtype: PromoteDtype | None = None,
+        rngs: nnx.Rngs,
         fused: bool = True,
     ) -> None:
         config = Config.bnet(
@@ -408,7 +546,15 @@ class BNET(CalibratedNorm):
             running_var=running_var,
         )
         super().__init__(
-            config, use_running_average, axis, dtype, param_dtype, axis_name, axis_index_groups, fused
+            config,
+            use_running_average,
+            axis,
+            dtype,
+            param_dtype,
+            axis_name,
+            axis_index_groups,
+            promote_dtype,
+            fused,
         )
         self.spatial_dims = spatial_dims
         self.conv = nnx.Conv(
@@ -452,8 +598,8 @@ class BNET(CalibratedNorm):
 
     def normalized_dtype(self, x: Array) -> Dtype:
         """At least float32: half precision is rounded once, after the convolution."""
-        return jnp.promote_types(x.dtype if self.dtype is None else self.dtype, jnp.float32)
+        return functional.widest(x.dtype if self.dtype is None else self.dtype, jnp.float32)
 
     def transform(self, y: Array) -> Array:
         """The convolution in the place of BatchNorm's affine step."""
-        return functional.channels_last(self.conv, y, self.axis)
+        return functional.channels_last(self.conv, y, functional.channel_axis(self.axis))

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from flax import nnx
-from flax.nnx import rnglib
 
+from rbn.backends.flax import distributed, places
 from rbn.backends.flax.networks import redescribed
 from rbn.backends.flax.nnx import layers
-from rbn.backends.flax.nnx.layers import CalibratedNorm
+from rbn.backends.flax.nnx.layers import CalibratedNorm, config
 from rbn.backends.flax.nnx.networks import Network
-from rbn.backends.flax.nnx.weights import Path, config, from_numpy, modules, to_numpy
+from rbn.backends.flax.nnx.weights import Path, from_numpy, modules, to_numpy
 from rbn_core import conversion
 from rbn_core.config import Config
 from rbn_core.errors import RBNTypeError
 from rbn_core.matching import Row, State, Table
+
+PROMOTE_DTYPE = (
+    inspect.signature(nnx.BatchNorm).parameters["promote_dtype"].default
+    if "promote_dtype" in inspect.signature(nnx.BatchNorm).parameters
+    else None
+)
+"""BatchNorm's own way to make its arrays of one dtype, where it has one; the layers have another."""
 
 KEPT = ("scale", "bias", "mean", "var")
 """The variables that BatchNorm and the layers have in common; the objects stay."""
@@ -27,7 +35,7 @@ def convert(
     *,
     where: str | None = None,
     preserve: bool = False,
-    rngs: rnglib.Rngs | None = None,
+    rngs: nnx.Rngs | None = None,
     **options: Any,
 ) -> Table:
     """Make every BatchNorm of a model an RBN, IEBN or BNET, or the other way round, in place.
@@ -49,7 +57,8 @@ def convert(
 
     Raises:
         RBNTypeError: The model itself is such a layer, or an option is unknown.
-        RBNValueError: `to`, `where` or an option is wrong. Nothing has changed then.
+        RBNValueError: `to`, `where` or an option is wrong, or a layer is a stack of several. Nothing has
+            changed then.
     """
     pattern = conversion.chooser(to, where)
     source = CalibratedNorm if to == "bn" else nnx.BatchNorm
@@ -68,7 +77,7 @@ def convert(
         names = [".".join(map(str, path)) for path in paths]
         if not any(pattern.fullmatch(name) for name in names):
             continue
-        new, state = _converted(old, to, preserve, options, rngs)
+        new, state = _converted(old, names[0], to, preserve, options, rngs)
         if isinstance(state, str):
             rows += [Row(name, "kept", type(old).__name__, state) for name in names]
             continue
@@ -91,7 +100,7 @@ def convert(
 
 
 def _converted(
-    old: Any, to: str, preserve: bool, options: dict[str, Any], rngs: rnglib.Rngs
+    old: Any, path: str, to: str, preserve: bool, options: dict[str, Any], rngs: nnx.Rngs
 ) -> tuple[Any, State | str]:
     """The layer that takes the place of another, and its state, or why it cannot."""
     if isinstance(old.axis, tuple | list) and len(old.axis) != 1:
@@ -106,7 +115,13 @@ def _converted(
         "axis_name": old.axis_name,
         "axis_index_groups": old.axis_index_groups,
     }
+    if (spatial := distributed.names(getattr(old, "spatial_axis_name", None))) and to == "bn":
+        common["axis_name"] = (*distributed.names(old.axis_name), *spatial)
     state = to_numpy(old)
+    places.refuse_stack(path, state)
+    promote = getattr(old, "promote_dtype", None)
+    if promote is not None and promote is not PROMOTE_DTYPE:
+        common["promote_dtype"] = promote
     if to == "bn":
         if old.momentum is None:
             return None, "averages all batches, which Flax's BatchNorm does not"

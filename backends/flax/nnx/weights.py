@@ -12,8 +12,7 @@ import numpy as np
 from flax import nnx
 
 from rbn.backends.flax import places
-from rbn.backends.flax.nnx.layers import CalibratedNorm
-from rbn_core.config import Config
+from rbn.backends.flax.nnx.layers import CalibratedNorm, assign, config
 from rbn_core.errors import RBNTypeError
 from rbn_core.matching import State, Table
 from rbn_core.names import Kind
@@ -73,7 +72,7 @@ def from_numpy(
     target = {own: variable[...] for own, variable in variables.items()}
     arrays, table = places.to_load(state, target, layouts(model), rename=rename, strict=strict)
     for own, array in arrays.items():
-        variables[own][...] = jnp.asarray(array, target[own].dtype)
+        assign(variables[own], jnp.asarray(array, target[own].dtype))
     return table
 
 
@@ -88,22 +87,6 @@ def describe(model: nnx.Module) -> Layers:
         options = dataclasses.asdict(config(module)) if isinstance(module, CalibratedNorm) else {}
         layers[path] = {"kind": _kind(module)} | options
     return layers
-
-
-def config(layer: CalibratedNorm) -> Config:
-    """The options of a layer of ours in the project's terms."""
-    options: dict[str, Any] = {
-        "eps": layer.epsilon,
-        "momentum": layer.momentum,
-        "running_var": layer.running_var,
-    }
-    if layer.layer == "BNET":
-        return Config.bnet(layer.num_features, layer.conv.kernel_size[0], layer.spatial_dims or 2, **options)
-    options |= {"gamma": layer.use_scale, "beta": layer.use_bias}
-    if layer.layer == "IEBN":
-        return Config.iebn(layer.num_features, **options)
-    calibration = {name: getattr(layer, name) for name in ("centering", "scaling", "restrict")}
-    return Config(layer.num_features, **options, **calibration)
 
 
 def layouts(model: nnx.Module) -> dict[str, Kind]:
