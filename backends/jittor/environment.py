@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from rbn.backends.frameworks import missing_message, problems
+from rbn.backends.jittor import internals
 
 
 def prepare() -> None:
@@ -40,18 +41,12 @@ def end_compilers() -> None:
     They inherit the handler that a script or a tool had set before the import. One that does not end them at
     once leaves that exit waiting for ever, and under MPI every other process with it.
     """
-    import jittor_utils
-
-    if pool := getattr(jittor_utils, "p", None):  # none if nothing had to be compiled
-        pool.close()
-        pool.join()
+    internals.end_compilers()
 
 
 def _is_nvcc_without_runtime() -> bool:
     """Whether Jittor would find an nvcc and then fail on its missing libcudart."""
-    from jittor_utils import install_cuda
-
-    if install_cuda.has_installation():
+    if internals.has_cuda():
         return False
     places = (shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc", "/usr/bin/nvcc", "/opt/cuda/bin/nvcc")
     nvcc = next((Path(place) for place in places if place and Path(place).is_file()), None)
@@ -78,8 +73,6 @@ def _find_mpicc() -> None:
 
 def _has_onednn() -> bool:
     """Whether Jittor has oneDNN at hand."""
-    import jittor_utils
-
     if "mkl_lib_path" in os.environ:
         return True
-    return any(Path(jittor_utils.home(), ".cache", "jittor", "mkl").glob("dnnl*/lib"))
+    return any((internals.home() / ".cache" / "jittor" / "mkl").glob("dnnl*/lib"))

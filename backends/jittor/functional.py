@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 import jittor as jt
 from jittor import Var
 
+from rbn.backends.jittor import internals
 from rbn_core.config import SPATIAL_STATISTICS, Statistic
 
 
@@ -28,11 +29,6 @@ Average = Callable[[Var], Var]
 def batch_average(values: Var) -> Var:
     """(N, C) plane values to their mean over the batch, (C,)."""
     return mean_over(values, 0)
-
-
-def full_precision() -> jt.flag_scope:
-    """A scope in which float32 stays so, which automatic mixed precision turns into half precision."""
-    return jt.flag_scope(amp_reg=int(jt.flags.amp_reg != 0))  # bit 0 prefers float32
 
 
 def rbn(
@@ -188,8 +184,8 @@ def accumulate(running: tuple[Var, Var], mean: Var, var: Var, new_weight: float 
         var: sigma_B^2, (C,), already divided as the layer wants it.
         new_weight: 1 - m, the weight of the batch.
     """
-    weight = constant(new_weight)
-    with jt.no_grad():
+    with jt.no_grad(), internals.full_precision(gradients=False):
+        weight = constant(new_weight)
         for old, batch in zip(running, (mean, var), strict=True):
             exact = old.float64()
             # Not back to half precision, which Module.float16() makes of statistics too.

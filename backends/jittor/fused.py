@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jittor as jt
 from jittor import Function, Var
@@ -17,8 +17,13 @@ from jittor import Function, Var
 from rbn import kernels
 from rbn.backends.jittor import functional
 from rbn.kernels.library import DTYPES, PARAMETERS, RESTRICTIONS, STATISTICS, VECTORS, address
-from rbn_core.config import SPATIAL_STATISTICS, Statistic
-from rbn_core.errors import RBNError
+from rbn_core.config import FLOATING, Config, Statistic, check_counter, check_shape
+from rbn_core.errors import RBNError, RBNTypeError, RBNValueError
+from rbn_core.matching import COUNTER
+from rbn_core.names import NAMES
+
+WITHOUT = {"gamma": 1.0, "beta": 0.0}
+"""The numbers that Jittor's BatchNorm has in the place of parameters that it lacks."""
 
 # The text itself, without a path: Jittor compiles anew when it changes, wherever the package lies.
 HEADER = f"""
@@ -76,15 +81,59 @@ finish(function(&layer, &arrays), data);
 """dY, X, mu, v and the vectors to the gradients of X and of the parameters."""
 
 
-def takes(x: Var, centering: Statistic | None, scaling: Statistic | None) -> bool:
-    """Whether the fast form can compute this input: else it is for `functional.rbn`."""
+def check_layer(config: Config, given: Mapping[str, Any], training: bool) -> dict[str, Var]:
+    """The variables that a layer has, if they are what it must have; for either form.
+
+    Args:
+        config: The layer's options as they are now.
+        given: What it stores, under canonical names. Without gamma or beta, or with the number that BatchNorm
+            has in its place, it is a layer without them.
+        training: Whether statistics are about to be accumulated.
+
+    Raises:
+        RBNTypeError: Something is no variable of floating-point numbers.
+        RBNValueError: Something is missing, has another shape than the layer's, or is a statistic and
+            something else at once.
+    """
+    due = config.state_shapes() | {COUNTER: (1,)}  # Jittor has no 0-dimensional variables
+    if training:
+        check_counter(given.get(COUNTER), config.momentum, config.layer)
+    if not training or given.get(COUNTER) is None:
+        del due[COUNTER]
+    for name, number in WITHOUT.items():
+        value = given.get(name)
+        if value is None or (isinstance(value, int | float) and value == number):
+            due.pop(name, None)
+        else:  # also where it was added to a layer built without
+            due[name] = (config.num_features,)
+    for name, shape in due.items():
+        own, value = NAMES["jittor"][name], given.get(name)
+        if value is not None and not _holds(value, integers=name == COUNTER):
+            due_kind = "an integer" if name == COUNTER else "floating-point numbers"
+            kind = value.dtype if isinstance(value, Var) else type(value).__name__
+            raise RBNTypeError(
+                f"{config.layer}: expected {own} as a variable of {due_kind}, got {kind}. Assign one that is."
+            )
+        check_shape(own, None if value is None else tuple(value.shape), shape, config.layer)
+    for name in VECTORS[-2:]:
+        if others := [other for other in due if other != name and given[other] is given[name]]:
+            raise RBNValueError(
+                f"{config.layer}: expected {NAMES['jittor'][name]} as a variable of its own, got that of "
+                f"{NAMES['jittor'][others[0]]}, which training would overwrite. Assign a copy: its clone()."
+            )
+    return {name: given[name] for name in PARAMETERS if name in due}
+
+
+def takes(x: Var, centering: Statistic | None, scaling: Statistic | None, restrict: str) -> bool:
+    """Whether the fast form can compute this input: what is not known to be right is for `functional.rbn`."""
     return (
         not kernels.problem()
         and not jt.flags.use_cuda
         and str(x.dtype) in DTYPES
         and x.numel() > 0
-        and centering not in SPATIAL_STATISTICS
-        and scaling not in SPATIAL_STATISTICS
+        and centering in STATISTICS
+        and scaling in STATISTICS
+        and restrict in RESTRICTIONS
     )
 
 
@@ -115,6 +164,13 @@ def rbn(
     forward = Forward(layer, planes, tuple(stored.values()))
     y = forward(*forward.inputs)
     return y.reshape(x.shape), *forward.statistics
+
+
+def _holds(value: object, *, integers: bool) -> bool:
+    """Whether it is a variable of floating-point numbers, or of integers."""
+    if not isinstance(value, Var):
+        return False
+    return bool(value.dtype.is_int()) if integers else str(value.dtype) in FLOATING
 
 
 def statistics_dtype(x: Var) -> str:
@@ -229,7 +285,9 @@ class Backward(Function):
         names = ("x", *self.layer.names)
         wanted = [name for name, value in zip(names, (x, *stored), strict=True) if not value.is_stop_grad()]
         outputs = ("x", *PARAMETERS)
-        dtype = statistics_dtype(x)
+        given, dtype = x.dtype, statistics_dtype(x)
+        if dy.dtype != given:  # in mixed precision, where nothing casts the gradients of a product back
+            dy, x = dy.cast(dtype), x.cast(dtype)
         found = jt.code(
             [x.shape if "x" in wanted else (1, 1, 1), *[x.shape[1:2]] * len(PARAMETERS)],
             [x.dtype, *[dtype] * len(PARAMETERS)],
@@ -243,6 +301,7 @@ class Backward(Function):
             },
         )
         gradients = dict(zip(outputs, found, strict=True))
+        gradients["x"] = gradients["x"].cast(given)
         return [gradients[name] if name in wanted else None for name in names]
 
     def grad(self, *_: Var | None) -> NoReturn:

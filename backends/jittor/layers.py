@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -9,7 +10,7 @@ import jittor as jt
 import numpy as np
 from jittor import Module, Var, init, nn
 
-from rbn.backends.jittor import distributed, functional, fused
+from rbn.backends.jittor import distributed, functional, fused, internals
 from rbn_core.config import (
     CALIBRATION_STARTS,
     IEBN_STARTS,
@@ -19,7 +20,8 @@ from rbn_core.config import (
     old_value_weight,
     refuse_unknown_options,
 )
-from rbn_core.names import NAMES, PARAMETERS
+from rbn_core.matching import COUNTER
+from rbn_core.names import NAMES
 
 
 class CalibratedNorm(Module):
@@ -28,10 +30,12 @@ class CalibratedNorm(Module):
     Attributes:
         starts: Where the parameters beyond BatchNorm's start.
         spatial_dims: How many spatial axes an input must have; any number where `None`.
+        kernel_size: The extent of the convolution that follows, if one does.
     """
 
     starts: ClassVar[Mapping[str, float]] = {}
     spatial_dims: int | None = None
+    kernel_size: int | None = None
 
     def __init__(
         self, config: Config, momentum: float | None, is_train: bool, sync: bool, fused: bool
@@ -61,6 +65,7 @@ class CalibratedNorm(Module):
 
     def execute(self, x: Var) -> Var:
         """Y, of the shape and dtype of `x`, (N, C, *spatial)."""
+        parameters = fused.check_layer(self.config(), self._stored(), self.is_train)
         share = distributed.Share(x) if self.is_train and self.sync and jt.in_mpi else None
         check_input(
             x.shape,
@@ -71,8 +76,6 @@ class CalibratedNorm(Module):
             spatial_dims=self.spatial_dims,
             layer=self.layer,
         )
-        stored = {canonical: getattr(self, NAMES["jittor"][canonical], None) for canonical in PARAMETERS}
-        parameters = {canonical: value for canonical, value in stored.items() if isinstance(value, Var)}
         running = None if self.is_train else (self.running_mean, self.running_var)
         options: dict[str, Any] = {
             "eps": self.eps,
@@ -80,8 +83,8 @@ class CalibratedNorm(Module):
             "scaling": self.scaling,
             "restrict": self.restrict,
         }
-        with functional.full_precision():
-            if self.fused and share is None and fused.takes(x, self.centering, self.scaling):
+        with internals.full_precision():
+            if self.fused and share is None and fused.takes(x, self.centering, self.scaling, self.restrict):
                 y, mean, var = fused.rbn(x, parameters, running, **options)
             else:
                 average = functional.batch_average if share is None else share.average
@@ -95,6 +98,23 @@ class CalibratedNorm(Module):
         """What follows on (N, C) coefficients; nothing but in BNET."""
         return y
 
+    def config(self) -> Config:
+        """The options as they are now, each of which can have changed since construction."""
+        return Config(
+            self.num_features,
+            self.eps,
+            old_value_weight(self.momentum, self.layer),
+            self.centering,
+            self.scaling,
+            self.restrict,
+            self.variance_estimator,
+            gamma=self.affine,
+            beta=self.affine,
+            kernel_size=self.kernel_size,
+            spatial_dims=2 if self.spatial_dims is None else self.spatial_dims,
+            layer=self.layer,
+        )
+
     def extra_repr(self) -> str:
         """The options, as `print(model)` shows them."""
         return (
@@ -102,13 +122,22 @@ class CalibratedNorm(Module):
             f"is_train={self.is_train}, running_var={self.variance_estimator!r}, sync={self.sync}"
         )
 
+    def _stored(self) -> dict[str, Any]:
+        """What there is, under canonical names."""
+        return {
+            canonical: functools.reduce(lambda owner, name: getattr(owner, name, None), own.split("."), self)
+            for canonical, own in NAMES["jittor"].items()
+        }
+
     def _track(self, mean: Var, var: Var, values: int) -> None:
-        self.num_batches_tracked.update(self.num_batches_tracked + 1)
-        # Nothing else may ever ask for the counter: left lazy, its graph would grow by an addition a step.
-        self.num_batches_tracked.sync(False, False)
+        count = getattr(self, COUNTER, None)
+        if count is not None:
+            count.update(count + 1)
+            # Nothing else may ever ask for it: left lazy, its graph would grow by an addition a step.
+            count.sync(False, False)
         new_weight = self.momentum
         if new_weight is None:
-            new_weight = functional.constant(1) / self.num_batches_tracked.float64()
+            new_weight = functional.constant(1) / count.float64()
         if self.variance_estimator == "unbiased":
             var = var * functional.constant(values / (values - 1))
         functional.accumulate((self.running_mean, self.running_var), mean, var, new_weight)
@@ -286,6 +315,7 @@ class BNET(CalibratedNorm):
             running_var=running_var,
         )
         super().__init__(config, momentum, is_train, sync, fused)
+        self.kernel_size = kernel_size
         self.spatial_dims = spatial_dims
         self.conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[spatial_dims - 1](
             num_features, num_features, kernel_size, padding=kernel_size // 2, groups=num_features

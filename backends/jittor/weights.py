@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from rbn.backends.jittor.functional import at_least_float32
 from rbn.backends.jittor.layers import CalibratedNorm
 from rbn_core import published
-from rbn_core.config import Config, old_value_weight
+from rbn_core.config import Config
 from rbn_core.matching import COUNTER, State, Table, match
 from rbn_core.names import NAMES, Kind
 from rbn_core.weights import Layers
@@ -83,20 +83,7 @@ def kind(module: Module) -> Kind:
 
 def config_of(layer: CalibratedNorm) -> Config:
     """The options of one of our layers, as they are now."""
-    is_bnet = layer.spatial_dims is not None
-    return Config(
-        layer.num_features,
-        layer.eps,
-        old_value_weight(layer.momentum, layer.layer),
-        layer.centering,
-        layer.scaling,
-        layer.restrict,
-        layer.variance_estimator,
-        gamma=layer.affine,
-        beta=layer.affine,
-        layer=layer.layer,
-        **{"kernel_size": layer.conv.weight.shape[-1], "spatial_dims": layer.spatial_dims} if is_bnet else {},
-    )
+    return layer.config()
 
 
 def layers(model: Module) -> Iterator[tuple[str, Module]]:

@@ -116,9 +116,25 @@ def test_without_compiled_loops_the_layers_take_jittors_own_operations(monkeypat
 
 
 def test_cuda_takes_jittors_own_operations(monkeypatch):
-    assert fused.takes(image(), None, None)
+    assert fused.takes(image(), None, None, "sigmoid")
     monkeypatch.setattr(fused, "jt", SimpleNamespace(flags=SimpleNamespace(use_cuda=1)))
-    assert not fused.takes(image(), None, None)
+    assert not fused.takes(image(), None, None, "sigmoid")
+
+
+def test_what_the_loops_do_not_know_is_not_theirs():
+    for choice in [("typo", None, "sigmoid"), (None, "typo", "sigmoid"), (None, None, "typo")]:
+        assert not fused.takes(image(), *choice)
+
+
+@pytest.mark.parametrize("wrong", [{"gamma": (2,)}, {"gamma": (0,)}, {"beta": (3, 2)}])
+def test_the_loops_refuse_what_does_not_fit_and_the_process_goes_on(wrong):
+    parameters = {name: jt.ones(wrong.get(name, (3,))) for name in ("gamma", "beta")}
+    options = {"eps": 1e-5, "centering": None, "scaling": None, "restrict": "sigmoid"}
+    with pytest.raises(RuntimeError, match=f"expected {next(iter(wrong))} to be 3 numbers of float32, got"):
+        fused.rbn(image(dtype="float32"), parameters, None, **options)[0].sync()
+    jt.sync_all(True)
+    layer, plain = pair()
+    assert_same(step(layer, image()), step(plain, image()))
 
 
 @pytest.mark.parametrize("training", [True, False])
