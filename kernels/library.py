@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import importlib.machinery
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -212,11 +211,8 @@ def limit_cache(size: int) -> int:
 
 @functools.cache
 def _library() -> ctypes.CDLL:
-    folder = Path(__file__).parent
-    # The last names are those of installations from before the library went without Python's.
-    names = [f"rbn_kernels{suffix}" for suffix in (".so", *importlib.machinery.EXTENSION_SUFFIXES)]
-    found = next((folder / name for name in names if (folder / name).exists()), None)
-    if found is None:
+    found = Path(__file__).with_name("rbn_kernels.so")
+    if not found.exists():
         raise OSError("the loops were not compiled: install g++ and install rbn again")
     library = ctypes.CDLL(str(found))
     if not hasattr(library, "rbn_interface") or library.rbn_interface() != INTERFACE:
