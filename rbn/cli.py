@@ -238,6 +238,22 @@ def bench(
         raise typer.Exit(1)
 
 
+def _print_maps(wanted: bool) -> None:
+    """The maps between our names, which are torchvision's, and those of other model zoos."""
+    if not wanted:
+        return
+    from rbn_core.zoos import MAPS, ZOOS
+
+    table = Table("map", "the other side", "networks", "what else differs there")
+    for name in MAPS:
+        zoo = ZOOS[name.partition("-")[2]]
+        table.add_row(name, zoo.title, ", ".join(zoo.networks), zoo.differs)
+    console = _console()
+    console.print(table)
+    console.print("torchvision, timm and jittor.models have our names: they need no map.", highlight=False)
+    raise typer.Exit
+
+
 @app.command()
 def port(
     source: Annotated[Path, typer.Argument(help="The file, or the folder of Orbax, to read.")],
@@ -276,8 +292,17 @@ def port(
         int | None, typer.Option(help="Its classes; by default told by its shape.")
     ] = None,
     map_file: Annotated[
-        Path | None, typer.Option("--map", metavar="FILE", help="TOML with the tables [rename] and [kinds].")
+        str | None,
+        typer.Option(
+            "--map",
+            metavar="FILE",
+            help="TOML with the tables [rename] and [kinds], or a named map, which --maps lists.",
+        ),
     ] = None,
+    _: Annotated[
+        bool,
+        typer.Option("--maps", callback=_print_maps, is_eager=True, help="List the named maps."),
+    ] = False,
     convert: Annotated[
         str | None,
         typer.Option(
@@ -303,15 +328,17 @@ def port(
     """
     # Not needed by the other commands, and slow to import.
     from rbn import porting
-    from rbn_core import RBNError, RBNValueError
+    from rbn_core import RBNError, RBNValueError, zoos
 
     console = _console()
     try:
-        if verify and convert is not None:
+        zoo_map = map_file if map_file in zoos.MAPS else None
+        if verify and (convert or zoo_map):
             raise RBNValueError(
-                "port: expected --verify of one network, got --convert, which makes another. Leave one out."
+                "port: expected --verify of one network under our names, got --convert or a named map. "
+                "Leave one out."
             )
-        rename, kinds = porting.read_map(map_file) if map_file else ({}, {})
+        rename, kinds = porting.read_map(map_file) if map_file and not zoo_map else ({}, {})
         choices: dict[str, Any] = {
             "source_format": source_format,
             "destination_format": destination_format,
@@ -331,6 +358,7 @@ def port(
                 source,
                 destination,
                 **choices,
+                zoo_map=zoo_map,
                 layout=layout,
                 convert=None if convert is None else porting.parse_norm(convert),
                 preserve=preserve,

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 import rbn.backends
 from rbn.backends.frameworks import FRAMEWORKS, missing_message
-from rbn_core import architectures, conversion, pickles, published, renaming, weights
+from rbn_core import architectures, conversion, pickles, published, renaming, weights, zoos
 from rbn_core.config import check_choice
 from rbn_core.errors import RBNTypeError, RBNValueError
 from rbn_core.files import replacing
@@ -120,6 +120,7 @@ def port(
     num_classes: int | None = None,
     rename: Mapping[str, str] | None = None,
     kinds: Mapping[str, str] | None = None,
+    zoo_map: str | None = None,
     layout: str | None = None,
     convert: str | Mapping[str, Any] | None = None,
     preserve: bool = False,
@@ -146,6 +147,7 @@ def port(
         kinds: Regular expressions that match the whole dotted path of a layer of the source, each with what
             it is, one of `rbn_core.names.KINDS`. Names and ranks do not tell transposed convolutions, and
             outside of Flax and MindSpore not embeddings.
+        zoo_map: A named map from or to the names of a model zoo, one of `rbn_core.zoos.MAPS`.
         layout: One of `LAYOUTS` of the destination's framework; by default the first.
         convert: What the normalizations become on the way, as `norm` says what they are: BatchNorm another
             layer, or an inert one BatchNorm.
@@ -165,11 +167,16 @@ def port(
     if layout is not None:
         check_choice("--layout", layout, LAYOUTS.get(writer, ()), f"port to {writer}")
     progress(f"reading {source} ({reader})")
-    content, table = fitted(read(source, reader, kinds, key), rename, network, norm, num_classes)
+    content = read(source, reader, kinds, key)
+    if zoo_map is not None and zoo_map.startswith("from-"):
+        rename = dict(rename or {}) | zoos.table(zoo_map, content.state)
+    content, table = fitted(content, rename, network, norm, num_classes)
     if convert is not None:
         content, table = converted(content, table, convert, preserve)
     elif preserve:
         raise RBNValueError("port: expected --convert where --preserve is given, got none. Give it.")
+    if zoo_map is not None and not zoo_map.startswith("from-"):
+        content, table = as_in_zoo(content, table, zoo_map)
     if note := told_against_suffix(source, source_format, reader):
         content = replace(content, notes=(note, *content.notes))
     if content.network is not None:
@@ -446,6 +453,22 @@ def fitted(
     layers = described.layers()
     kinds = {path: cast("Kind", layer["kind"]) for path, layer in layers.items()}
     return replace(content, state=state, kinds=kinds, layers=layers, network=described), Table(rows)
+
+
+def as_in_zoo(content: Content, table: Table, zoo_map: str) -> tuple[Content, Table]:
+    """The content under the names of a model zoo, and what every array was called in the file.
+
+    Raises:
+        RBNError: The map is unknown, or is of other networks.
+    """
+    content, found = renamed(content, zoos.table(zoo_map, content.state))
+    before = {row.name: row for row in table.rows}
+    rows = []
+    for row in found.rows:
+        old = before.pop(row.source or row.name)
+        usual = old.status in ("matched", "renamed")
+        rows.append(replace(row, source=old.source or row.source) if usual else replace(old, name=row.name))
+    return content, Table((*rows, *before.values()), table.notes)
 
 
 def converted(
