@@ -14,7 +14,7 @@ import sys
 from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections.abc import Callable, Iterator, Mapping
 from math import prod
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -221,7 +221,7 @@ class Machine:
     }
     """What is known by a name."""
 
-    def __init__(self, program: memoryview, size: int = 0) -> None:
+    def __init__(self, program: Program, size: int = 0) -> None:
         self.program = program
         self.position = 0
         self.stack: list[Any] = []
@@ -511,6 +511,16 @@ class Machine:
     def persistent(self, key: Any) -> Any:
         """What is stored beside the pickle, under a key."""
         raise ValueError("it refers to what is stored elsewhere")
+
+
+class Program(Protocol):
+    """Bytes, of which parts can be taken: a memoryview, or a file that is read part by part."""
+
+    def __len__(self) -> int:
+        """How many there are."""
+
+    def __getitem__(self, part: slice, /) -> memoryview:
+        """Some of them."""
 
 
 class CutError(ValueError):

@@ -7,6 +7,7 @@ data of a pickle, whatever it asks for; here are Jittor's variables, which are a
 from __future__ import annotations
 
 import hashlib
+import io
 import pickle
 from collections.abc import Mapping
 from os import PathLike
@@ -50,7 +51,8 @@ def read(path: str | PathLike[str], key: str | None = None, note: pickles.Note =
             f"RBN: expected a Jittor checkpoint, got {path}, which is no file. Check the path."
         )
     try:
-        loaded = _Machine(_pickle(Path(path).read_bytes())).run()
+        with open(path, "rb") as file:
+            loaded = _Machine(_pickle(file)).run()
         found = pickles.chosen(loaded, _is_array, key, note)
     except (ValueError, OverflowError) as error:
         if isinstance(error, RBNError):
@@ -90,13 +92,10 @@ def write(
     if layout == "published":
         counted = {name: array for name, array in arrays.items() if name.rpartition(".")[2] != COUNTER}
         arrays = published.to_theirs(counted, layers or {})
-    for name, array in arrays.items():
-        dtype = np.dtype(np.float32) if array.dtype.name == "bfloat16" else array.dtype.newbyteorder("=")
-        arrays[name] = array.astype(dtype, copy=False)
     if wrong := [
         f"{name} of {array.dtype}"
         for name, array in arrays.items()
-        if array.dtype not in pickles.DTYPES.values()
+        if array.dtype.name != "bfloat16" and array.dtype.newbyteorder("=") not in pickles.DTYPES.values()
     ]:
         raise RBNTypeError(
             f"RBN: expected arrays of {', '.join(map(str, pickles.DTYPES.values()))}, "
@@ -104,8 +103,23 @@ def write(
         )
     with replacing(path) as temporary, open(temporary, "wb") as file:
         summed = _Summed(file)
-        pickle.Pickler(summed, 4).dump(arrays)
+        _Pickler(summed, 4).dump(arrays)
         file.write(summed.sum.digest() + MARK)
+
+
+class _Pickler(pickle.Pickler):
+    """Writes arrays one by one: none is kept in memory in a second form once it is written."""
+
+    def __init__(self, file: Any, protocol: int) -> None:
+        super().__init__(file, protocol)
+        self.fast = True  # without notes of what was written, which would keep all of it
+
+    def reducer_override(self, value: Any) -> Any:
+        """An array in the dtype and the order that Jittor reads."""
+        if not isinstance(value, np.ndarray):
+            return NotImplemented
+        dtype = np.dtype(np.float32) if value.dtype.name == "bfloat16" else value.dtype.newbyteorder("=")
+        return np.asarray(value, dtype, order="C").__reduce__()
 
 
 class _Summed:
@@ -115,21 +129,48 @@ class _Summed:
         self.file = file
         self.sum = hashlib.sha1(usedforsecurity=False)
 
-    def write(self, data: bytes) -> int:
+    def write(self, data: Any) -> int:
         """Write some bytes."""
         self.sum.update(data)
         return self.file.write(data)
 
 
-def _pickle(data: bytes) -> memoryview:
+class _Program:
+    """The bytes of a file from its start on, read as they are asked for.
+
+    Args:
+        file: The file.
+        size: How many.
+    """
+
+    def __init__(self, file: BinaryIO, size: int) -> None:
+        self.file, self.size = file, size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, part: slice) -> memoryview:
+        start, stop, _ = part.indices(self.size)
+        self.file.seek(start)
+        return memoryview(self.file.read(max(0, stop - start)))
+
+
+def _pickle(file: BinaryIO) -> _Program:
     """The pickle of a file: what is before Jittor's sum and mark, if there are any."""
-    view = memoryview(data)
-    if not data.endswith(MARK):
-        return view
-    end = max(0, len(data) - len(MARK) - CHECKSUM)
-    if hashlib.sha1(view[:end], usedforsecurity=False).digest() != data[end : -len(MARK)]:
+    size = file.seek(0, io.SEEK_END)
+    end = max(0, size - len(MARK) - CHECKSUM)
+    file.seek(end)
+    tail = file.read()
+    if not tail.endswith(MARK):
+        return _Program(file, size)
+    found, left = hashlib.sha1(usedforsecurity=False), end
+    file.seek(0)
+    while left and (part := file.read(min(left, 1 << 20))):
+        found.update(part)
+        left -= len(part)
+    if found.digest() != tail[: -len(MARK)]:
         raise ValueError("its checksum is that of other data")
-    return view[:end]
+    return _Program(file, end)
 
 
 def _is_array(value: Any) -> bool:

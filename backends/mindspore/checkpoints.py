@@ -193,7 +193,7 @@ def _array(slices: Iterator[Value]) -> NDArray[Any] | None:
     if dtype == np.bool_ and whole.translate(None, b"\0\1"):
         raise _DamagedError(f"{name!r} holds what is neither true nor false")
     try:
-        return np.frombuffer(whole, dtype).reshape(shape).copy()
+        return np.frombuffer(whole, dtype).reshape(shape)  # of a copy already
     except ValueError as error:  # no values, and an extent that NumPy cannot count
         raise _DamagedError(f"{name!r} has no proper shape: {error}") from None
 

@@ -308,7 +308,7 @@ class _Machine(pickles.Machine):
         "torch._tensor._rebuild_from_type_v2": pickles.Name("typed"),
     }
 
-    def __init__(self, program: memoryview, size: int) -> None:
+    def __init__(self, program: pickles.Program, size: int) -> None:
         super().__init__(program, size)
         self.storages: dict[str, _Storage] = {}
 

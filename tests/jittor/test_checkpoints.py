@@ -248,7 +248,7 @@ DAMAGED = {
     "twice": (HEAD + b"}\x8c\x01a" + array() + b"s\x8c\x01a" + array() + b"s.", "'a' comes twice"),
     "key": (HEAD + b"}NNs.", "no arrays"),
     "endless key": (
-        HEAD + b")\x94" + b"".join(b"h%ch%c\x86\x940" % (i, i) for i in range(80)) + b"}h\x50Ns0}.",
+        HEAD + b")\x940" + b"".join(b"h%ch%c\x86\x940" % (i, i) for i in range(80)) + b"}h\x50Ns.",
         "no arrays",
     ),
     "memo": (HEAD + b"h\x07.", "refers to what has not come"),
