@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import jax
@@ -98,7 +97,7 @@ def rbn(
         centering,
         None if scaling in SPATIAL_STATISTICS else scaling,
         restrict,
-        partial(average, counts=counts),
+        lambda values: average(values, counts),
     )
     y = affine(x, a, b, front)
     if scaling in SPATIAL_STATISTICS:

@@ -55,7 +55,8 @@ def check_layer(config: Config, given: Mapping[str, Any]) -> dict[str, Array]:
         RBNValueError: Something is missing, or is of another shape than the layer's.
     """
     due = config.state_shapes()
-    due.pop("num_batches_tracked")
+    if given.get("num_batches_tracked") is None:  # which counts from here on, or not at all
+        due.pop("num_batches_tracked")
     if config.kernel_size is not None:
         due["conv_weight"] = (*due["conv_weight"][2:], 1, config.num_features)
     arrays = {name: given.get(name) for name in due}

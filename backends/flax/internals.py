@@ -126,13 +126,13 @@ def operation(
     @functools.partial(jax.jit, static_argnames="layer")
     def compiled(*arrays: Any, layer: Any) -> Sequence[Any]:
         if any(isinstance(array, known["Tracer"]) for array in arrays):
-            return primitive.bind(*arrays, layer=layer)  # type: ignore[no-any-return]
+            return primitive.bind(*arrays, layer=layer)
         return in_operations(layer, *arrays)  # `jax_debug_nans` looks for the operation that made the NaN
 
     @primitive.def_impl
     def computed(*arrays: Any, layer: Any) -> Sequence[Any]:
         with jax.disable_jit(False):  # without it one operation stays one operation, as JAX's own do
-            return compiled(*arrays, layer=layer)  # type: ignore[no-any-return]
+            return compiled(*arrays, layer=layer)
 
     @primitive.def_abstract_eval
     def shaped(*arrays: Any, layer: Any) -> list[Any]:
@@ -153,7 +153,7 @@ def operation(
         full = tuple(map(known["instantiate_zeros"], tangents))
         if derivative:
             return derivative(layer, tuple(primals), full)
-        return jax.jvp(functools.partial(in_operations, layer), tuple(primals), full)  # type: ignore[no-any-return]
+        return jax.jvp(functools.partial(in_operations, layer), tuple(primals), full)
 
     def backwards(cotangents: Sequence[Any], *arrays: Any, layer: Any) -> Sequence[Any]:
         assert transposed
@@ -166,7 +166,7 @@ def operation(
     known["primitive_jvps"][primitive] = along
     if transposed:
         known["primitive_transposes"][primitive] = backwards
-    return primitive  # type: ignore[no-any-return]
+    return primitive
 
 
 def is_for_one_device(context: Any) -> bool:

@@ -67,7 +67,7 @@ class CalibratedNorm(nn.Module):
         initializing = self.is_initializing()
         training = not use_running_average and not initializing
         config, axis, stored = self._config_for(x), functional.channel_axis(self.axis), self._stored()
-        share = self.share(training)
+        share = distributed.Share(None, None) if initializing else self.share(training)
         values = x.size // config.num_features * share.devices
         check_input(
             x.shape,

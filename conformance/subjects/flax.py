@@ -106,9 +106,9 @@ class NNXModule(FlaxModule):
         """Fill the module."""
         variables = nnx.state(self.layer)
         flat = {"/".join(map(str, path)): variable for path, variable in nnx.to_flat_state(variables)}
-        own = self.own(state, {name: np.asarray(variable.value) for name, variable in flat.items()})
+        own = self.own(state, {name: np.asarray(variable[...]) for name, variable in flat.items()})
         for name, variable in flat.items():
-            variable.value = jnp.asarray(own[name])
+            assign(variable, jnp.asarray(own[name]))
         nnx.update(self.layer, variables)
 
     def step(self, x: jax.Array, cotangent: jax.Array, training: bool) -> Any:

@@ -181,6 +181,21 @@ def test_a_statistic_of_another_dtype_is_read_as_it_is(dtype: Any) -> None:
     assert found[1]["batch_stats"]["mean"].dtype == jnp.float32
 
 
+def test_a_counter_of_another_shape_is_refused() -> None:
+    layer, variables = linen("RBN", momentum=None)
+    stats = variables["batch_stats"] | {"num_batches_tracked": jnp.ones(3, jnp.int32)}
+    module = nnx_module("RBN", momentum=None)
+    module.num_batches_tracked = nnx.BatchStat(jnp.ones(3, jnp.int32))
+    for call in (
+        lambda: train(layer, variables | {"batch_stats": stats}, normal(2, 4, 4, 3)),
+        lambda: module(normal(2, 4, 4, 3)),
+    ):
+        with pytest.raises(
+            RBNValueError, match=r"expected num_batches_tracked of shape \(\), got one of shape"
+        ):
+            call()
+
+
 def test_a_parameter_that_is_no_real_number_is_refused() -> None:
     layer, variables = linen("RBN")
     params = variables["params"] | {"center_weight": np.ones(3, complex)}

@@ -47,6 +47,12 @@ def test_evaluation_and_initialization_need_no_axis() -> None:
     variables = layer.init(jax.random.key(0), x, use_running_average=False)
     assert layer.apply(variables, x, use_running_average=True).shape == x.shape
     assert module(x, use_running_average=True).shape == x.shape
+    rows = RBN(axis_name="batch", spatial_axis_name="rows")
+    assert rows.init(jax.random.key(0), x, use_running_average=False).keys() == variables.keys()
+    with pytest.raises(
+        NameError, match="rows"
+    ):  # in evaluation a part of an image does not pass for all of it
+        rows.apply(variables, x, use_running_average=True)
 
 
 def test_one_value_in_all_is_refused() -> None:
