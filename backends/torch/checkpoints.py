@@ -366,7 +366,8 @@ class _Machine(pickles.Machine):
         self, storage: _Storage, offset: Any, size: tuple[Any, ...], stride: tuple[Any, ...], rest: list[Any]
     ) -> _Tensor:
         """A tensor, which must lie inside of its storage."""
-        grad, hooks, metadata, *more = *rest, *(False, None, None)[len(rest) :]
+        padded: list[Any] = [*rest, *(False, None, None)[len(rest) :]]
+        grad, hooks, metadata, *more = padded
         if len(size) > 16 or len(size) != len(stride):
             raise ValueError("it holds a tensor without a storage or a shape")
         if any(type(number) is not int or number < 0 for number in (offset, *size, *stride)):

@@ -30,7 +30,7 @@ def activations(model: nnx.Module, *args: Any, **kwargs: Any) -> Layers:
     }
     modules = [module for _, module in nnx.iter_graph(model) if isinstance(module, nnx.Module)]
     # NNX has no hooks: the classes of the layers note what goes through, for as long as this takes.
-    classes = {
+    classes: set[Any] = {
         next(base for base in type(module).__mro__ if "__call__" in base.__dict__)
         for module in modules
         if callable(module)
@@ -50,7 +50,7 @@ def activations(model: nnx.Module, *args: Any, **kwargs: Any) -> Layers:
     try:
         for kind, original in originals.items():
             kind.__call__ = noting(original)
-        model(*args, **kwargs)  # type: ignore[operator]
+        model(*args, **kwargs)
     finally:
         for kind, original in originals.items():
             kind.__call__ = original
