@@ -92,6 +92,13 @@ def test_conform_of_an_unknown_framework_is_exit_status_2():
     assert "tensorflow" in result.output
 
 
+def test_conform_says_what_a_first_run_compiles(monkeypatch):
+    monkeypatch.setattr(cli, "is_installed", lambda name: True)
+    monkeypatch.setattr(runner, "run", lambda targets, cases, progress, time_limit: progress([]) or [])
+    assert "jittor compiles itself on its first run on a machine" in call("conform", "jittor").output
+    assert "compiles" not in call("conform", "torch").output
+
+
 def test_conform_of_a_wrong_layer_is_exit_status_1(no_framework, monkeypatch):
     monkeypatch.setitem(runner.SUBJECTS, "numpy", ("no_such_module:Subject",))
     result = call("conform")
