@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -27,6 +28,13 @@ FIXED: dict[str, tuple[tuple[Statistic | None, ...], ...]] = {
 """What centering and scaling are in the layers that have no choice of them."""
 RESTRICTIONS = ("sigmoid", "hard_sigmoid")
 RUNNING_VARIANCES = ("unbiased", "biased")
+KNOWN = {
+    layer: frozenset(
+        itertools.product(*FIXED.get(layer, (STATISTICS, STATISTICS)), RESTRICTIONS, RUNNING_VARIANCES)
+    )
+    for layer in ("RBN", "IEBN", "BNET")
+}
+"""The choices of centering, scaling, restrict and running_var that each layer has."""
 FLOATING = ("float16", "bfloat16", "float32", "float64")
 SPATIAL_RANKS = (1, 2, 3)
 
@@ -82,11 +90,7 @@ class Config:
         check_count("num_features", self.num_features, self.layer)
         _check_eps(self.eps, self.layer)
         check_momentum(self.momentum, self.layer)
-        centering, scaling = FIXED.get(self.layer, (STATISTICS, STATISTICS))
-        check_choice("centering", self.centering, centering, self.layer)
-        check_choice("scaling", self.scaling, scaling, self.layer)
-        check_choice("restrict", self.restrict, RESTRICTIONS, self.layer)
-        check_choice("running_var", self.running_var, RUNNING_VARIANCES, self.layer)
+        check_options(self.centering, self.scaling, self.restrict, self.running_var, self.layer)
         if self.layer == "BNET":
             _check_kernel_size(self.kernel_size)
             check_choice("spatial_dims", self.spatial_dims, SPATIAL_RANKS, self.layer)
@@ -273,6 +277,16 @@ def check_shape(name: str, shape: tuple[int, ...] | None, due: tuple[int, ...], 
             f"{layer}: expected {name} of shape {due}, got one of shape {tuple(shape)}. "
             "Assign one that fits, or build the layer with another num_features."
         )
+
+
+def check_options(
+    centering: object, scaling: object, restrict: object, running_var: object, layer: str = "RBN"
+) -> None:
+    """Refuse choices that a layer does not have, when it is made and when it is called: attributes change."""
+    choices = *FIXED.get(layer, (STATISTICS, STATISTICS)), RESTRICTIONS, RUNNING_VARIANCES
+    names = ("centering", "scaling", "restrict", "running_var")
+    for name, value, known in zip(names, (centering, scaling, restrict, running_var), choices, strict=True):
+        check_choice(name, value, known, layer)
 
 
 def check_counter(counter: object, momentum: float | None, layer: str = "RBN") -> None:

@@ -52,7 +52,7 @@ def rbn(
     Returns:
         Y, and the E and biased Var it was normalized with, all in at least float32.
     """
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    x = dense(x)[0].to(torch.promote_types(x.dtype, torch.float32))
     if centering in SPATIAL_STATISTICS:
         x = x + per_channel(parameters["center_weight"], x) * spatial_statistic(centering, x, eps)
         centering = None
@@ -159,6 +159,8 @@ def accumulate(
 ) -> None:
     """Eq. 3, in place: running <- running + (1 - m) (batch - running), without a gradient.
 
+    Detached and not in `torch.no_grad()`, which an exported program cannot be saved with.
+
     Args:
         running: E and Var, (C,) each.
         mean: mu_B, (C,).
@@ -166,9 +168,8 @@ def accumulate(
         new_weight: 1 - m, the weight of the batch.
         correction: What the layer wants sigma_B^2 multiplied with: n / (n - 1), or 1.
     """
-    with torch.no_grad():
-        for old, batch in zip(running, (mean, var * correction), strict=True):
-            old.lerp_(batch.to(old.dtype), new_weight)
+    for old, batch in zip(running, (mean.detach(), var.detach() * correction), strict=True):
+        old.detach().lerp_(batch.to(old.dtype), new_weight)
 
 
 def spatial_statistic(name: Statistic, x: Tensor, eps: float) -> Tensor:
@@ -195,6 +196,30 @@ def scale_spatially(
 def per_channel(values: Tensor, x: Tensor) -> Tensor:
     """(C,) values shaped to broadcast over x, (N, C, *spatial)."""
     return values.reshape(-1, *(1,) * (x.dim() - 2))
+
+
+def dense(x: Tensor) -> tuple[Tensor, bool]:
+    """x without gaps in memory, copied only if need be, and whether its channels lie last."""
+    if x.is_contiguous():
+        return x, False
+    last = x.movedim(1, -1)
+    if last.is_contiguous():
+        return x, True
+    if _has_channels_last(x):
+        return last.contiguous().movedim(-1, 1), True
+    return x.contiguous(), False
+
+
+def _has_channels_last(x: Tensor) -> bool:
+    """Whether an image with gaps is a part of one with channels last, as PyTorch's own layers see it."""
+    if x.dim() not in (4, 5) or x.stride(1) == 0:
+        return False
+    least = 0
+    for axis in (1, *range(x.dim() - 1, 1, -1), 0):
+        if x.stride(axis) < least or (axis == 0 and least == x.stride(1)):
+            return False
+        least = x.stride(axis) * max(x.shape[axis], 1)
+    return True
 
 
 def as_planes(x: Tensor) -> Tensor:

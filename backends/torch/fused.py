@@ -14,17 +14,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from rbn import kernels
-from rbn.backends.torch import functional
+from rbn.backends.torch import functional, internals
 from rbn.kernels.library import DTYPES as NAMES_OF_DTYPES
 from rbn.kernels.library import PARAMETERS, VECTORS
-from rbn_core.config import SPATIAL_STATISTICS, Statistic
+from rbn_core.config import CHANNEL_STATISTICS, RESTRICTIONS, Statistic, check_vectors
+from rbn_core.errors import RBNTypeError, RBNValueError
 
 DTYPES = {getattr(torch, name): place for place, name in enumerate(NAMES_OF_DTYPES)}
 AVAILABLE = {"cpu": not kernels.problem(), "cuda": importlib.util.find_spec("triton") is not None}
 """On which kinds of device there is a fast form."""
+
+KINDS = (Tensor, torch.nn.Parameter)
+"""The kinds of tensors whose memory holds their numbers."""
+
+CENTERINGS = (None, *CHANNEL_STATISTICS)
+SCALINGS = (None, *CHANNEL_STATISTICS, "input_mean")
 
 STATISTICS_DTYPES = (torch.float32, torch.float64)
 
@@ -39,21 +45,75 @@ LIBRARY.define(
 )
 
 
-def takes(x: Tensor, centering: Statistic | None, scaling: Statistic | None) -> bool:
-    """Whether the fast form can compute this input; else it is for `functional.rbn`.
+def check_layer(x: Tensor, vectors: Mapping[str, Tensor | None], num_features: int, layer: str) -> bool:
+    """Refuse parameters and statistics that do not fit the layer or its input, in either form.
 
-    The operators have no rules for forward-mode derivatives and for `torch.func`, and an exported program
-    must run where this package is not installed.
+    Args:
+        x: The input.
+        vectors: What the layer must have, under the names it has there; `None` for what is missing.
+        num_features: C.
+        layer: What an error calls the layer.
+
+    Returns:
+        Whether all of it, and the input, are dense numbers in PyTorch's own kinds of tensors. A subclass may
+        mean something else by its numbers, and goes through its own operations.
+
+    Raises:
+        RBNValueError: One is missing, or not (C,), or on another device than the input.
+        RBNTypeError: One is not of a floating-point dtype, or not dense.
+    """
+    shape, device = (num_features,), x.device
+    ordinary = type(x) in KINDS and x.layout is torch.strided
+    for name, value in vectors.items():
+        if value is None or value.shape != shape:
+            check_vectors({name: None if value is None else tuple(value.shape)}, num_features, layer)
+        assert value is not None
+        if value.dtype not in DTYPES or value.device != device or value.layout is not torch.strided:
+            check_kind(name, value, x, layer)
+        if type(value) not in KINDS:
+            ordinary = False
+    return ordinary
+
+
+def check_kind(name: str, value: Tensor, x: Tensor, layer: str) -> None:
+    """Refuse a stored tensor whose dtype, layout or device is none for this input."""
+    if value.dtype not in DTYPES or value.layout is not torch.strided:
+        raise RBNTypeError(
+            f"{layer}: expected {name} of dense floating-point numbers, got {value.dtype}, {value.layout}. "
+            "Convert it, for example with .to_dense() and .float()."
+        )
+    if value.device != x.device:
+        raise RBNValueError(
+            f"{layer}: expected {name} on the input's device, {x.device}, got it on {value.device}. "
+            "Move the layer or the input with .to(...)."
+        )
+
+
+def share_memory(running: tuple[Tensor, Tensor], parameters: Mapping[str, Tensor]) -> bool:
+    """Whether an update of the statistics would change parameters before their gradients are computed."""
+    if torch.compiler.is_compiling() or internals.functorch_is_active():
+        return False
+    updated = [statistic.data_ptr() for statistic in running]
+    return any(value.data_ptr() in updated for value in parameters.values())
+
+
+def takes(x: Tensor, centering: Statistic | None, scaling: Statistic | None, restrict: str) -> bool:
+    """Whether the fast form can compute what `check_layer` found ordinary; else it is for `functional.rbn`.
+
+    The operators have no rules for forward-mode derivatives and for `torch.func`, and an exported or traced
+    program must run where this package is not installed.
     """
     return (
         AVAILABLE.get(x.device.type, False)
         and x.dtype in DTYPES
         and x.numel() > 0
-        and centering not in SPATIAL_STATISTICS
-        and scaling not in SPATIAL_STATISTICS
+        and centering in CENTERINGS
+        and scaling in SCALINGS
+        and restrict in RESTRICTIONS
         and not (torch.compiler.is_compiling() and torch.compiler.is_exporting())
-        and not torch._C._are_functorch_transforms_active()
-        and forward_ad._current_level < 0
+        and not torch.jit.is_tracing()
+        and not internals.functorch_is_active()
+        and not internals.forward_mode_is_active()
     )
 
 
@@ -79,7 +139,7 @@ def rbn(
         for value in (*map(parameters.get, PARAMETERS), *(running or (None, None)))
     ]
     options = (eps, centering, scaling, restrict)
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.compiler.is_compiling():
         forward = torch.ops.rbn.forward.default
     elif torch.is_grad_enabled():
         forward = _Eager.apply
@@ -101,9 +161,12 @@ def accumulate(
     """`functional.accumulate`, on the CPU in one call for each statistic."""
     at_once = (
         isinstance(new_weight, float)
-        and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
+        and not torch.compiler.is_compiling()
         and _nobody_listens(*running, mean, var)
-        and all(statistic.dtype in STATISTICS_DTYPES and statistic.is_contiguous() for statistic in running)
+        and all(
+            each.dtype in STATISTICS_DTYPES and each.is_contiguous() and _aligned(each) is each
+            for each in running
+        )
     )
     if not at_once:
         functional.accumulate(running, mean, var, new_weight, correction)
@@ -124,14 +187,14 @@ def statistics_dtype(x: Tensor) -> torch.dtype:
 def _forward_shapes(x: Tensor, *_: Any) -> tuple[Tensor, ...]:
     planes = x.new_empty(x.shape[:2], dtype=statistics_dtype(x))
     channels = planes.new_empty(x.shape[1])
-    y = torch.empty_like(dense(x)[0])
+    y = torch.empty_like(functional.dense(x)[0])
     return y, planes, torch.empty_like(planes), channels, torch.empty_like(channels)
 
 
 @torch.library.register_fake("rbn::backward", lib=LIBRARY)
 def _backward_shapes(dy: Tensor, x: Tensor, mu: Tensor, v: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     *layer_arguments, needs_dx = arguments
-    return _gradients_of(dense(x)[0], mu, layer_arguments[: len(PARAMETERS)], needs_dx)
+    return _gradients_of(functional.dense(x)[0], mu, layer_arguments[: len(PARAMETERS)], needs_dx)
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -189,9 +252,9 @@ def _nobody_listens(*images: Tensor) -> bool:
     Python's own way to the operator takes longer than the loops on a small layer.
     """
     for image in images:
-        if not image.is_cpu or type(image) not in (Tensor, torch.nn.Parameter):
+        if not image.is_cpu or type(image) not in KINDS or image.is_neg():
             return False
-    return not torch._C._len_torch_dispatch_stack() and not torch.autograd._profiler_enabled()
+    return not internals.modes() and not internals.profiler_is_active()
 
 
 def _differentiable_gradients(
@@ -223,11 +286,14 @@ def _forward_cpu(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     *layer, eps, centering, scaling, restrict = arguments
     like = {"dtype": statistics_dtype(x), "device": x.device}  # `new_empty` takes longer
     mu, v = torch.empty(x.shape[:2], **like), torch.empty(x.shape[:2], **like)
-    *_, mean, var = layer
-    if batch_statistics := mean is None:
+    *_, running_mean, running_var = layer
+    mean = var = None
+    if running_mean is None:
         mean, var = torch.empty(x.shape[1], **like), torch.empty(x.shape[1], **like)
     y = _transformed(x, layer, (eps, centering, scaling, restrict), mu, v, mean, var)
-    return (y, mu, v, mean, var) if batch_statistics else (y, mu, v, mean.clone(), var.clone())
+    return (
+        (y, mu, v, mean, var) if mean is not None else (y, mu, v, running_mean.clone(), running_var.clone())
+    )
 
 
 def _evaluated(x: Tensor, layer: list[Tensor | None], options: tuple[Any, ...]) -> Tensor:
@@ -239,8 +305,8 @@ def _transformed(
     x: Tensor, layer: list[Tensor | None], options: tuple[Any, ...], *statistics: Tensor | None
 ) -> Tensor:
     """Y, while the moments of the planes and of the batch are written, where there is room for them."""
-    x, channels_last = dense(x)
-    y = torch.empty_like(x)
+    x, channels_last = functional.dense(x)
+    x, y = _aligned(x), torch.empty_like(x)
     vectors = _contiguous(layer)
     plan = _plan(x, channels_last, layer[-1] is None, *options)
     kernels.forward(plan, _arrays(x, y, *statistics, *vectors))
@@ -250,8 +316,9 @@ def _transformed(
 @torch.library.impl(LIBRARY, "backward", "CPU")
 def _backward_cpu(dy: Tensor, x: Tensor, mu: Tensor, v: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     *layer, eps, centering, scaling, restrict, needs_dx = arguments
-    x, channels_last = dense(x)
+    x, channels_last = functional.dense(x)
     dy = dy.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last else dy.contiguous()
+    x, dy = _aligned(x), _aligned(dy)
     gradients = _gradients_of(x, mu, layer[: len(PARAMETERS)], needs_dx)
     vectors = _contiguous(layer)
     plan = _plan(x, channels_last, layer[-1] is None, eps, centering, scaling, restrict)
@@ -295,7 +362,12 @@ def _known_plan(
 
 def _contiguous(layer: list[Tensor | None]) -> list[Tensor | None]:
     """As the loops read it; a copy must live as long as they run."""
-    return [None if value is None else value.contiguous() for value in layer]
+    return [None if value is None else _aligned(value.resolve_neg().contiguous()) for value in layer]
+
+
+def _aligned(values: Tensor) -> Tensor:
+    """A copy of what starts between two numbers, as a view of bytes may."""
+    return values if values.data_ptr() % values.element_size() == 0 else values.clone()
 
 
 def _arrays(*tensors: Tensor | None) -> list[kernels.Array]:
@@ -312,15 +384,6 @@ def _gradients_of(x: Tensor, mu: Tensor, stored: Any, needs_dx: bool) -> tuple[T
     return dx, *[mu.new_empty(0) if value is None else torch.empty_like(value) for value in stored]
 
 
-def dense(x: Tensor) -> tuple[Tensor, bool]:
-    """x without gaps in memory, copied only if need be, and whether its channels lie last."""
-    if x.is_contiguous():
-        return x, False
-    if x.movedim(1, -1).is_contiguous():
-        return x, True
-    return x.contiguous(), False
-
-
 # ---- on CUDA: Triton ----
 
 
@@ -331,7 +394,7 @@ def _forward_cuda(x: Tensor, *layer: Any) -> tuple[Tensor, ...]:
     *stored, running_mean, running_var, eps, centering, scaling, restrict = layer
     running = None if running_mean is None else (running_mean, running_var)
     y, mu, v, mean, var = triton_kernels.forward(
-        dense(x)[0], stored, running, eps, centering, scaling, restrict
+        functional.dense(x)[0], stored, running, eps, centering, scaling, restrict
     )
     if running is not None:
         mean, var = running_mean.clone(), running_var.clone()
@@ -346,7 +409,7 @@ def _backward_cuda(dy: Tensor, x: Tensor, mu: Tensor, v: Tensor, *arguments: Any
     *stored, mean, var = layer
     running = None if mean is None else (mean, var)
     wanted = [value is not None for value in stored]
-    x, _ = dense(x)
+    x, _ = functional.dense(x)
     dx, gradients = triton_kernels.backward(
         dy, x, mu, v, stored, running, eps, centering, scaling, restrict, needs_dx, wanted
     )

@@ -2,36 +2,48 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import ClassVar, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.fx import Proxy
 from torch.nn import init
-from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import Parameter
 
-from rbn.backends.torch import distributed, functional, fused
+from rbn.backends.torch import distributed, functional, fused, internals
 from rbn_core.config import (
     CALIBRATION_STARTS,
     IEBN_STARTS,
+    KNOWN,
     Config,
     Statistic,
+    check_counter,
     check_input,
+    check_options,
+    check_shape,
+    check_vectors,
     old_value_weight,
     refuse_unknown_options,
 )
+from rbn_core.errors import RBNTypeError, RBNValueError, RBNWarning
 from rbn_core.names import NAMES, STATISTICS
+
+if TYPE_CHECKING:
+    from torch.nn.modules.batchnorm import _BatchNorm
 
 Device: TypeAlias = torch.device | str | int | None
 
+HALVES = (torch.float16, torch.bfloat16)
 
-class CalibratedNorm(_NormBase):
+
+class CalibratedNorm(nn.Module):
     """What the three layers share: BatchNorm's parameters and statistics, and the forward pass.
 
-    `_NormBase` and not `_BatchNorm`, which `SyncBatchNorm.convert_sync_batchnorm` would replace by a plain
+    No subclass of PyTorch's `_BatchNorm`: `SyncBatchNorm.convert_sync_batchnorm` would replace it by a plain
     `SyncBatchNorm`, calibration and all.
 
     Attributes:
@@ -40,9 +52,15 @@ class CalibratedNorm(_NormBase):
         spatial_dims: How many spatial axes an input must have; any number where `None`.
     """
 
+    _version = 2  # as BatchNorm's: checkpoints of version 1 have no num_batches_tracked
+
     starts: ClassVar[Mapping[str, float]] = {}
     stored: ClassVar[Mapping[str, str]]
     spatial_dims: int | None = None
+
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    num_batches_tracked: Tensor | None
 
     def __init_subclass__(cls, **options: object) -> None:
         super().__init_subclass__(**options)
@@ -59,18 +77,12 @@ class CalibratedNorm(_NormBase):
         process_group: ProcessGroup | None,
         fused: bool,
     ) -> None:
-        super().__init__(
-            config.num_features,
-            config.eps,
-            momentum,
-            config.gamma,
-            config.track_running_stats,
-            device,
-            dtype,
-        )
-        if not config.beta:  # PyTorch's own option is younger than what this package runs on
-            self.register_parameter("bias", None)
-        self._apply(lambda tensor: tensor)
+        super().__init__()
+        self.num_features = config.num_features
+        self.eps = config.eps
+        self.momentum = momentum
+        self.affine = config.gamma
+        self.track_running_stats = config.track_running_stats
         self.layer = config.layer
         self.centering = config.centering
         self.scaling = config.scaling
@@ -79,23 +91,49 @@ class CalibratedNorm(_NormBase):
         self.sync = sync
         self.process_group = process_group
         self.fused = fused
-        for name in self.starts:
+        for canonical, name in self.stored.items():
             parameter = None
-            if name in config.parameters:
+            if canonical in config.parameters:
                 parameter = Parameter(torch.empty(config.num_features, device=device, dtype=dtype))
             self.register_parameter(name, parameter)
+        exact = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
+        for name in STATISTICS:
+            statistic = None
+            if name in config.statistics:
+                counts = name == "num_batches_tracked"
+                shape = () if counts else (config.num_features,)
+                statistic = torch.empty(shape, device=device, dtype=torch.long if counts else exact)
+            self.register_buffer(name, statistic)
         self.reset_parameters()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CalibratedNorm:
         """Move or cast the layer, but never its statistics to half precision, which would wear them down."""
-        before = {name: self._buffers[name] for name in ("running_mean", "running_var")}
+        before = {name: self._buffers.get(name) for name in ("running_mean", "running_var")}
         super()._apply(fn, recurse)
         for name, exact in before.items():
-            after = self._buffers[name]
-            if after is not None and after.dtype in (torch.float16, torch.bfloat16):
+            after = self._buffers.get(name)
+            if exact is not None and after is not None and after.dtype in HALVES:
                 source = after if exact.is_meta else exact
                 self._buffers[name] = source.to(after.device, torch.promote_types(exact.dtype, torch.float32))
         return self
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: Mapping[str, Any], *others: Any
+    ) -> None:
+        """Load this layer's own state; that of an old BatchNorm does not count batches."""
+        counter = f"{prefix}num_batches_tracked"
+        old = (local_metadata.get("version") or 1) < 2
+        if old and self.num_batches_tracked is not None and counter not in state_dict:
+            state_dict[counter] = torch.zeros((), dtype=torch.long)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *others)
+
+    def reset_running_stats(self) -> None:
+        """Start the statistics as BatchNorm does."""
+        starts = zip(STATISTICS, (0, 1, 0), strict=True)
+        for name, start in starts:
+            statistic = self._buffers.get(name)
+            if statistic is not None:
+                statistic.fill_(start)
 
     def reset_parameters(self) -> None:
         """Start as plain BatchNorm, but for the constant that the calibration or attention starts with."""
@@ -107,22 +145,35 @@ class CalibratedNorm(_NormBase):
 
     def forward(self, input: Tensor) -> Tensor:
         """Y, of the shape, dtype and memory format of `input`, (N, C, *spatial)."""
-        running_mean, running_var = self.running_mean, self.running_var
-        running = None if running_mean is None else (running_mean, running_var)
+        if isinstance(input, Proxy):
+            return self._recorded(input)
+        return self._normalized(input)
+
+    def _recorded(self, input: Any) -> Any:
+        """This layer as one node of a graph of torch.fx, as PyTorch's own layers are."""
+        if input.tracer.root is self:
+            raise RBNTypeError(
+                f"{self.layer}: expected to be traced as a part of a model, got the layer alone. "
+                "Put it into a torch.nn.Sequential."
+            )
+        return input.tracer.create_proxy("call_module", input.tracer.path_of_module(self), (input,), {})
+
+    def _normalized(self, input: Tensor) -> Tensor:
+        parameters, running = self._parameters_by_name(), self._running()
         batch_statistics = self.training or running is None
+        tracks = self.training and self.track_running_stats and running is not None
         share = distributed.Share(input, self.process_group) if batch_statistics and self.sync else None
         values = input.numel() // self.num_features if share is None else share.values
         self._check(input, training=batch_statistics, values=values)
-        parameters = {
-            canonical: value
-            for canonical, name in self.stored.items()
-            if (value := getattr(self, name)) is not None  # in `_parameters` there are no parametrized ones
-        }
+        self._check_options(tracks)
+        ordinary = self._check_stored(input, parameters, running, tracks)
+        if tracks and ordinary and fused.share_memory(running, parameters):
+            parameters = {name: value.clone() for name, value in parameters.items()}  # of before the update
         compute: Callable[..., tuple[Tensor, Tensor, Tensor]]
         accumulate = functional.accumulate
         if share is not None:
             compute = partial(functional.rbn, average=share.average)
-        elif self.fused and fused.takes(input, self.centering, self.scaling):
+        elif self.fused and ordinary and fused.takes(input, self.centering, self.scaling, self.restrict):
             compute, accumulate = fused.rbn, fused.accumulate
         else:
             compute = functional.rbn
@@ -135,14 +186,35 @@ class CalibratedNorm(_NormBase):
             scaling=self.scaling,
             restrict=self.restrict,
         )
-        if self.training and self.track_running_stats and running is not None:
-            self._track(mean, var, values, accumulate)
         y = self.transform(y)
+        if tracks:
+            self._track(mean, var, values, accumulate)
         return y if y.dtype is input.dtype else y.to(input.dtype)
 
     def transform(self, y: Tensor) -> Tensor:
         """What follows on (N, C) coefficients; nothing but in BNET."""
         return y
+
+    def _parameters_by_name(self) -> dict[str, Tensor]:
+        """The parameters that are there, by their canonical names."""
+        found = {}
+        for canonical, name in self.stored.items():
+            value: Tensor | None = self._parameters.get(name)
+            if value is None:  # parametrized and pruned ones are attributes alone
+                value = getattr(self, name, None)
+            if value is not None:
+                found[canonical] = value
+        return found
+
+    def _running(self) -> tuple[Tensor, Tensor] | None:
+        """E and Var as they are kept; with neither the layer takes the batch's, as BatchNorm does."""
+        names = ("running_mean", "running_var")
+        mean, var = (getattr(self, name, None) for name in names)
+        if mean is None and var is None:
+            return None
+        if mean is None or var is None:
+            check_vectors({names[mean is not None]: None}, self.num_features, self.layer)
+        return mean, var
 
     def _check(self, input: Tensor, *, training: bool, values: int | None) -> None:
         check_input(
@@ -155,16 +227,71 @@ class CalibratedNorm(_NormBase):
             layer=self.layer,
         )
 
+    def _check_options(self, tracks: bool) -> None:
+        chosen = self.centering, self.scaling, self.restrict, self.variance_estimator
+        if chosen not in KNOWN[self.layer]:
+            check_options(*chosen, self.layer)
+        if tracks:
+            check_counter(getattr(self, "num_batches_tracked", None), self.momentum, self.layer)
+
+    def _check_stored(
+        self,
+        input: Tensor,
+        parameters: Mapping[str, Tensor],
+        running: tuple[Tensor, Tensor] | None,
+        tracks: bool,
+    ) -> bool:
+        """Refuse what does not fit; whether the rest is of PyTorch's own kinds of tensors."""
+        vectors: dict[str, Tensor | None] = {self.stored[name]: value for name, value in parameters.items()}
+        if self.centering is not None and "center_weight" not in parameters:
+            vectors["center_weight"] = None
+        if self.scaling is not None:
+            vectors |= {name: parameters.get(name) for name in ("scale_weight", "scale_bias")}
+        ordinary = fused.check_layer(input, vectors, self.num_features, self.layer)
+        if running is None:
+            return ordinary
+        statistics = dict(zip(("running_mean", "running_var"), running, strict=True))
+        ordinary &= fused.check_layer(input, statistics, self.num_features, self.layer)
+        if tracks:
+            for name, value in statistics.items():
+                if value.dtype in HALVES:
+                    raise RBNTypeError(
+                        f"{self.layer}: expected {name} in float32 or float64 to train, got {value.dtype}. "
+                        "Convert it, for example with layer.float()."
+                    )
+                if value.stride(0) == 0 and self.num_features > 1:
+                    raise RBNValueError(
+                        f"{self.layer}: expected {name} with a place for each channel to train, "
+                        "got it expanded. Assign its .clone()."
+                    )
+        return ordinary
+
     def extra_repr(self) -> str:
         """The options, as `print(model)` shows them."""
-        return f"{super().extra_repr()}, running_var={self.variance_estimator!r}, sync={self.sync}"
+        return (
+            f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}, "
+            f"bias={self.bias is not None}, track_running_stats={self.track_running_stats}, "
+            f"running_var={self.variance_estimator!r}, sync={self.sync}"
+        )
 
     def _track(self, mean: Tensor, var: Tensor, values: int, accumulate: Callable[..., None]) -> None:
-        self.num_batches_tracked.add_(1)
-        if self.momentum is None:  # in the statistics' dtype: 1 / an integer tensor is float32
-            new_weight = self.num_batches_tracked.to(self.running_mean.dtype).reciprocal()
-        else:
-            new_weight = self.momentum
+        if not torch.compiler.is_compiling() and internals.functorch_is_active():
+            if internals.without_functionalization(self.running_mean) is self.running_mean:
+                mean, var = map(internals.without_functionalization, (mean, var))
+            if internals.is_batched(mean) and not internals.is_batched(self.running_mean):
+                warnings.warn(
+                    f"{self.layer}: expected a batch to update running statistics from, got a map over one. "
+                    "They stay as they are: train without torch.vmap, or stack the statistics, too.",
+                    RBNWarning,
+                    stacklevel=2,
+                )
+                return
+        counter = getattr(self, "num_batches_tracked", None)
+        if counter is not None:
+            counter.add_(1)
+        new_weight = self.momentum
+        if new_weight is None:  # in the statistics' dtype: 1 / an integer tensor is float32
+            new_weight = counter.to(self.running_mean).reciprocal()
         correction = values / (values - 1) if self.variance_estimator == "unbiased" else 1.0
         accumulate((self.running_mean, self.running_var), mean, var, new_weight, correction)
 
@@ -376,7 +503,7 @@ class BNET(CalibratedNorm):
         )
 
     @classmethod
-    def from_batch_norm(cls, norm: _NormBase, kernel_size: int = 3, *, spatial_dims: int = 2) -> BNET:
+    def from_batch_norm(cls, norm: _BatchNorm, kernel_size: int = 3, *, spatial_dims: int = 2) -> BNET:
         """A layer that equals a BatchNorm: gamma in the middle of its kernels, 0 around it, and beta."""
         layer = cls(
             norm.num_features,
@@ -398,10 +525,18 @@ class BNET(CalibratedNorm):
         like = next(filter(torch.is_floating_point, stored.values()), layer.conv.bias)
         return layer.to(like).train(norm.training)
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Y, as of `RBN`; half precision is rounded once, after the convolution."""
-        wide = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
-        return super().forward(wide).to(input.dtype)
+    def _normalized(self, input: Tensor) -> Tensor:
+        """Half precision is rounded once, after the convolution."""
+        wide = input.float() if input.dtype in HALVES else input
+        return super()._normalized(wide).to(input.dtype)
+
+    def _check_stored(self, input: Tensor, *others: Any) -> bool:
+        convolution = {"conv.weight": self.conv.weight, "conv.bias": self.conv.bias}
+        due = (self.num_features, 1, *self.conv.kernel_size), (self.num_features,)
+        for (name, value), shape in zip(convolution.items(), due, strict=True):
+            check_shape(name, None if value is None else value.shape, shape, self.layer)
+            fused.check_kind(name, value, input, self.layer)
+        return super()._check_stored(input, *others)
 
     def reset_parameters(self) -> None:
         """Start the statistics as BatchNorm and the convolution as PyTorch does."""
