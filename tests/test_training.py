@@ -189,7 +189,7 @@ def test_a_step_is_what_the_reference_does_by_hand(request, everything, fused):
     options = {"fused": fused} if "fused" in inspect.signature(layer).parameters else {}
     double = nullcontext()
     if framework == "flax":
-        from jax.experimental import enable_x64
+        from rbn.backends.flax.internals import enable_x64
 
         double = enable_x64()
     with double:
