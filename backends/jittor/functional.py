@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 import jittor as jt
 from jittor import Var
 
-from rbn.backends.jittor import internals
 from rbn_core.config import SPATIAL_STATISTICS, Statistic
 
 
@@ -176,7 +175,7 @@ def depthwise_convolution(x: Var, weight: Var, bias: Var) -> Var:
 
 
 def accumulate(running: tuple[Var, Var], mean: Var, var: Var, new_weight: float | Var) -> None:
-    """Eq. 3, in place: running <- running + (1 - m) (batch - running), without a gradient.
+    """Eq. 3, in place: running <- running + (1 - m) (batch - running).
 
     Args:
         running: E and Var, (C,) each.
@@ -184,12 +183,11 @@ def accumulate(running: tuple[Var, Var], mean: Var, var: Var, new_weight: float 
         var: sigma_B^2, (C,), already divided as the layer wants it.
         new_weight: 1 - m, the weight of the batch.
     """
-    with jt.no_grad(), internals.full_precision(gradients=False):
-        weight = constant(new_weight)
-        for old, batch in zip(running, (mean, var), strict=True):
-            exact = old.float64()
-            # Not back to half precision, which Module.float16() makes of statistics too.
-            old.update((exact + weight * (batch - exact)).cast(at_least_float32(old).dtype))
+    weight = constant(new_weight)
+    for old, batch in zip(running, (mean, var), strict=True):
+        exact = old.float64()
+        # Not back to half precision, which Module.float16() makes of statistics too.
+        old.update((exact + weight * (batch - exact)).cast(at_least_float32(old).dtype))
 
 
 def spatial_statistic(name: Statistic, x: Var, eps: float) -> Var:

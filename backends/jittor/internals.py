@@ -24,9 +24,9 @@ def full_precision(*, gradients: bool = True) -> AbstractContextManager[object]:
 
     if not hasattr(jt.flags, "amp_reg"):
         _warn_of("jittor.flags.amp_reg", "gradients are less exact in automatic mixed precision")
-        return jt.flag_scope(auto_mixed_precision_level=0)  # type: ignore[no-any-return]
+        return jt.flag_scope(auto_mixed_precision_level=0)
     mixed = jt.flags.amp_reg & PREFER_HALF
-    return jt.flag_scope(amp_reg=PREFER_FLOAT32 if mixed and gradients else 0)  # type: ignore[no-any-return]
+    return jt.flag_scope(amp_reg=PREFER_FLOAT32 if mixed and gradients else 0)
 
 
 def has_cuda() -> bool:

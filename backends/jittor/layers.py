@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -89,10 +88,11 @@ class CalibratedNorm(Module):
             else:
                 average = functional.batch_average if share is None else share.average
                 y, mean, var = functional.rbn(x, parameters, running, **options, average=average)
-            if self.is_train:
-                values = x.numel() // self.num_features if share is None else share.values
-                self._track(mean, var, values)
-            return self.transform(y).cast(x.dtype)
+            y = self.transform(y).cast(x.dtype)
+        if self.is_train:
+            with jt.no_grad(), internals.full_precision(gradients=False):
+                self._track(mean, var, x.numel() // self.num_features if share is None else share.values)
+        return y
 
     def transform(self, y: Var) -> Var:
         """What follows on (N, C) coefficients; nothing but in BNET."""
@@ -124,13 +124,16 @@ class CalibratedNorm(Module):
 
     def _stored(self) -> dict[str, Any]:
         """What there is, under canonical names."""
-        return {
-            canonical: functools.reduce(lambda owner, name: getattr(owner, name, None), own.split("."), self)
-            for canonical, own in NAMES["jittor"].items()
-        }
+        stored: dict[str, Any] = {}
+        for canonical, own in NAMES["jittor"].items():
+            found: Any = self
+            for name in own.split("."):
+                found = getattr(found, name, None)
+            stored[canonical] = found
+        return stored
 
     def _track(self, mean: Var, var: Var, values: int) -> None:
-        count = getattr(self, COUNTER, None)
+        count: Any = getattr(self, COUNTER, None)
         if count is not None:
             count.update(count + 1)
             # Nothing else may ever ask for it: left lazy, its graph would grow by an addition a step.
