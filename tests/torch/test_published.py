@@ -153,6 +153,8 @@ THEIRS = {
 }
 """Their networks, and what ours are called."""
 
+EACH = [pytest.param(name, marks=pytest.mark.long) if "101" in name else name for name in THEIRS]
+
 SMALL = ["RBN ResNet-50", "IEBN ResNet-164", "BNET ResNet-50", "BNET detection"]
 
 CLOSE = 1e-5
@@ -239,7 +241,7 @@ def ours(name, num_classes=None):
     return network(THEIRS[name][0], norm, classes if num_classes is None else num_classes)
 
 
-@pytest.mark.parametrize("name", THEIRS)
+@pytest.mark.parametrize("name", EACH)
 def test_in_memory(theirs, name):
     net = theirs(name)
     taken = ours(name)
@@ -257,7 +259,7 @@ def test_in_memory(theirs, name):
     assert all(torch.equal(value, net.state_dict()[key]) for key, value in back.state_dict().items())
 
 
-@pytest.mark.parametrize("name", THEIRS)
+@pytest.mark.parametrize("name", EACH)
 def test_from_file_to_ours_and_back(theirs, name, tmp_path):
     net = theirs(name)
     torch.save(nested(name, net), tmp_path / "theirs.pth.tar")
