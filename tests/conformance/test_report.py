@@ -154,6 +154,9 @@ def played(name, stage, finished, total, seconds):
 def test_the_time_left_follows_from_the_pace_so_far():
     waiting = runner.Run("torch", ("a:B",), all_cases())
     assert seconds_left([waiting], 2) is None
+    assert seconds_left([played("torch", "importing", 0, 0, 1.0)], 2) is None
+    assert seconds_left([played("jittor", "checking", 4, 100, 20.0)], 2) is None
+    assert seconds_left([played("jittor", "checking", 5, 100, 20.0)], 2) == pytest.approx(380, rel=0.01)
     done, half = played("flax", "done", 100, 100, 10.0), played("jittor", "checking", 50, 100, 20.0)
     assert seconds_left([done], 2) == 0
     assert seconds_left([done, half], 2) == pytest.approx(20, rel=0.01)
