@@ -275,23 +275,25 @@ class CalibratedNorm(nn.Module):
         )
 
     def _track(self, mean: Tensor, var: Tensor, values: int, accumulate: Callable[..., None]) -> None:
-        if not torch.compiler.is_compiling() and internals.functorch_is_active():
-            if internals.without_functionalization(self.running_mean) is self.running_mean:
-                mean, var = map(internals.without_functionalization, (mean, var))
-            if internals.is_batched(mean) and not internals.is_batched(self.running_mean):
-                warnings.warn(
-                    f"{self.layer}: expected a batch to update running statistics from, got a map over one. "
-                    "They stay as they are: train without torch.vmap, or stack the statistics, too.",
-                    RBNWarning,
-                    stacklevel=2,
-                )
-                return
+        transformed = not torch.compiler.is_compiling() and internals.functorch_is_active()
+        if transformed and internals.is_batched(mean) and not internals.is_batched(self.running_mean):
+            warnings.warn(
+                f"{self.layer}: expected a batch to update running statistics from, got a map over one. "
+                "They stay as they are: train without torch.vmap, or stack the statistics, too.",
+                RBNWarning,
+                stacklevel=2,
+            )
+            return
         counter = getattr(self, "num_batches_tracked", None)
         if counter is not None:
             counter.add_(1)
         new_weight = self.momentum
         if new_weight is None:  # in the statistics' dtype: 1 / an integer tensor is float32
             new_weight = counter.to(self.running_mean).reciprocal()
+        if transformed and internals.without_functionalization(self.running_mean) is self.running_mean:
+            mean, var = map(internals.without_functionalization, (mean, var))
+            if isinstance(new_weight, Tensor):
+                new_weight = internals.without_functionalization(new_weight)
         correction = values / (values - 1) if self.variance_estimator == "unbiased" else 1.0
         accumulate((self.running_mean, self.running_var), mean, var, new_weight, correction)
 
@@ -536,6 +538,11 @@ class BNET(CalibratedNorm):
         for (name, value), shape in zip(convolution.items(), due, strict=True):
             check_shape(name, None if value is None else value.shape, shape, self.layer)
             fused.check_kind(name, value, input, self.layer)
+        if self.conv.weight.dtype != self.conv.bias.dtype:
+            raise RBNTypeError(
+                f"{self.layer}: expected conv.weight and conv.bias in one dtype, got {self.conv.weight.dtype}"
+                f" and {self.conv.bias.dtype}. Convert one, for example with layer.conv.float()."
+            )
         return super()._check_stored(input, *others)
 
     def reset_parameters(self) -> None:

@@ -188,10 +188,11 @@ def slices(rank):
 def test_the_output_lies_as_batch_norms(name, rank, fused):
     x = slices(rank)[name]
     norm, layer = (nn.BatchNorm2d if rank == 4 else nn.BatchNorm3d)(8), layer_of(fused=fused)
+    same = layer_of(fused=False)
     for training in (True, False):
         expected, y = norm.train(training)(x), layer.train(training)(x)
         assert y.stride() == expected.stride()
-        torch.testing.assert_close(y, layer_of(fused=False).train(training)(x.contiguous()))
+        torch.testing.assert_close(y, same.train(training)(x.contiguous()))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
