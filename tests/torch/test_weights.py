@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from rbn.backends.torch import BNET, IEBN, RBN, describe, from_numpy, network, to_numpy
-from rbn_core import RBNTypeError, RBNValueError
+from rbn.porting import port
+from rbn_core import RBNTypeError, RBNValueError, weights
 from rbn_core.architectures import network as describe_network
 from rbn_core.execution import initial_state
 from rbn_core.names import to_own
@@ -226,3 +227,25 @@ def test_a_described_networks_initial_state_loads():
 def test_unknown_names_are_the_common_error():
     with pytest.raises(RBNTypeError):
         network("resnet18", {"layer": "rbn", "scale": 3})
+
+
+def test_a_canonical_file_loads_into_the_model_that_it_came_from(tmp_path):
+    """Also where a name and a shape do not tell the layer."""
+
+    def build(seed):
+        torch.manual_seed(seed)
+        layers = [nn.PReLU(4), nn.LayerNorm(4), nn.LayerNorm((4, 3)), nn.GroupNorm(2, 4), nn.RMSNorm(4)]
+        layers += [nn.InstanceNorm2d(4, affine=True), nn.BatchNorm1d(4, track_running_stats=False)]
+        layers += [nn.Embedding(4, 3), nn.LSTM(2, 3), nn.Bilinear(2, 3, 4), nn.BatchNorm2d(3), RBN(3)]
+        net = nn.Sequential(*layers)
+        net.register_buffer("mask", torch.triu(torch.full((3, 3), -torch.inf), 1))
+        for parameter in net.parameters():
+            nn.init.normal_(parameter)
+        return net
+
+    net, other = build(0), build(1)
+    torch.save(net.state_dict(), tmp_path / "a.pth")
+    port(tmp_path / "a.pth", tmp_path / "a.safetensors")
+    from_numpy(other, weights.load(tmp_path / "a.safetensors"))
+    for name, value in net.state_dict().items():
+        assert torch.equal(other.state_dict()[name], value), name
