@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 
@@ -38,7 +39,9 @@ def test_four_devices_equal_the_whole_batch(way: str, deviations: Deviations) ->
     measured = {name: found for name, found in deviations.items() if name.split()[0] == way}
     assert len(measured) == (1 if way in ("groups", "images") else 12)
     for name, found in measured.items():
-        assert max(found.values()) < 1e-6, (name, found)
+        # Parts of images give means of means of means: 16 eps, as the suite allows near the mean.
+        bound = 16 * np.finfo(np.float32).eps if way == "images" else 1e-6
+        assert max(found.values()) < bound, (name, found)
 
 
 def test_evaluation_and_initialization_need_no_axis() -> None:
