@@ -85,8 +85,9 @@ def test_a_backend_without_the_extra(request):
     name = request.config.option.framework
     blocked = modules_without({"numpy", "safetensors", *FRAMEWORKS[name].distributions})
     assert {"sklearn", "typer"} <= blocked
-    layer = {"torch": "torch", "flax": "flax.nnx", "mindspore": "mindspore", "jittor": "jittor"}[name]
-    done = python(f"import rbn.backends.{name}, rbn.backends.{layer}; print('imported')", blocked)
+    modules = [f"rbn.backends.{name}", f"rbn.backends.{name}.checkpoints"]
+    modules += ["rbn.backends.flax.nnx"] if name == "flax" else []
+    done = python(f"import {', '.join(modules)}; print('imported')", blocked)
     assert "imported" in done.stdout, done.stderr
 
 
