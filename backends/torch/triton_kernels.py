@@ -25,7 +25,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rbn_core.config import Statistic
+from rbn.kernels.library import PARAMETERS
+from rbn_core.config import CHANNEL_STATISTICS, RESTRICTIONS, Statistic
+from rbn_core.errors import RBNValueError
 
 # ---- arithmetic ----
 
@@ -841,6 +843,51 @@ def _dense(*values: Tensor | None) -> list[Tensor | None]:
     return [None if value is None else value.contiguous() for value in values]
 
 
+def _check(
+    x: Tensor,
+    planes: Sequence[Tensor],
+    parameters: Sequence[Tensor | None],
+    running: tuple[Tensor, Tensor] | None,
+    centering: Statistic | None,
+    scaling: Statistic | None,
+    restrict: str,
+) -> None:
+    """Refuse what the kernels would read beside, or take for something else: they see addresses alone.
+
+    Raises:
+        RBNValueError: An array is missing, has another shape, dtype or device than the layer needs, or an
+            option is not known.
+    """
+    if not x.is_floating_point() or not (x.is_contiguous() or x.movedim(1, -1).is_contiguous()):
+        raise RBNValueError(
+            f"RBN: expected floating-point images without gaps, got {x.dtype} with strides {x.stride()}. "
+            "Hand over x.contiguous()."
+        )
+    wide = torch.promote_types(x.dtype, torch.float32)
+    for name, value in zip(PARAMETERS, parameters, strict=True):
+        needed = centering if name == "center_weight" else scaling if name.startswith("scale") else None
+        if value is None and needed is not None:
+            raise RBNValueError(f"RBN: expected {name} with these options, got None. Hand it over.")
+    vectors = [value for value in (*parameters, *(running or ())) if value is not None]
+    for arrays, shape in ((vectors, x.shape[1:2]), (planes, x.shape[:2])):
+        for value in arrays:
+            if value.shape != shape or value.dtype is not wide or value.device != x.device:
+                raise RBNValueError(
+                    f"RBN: expected numbers of shape {tuple(shape)} in {wide} on {x.device}, got "
+                    f"{tuple(value.shape)} in {value.dtype} on {value.device}. Hand over those of one layer."
+                )
+    known = (
+        centering in (None, *CHANNEL_STATISTICS)
+        and scaling in (None, *CHANNEL_STATISTICS, "input_mean")
+        and restrict in RESTRICTIONS
+    )
+    if not known:
+        raise RBNValueError(
+            f"RBN: expected options of the two-pass form, got centering={centering!r}, scaling={scaling!r}, "
+            f"restrict={restrict!r}. Choose others, or the plain form."
+        )
+
+
 def _kind(values: Tensor | None) -> bool | None:
     """What Triton compiles for: whether there is a tensor, and whether it starts at a multiple of 16."""
     return None if values is None else values.data_ptr() % 16 == 0
@@ -870,7 +917,11 @@ def forward(
     Returns:
         Y, of x's dtype and memory format; mu and v, the mean and biased variance of every plane, (N, C) each;
         E and the biased Var of the batch, (C,) each, or `running`. All but Y have the parameters' dtype.
+
+    Raises:
+        RBNValueError: Something does not fit the rest.
     """
+    _check(x, (), parameters, running, centering, scaling, restrict)
     images, channels, positions, last = _sizes(x)
     y = torch.empty_like(x)
     mu = torch.empty((images, channels), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
@@ -949,7 +1000,16 @@ def backward(
     Returns:
         dX, of x's dtype and memory format, and the gradients of the parameters, (C,) each; `None` for what
         was not asked for.
+
+    Raises:
+        RBNValueError: Something does not fit the rest.
     """
+    _check(x, (mu, v), parameters, running, centering, scaling, restrict)
+    if dy.shape != x.shape or dy.dtype is not x.dtype or dy.device != x.device:
+        raise RBNValueError(
+            f"RBN: expected dY of shape {tuple(x.shape)} in {x.dtype} on {x.device}, got {tuple(dy.shape)} "
+            f"in {dy.dtype} on {dy.device}. Hand over the gradient of this Y."
+        )
     images, channels, positions, last = _sizes(x)
     dy = dy.movedim(1, -1).contiguous().movedim(-1, 1) if last else dy.contiguous()
     dx = torch.empty_like(x) if needs_dx else None

@@ -16,6 +16,7 @@ from rbn.conformance.cases import parse
 from rbn.conformance.checks import PASSED, check
 from rbn.conformance.subjects.torch import Torch
 from rbn.conformance.suite import all_cases
+from rbn_core import RBNValueError
 
 # NumPy warns of what a GPU computes silently.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -117,3 +118,66 @@ def test_an_empty_batch_has_no_statistics_and_gives_no_gradient(layer, running):
     dx, gradients = triton_kernels.backward(x, x, mu, v, values, running, *options, True, [True] * 5)
     assert dx.shape == x.shape
     assert all(torch.equal(gradient, torch.zeros(5)) for gradient in gradients)
+
+
+OPTIONS = (1e-5, "channel_mean", "channel_std", "sigmoid")
+
+
+def handed_over():
+    """What both passes take, all of it in order."""
+    x = torch.randn(3, 5, 4, 4)
+    parameters, running = [torch.rand(5) for _ in range(5)], (torch.rand(5), torch.rand(5))
+    _, mu, v, *_ = triton_kernels.forward(x, parameters, running, *OPTIONS)
+    return x, mu, v, parameters, running
+
+
+def assert_refused(text, x, mu, v, parameters, running, options=OPTIONS, dy=None):
+    if dy is None:
+        with pytest.raises(RBNValueError, match=text):
+            triton_kernels.forward(x, parameters, running, *options)
+    dy = x if dy is None else dy
+    with pytest.raises(RBNValueError, match=text):
+        triton_kernels.backward(dy, x, mu, v, parameters, running, *options, True, [True] * 5)
+
+
+WRONG = [torch.rand(4), torch.rand(1), torch.rand(10), torch.rand(0), torch.rand(5, 1), torch.rand(5).half(),
+         torch.rand(5).double(), torch.rand(5, device="meta")]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "wrong", WRONG, ids=lambda value: f"{tuple(value.shape)} {value.dtype} {value.device}"
+)
+@pytest.mark.parametrize("place", range(7))
+def test_a_vector_that_does_not_fit_is_refused(place, wrong):
+    x, mu, v, parameters, running = handed_over()
+    vectors = [*parameters, *running]
+    vectors[place] = wrong
+    assert_refused("RBN: expected numbers of shape", x, mu, v, vectors[:5], tuple(vectors[5:]))
+
+
+@pytest.mark.parametrize("place", [2, 3, 4])
+def test_a_parameter_that_the_options_need_is_not_left_out(place):
+    x, mu, v, parameters, running = handed_over()
+    parameters[place] = None
+    assert_refused("with these options, got None", x, mu, v, parameters, running)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [(1e-5, "typo", None, "sigmoid"), (1e-5, None, "typo", "sigmoid"), (1e-5, None, None, "typo"),
+     (1e-5, "input_mean", None, "sigmoid"), (1e-5, "spatial_mean", None, "sigmoid")],
+)  # fmt: skip
+def test_an_option_that_the_kernels_do_not_know_is_refused(options):
+    assert_refused("RBN: expected options of the two-pass form", *handed_over(), options)
+
+
+def test_images_and_gradients_that_do_not_fit_are_refused():
+    x, mu, v, parameters, running = handed_over()
+    for wrong in (x[:, :, ::2], x.transpose(2, 3), x.int()):
+        assert_refused("RBN: expected floating-point images without gaps", wrong, mu, v, parameters, running)
+    for wrong in (x.half(), x.double(), x[:2], x[:, :, :2], x.to("meta")):
+        assert_refused("RBN: expected dY of shape", x, mu, v, parameters, running, dy=wrong)
+    for wrong in (mu[:2], mu[:, :4], mu.double(), mu.to("meta")):
+        for planes in ((wrong, v), (mu, wrong)):
+            with pytest.raises(RBNValueError, match="RBN: expected numbers of shape"):
+                triton_kernels.backward(x, x, *planes, parameters, running, *OPTIONS, True, [True] * 5)
