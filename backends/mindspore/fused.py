@@ -26,11 +26,10 @@ from rbn_core.config import (
     check_shape,
     check_vectors,
 )
-from rbn_core.errors import RBNError, RBNTypeError
+from rbn_core.errors import RBNError, RBNTypeError, RBNValueError
 
 AVAILABLE = not kernels.problem()
 DTYPES = (ms.float32, ms.float64, ms.float16, ms.bfloat16)
-INTEGERS = (ms.int8, ms.int16, ms.int32, ms.int64, ms.uint8, ms.uint16, ms.uint32, ms.uint64)
 KEPT = (ms.float32, ms.float64)
 """What statistics are accumulated in."""
 STATED = ("moving_mean", "moving_variance")
@@ -64,6 +63,20 @@ def check_layer(
         RBNError: An option is unknown, or something stored is missing or has a wrong shape or dtype.
     """
     _check_layer(layer, num_features, centering, scaling, restrict, options, accumulates, stored)
+
+
+def check_memory(layer: Any) -> None:
+    """Refuse to accumulate statistics in the memory of a parameter, which the backward pass still reads.
+
+    In PyNative mode, and only when a layer is trained for the first time or has other parameters than before:
+    MindSpore tells an address when everything before is computed.
+
+    Raises:
+        RBNValueError: A statistic lies in the memory of a parameter or of the other statistic.
+    """
+    if is_compiled(check_memory):  # @jit.cond: True
+        return None
+    return _check_memory(layer)
 
 
 def takes(x: Tensor, centering: Statistic | None, scaling: Statistic | None, restrict: str) -> bool:
@@ -346,6 +359,23 @@ def _check_layer(*facts: Any) -> None:
         _checked.__wrapped__(*facts)
 
 
+def _check_memory(layer: nn.Cell) -> None:
+    stored: dict[str, Any] = {name: getattr(layer, name, None) for name in (*PARAMETERS, *STATED)}
+    stored = {name: value for name, value in stored.items() if value is not None}
+    known = tuple(map(id, stored.values()))
+    if vars(layer).get("_apart") == known:
+        return
+    places = {name: value.data_ptr() for name, value in stored.items()}
+    for name in STATED:
+        for other, place in places.items():
+            if other != name and place == places[name]:
+                raise RBNValueError(
+                    f"{layer.layer}: expected {name} in memory of its own, got that of {other}. "
+                    f"Assign a copy to one of them."
+                )
+    vars(layer)["_apart"] = known
+
+
 @functools.lru_cache(maxsize=1024)
 def _checked(
     layer: str,
@@ -381,11 +411,11 @@ def _checked(
         needed += ["center_weight"] if centering else []
         needed += ["scale_weight", "scale_bias"] if scaling else []
     check_vectors({name: found[name] and found[name][0] for name in needed}, num_features, layer)
-    for name in needed:
+    for name in (*needed, "conv.weight") if layer == "BNET" else needed:
         dtype = found[name][1]
-        if dtype not in (*DTYPES, *INTEGERS):
+        if dtype not in DTYPES:  # gradients of integers would be rounded
             raise RBNTypeError(
-                f"{layer}: expected {name} of real numbers, got {dtype}. Assign one of float32."
+                f"{layer}: expected {name} of floating-point numbers, got {dtype}. Assign one of float32."
             )
         if accumulates and name in STATED and dtype not in KEPT:
             raise RBNTypeError(

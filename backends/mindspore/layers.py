@@ -98,6 +98,8 @@ class CalibratedNorm(nn.Cell):
             batch_statistics,
             self._described(),
         )
+        if batch_statistics:
+            fused.check_memory(self)
         channels_last = self.data_format == "NHWC"
         own_values = x.size // self.num_features
         total, average, enough, empty = own_values, functional.batch_average, own_values, False
@@ -152,6 +154,9 @@ class CalibratedNorm(nn.Cell):
             restrict=self.restrict,
             channels_last=channels_last,
         )
+        if convolved:
+            y = functional.differentiable_once(self.transform(ops.movedim(y, -1, 1) if channels_last else y))
+            y = ops.movedim(y, 1, -1) if channels_last else y
         count = self._count()
         if batch_statistics and fused.counts(count):
             fused.accumulate(
@@ -164,9 +169,6 @@ class CalibratedNorm(nn.Cell):
             )
         elif batch_statistics:
             self._track(mean, var, values)
-        if convolved:
-            y = functional.differentiable_once(self.transform(ops.movedim(y, -1, 1) if channels_last else y))
-            y = ops.movedim(y, 1, -1) if channels_last else y
         return y
 
     def _forward(self, x: Tensor, average: functional.Average, values: int | Tensor) -> Tensor:
@@ -182,9 +184,10 @@ class CalibratedNorm(nn.Cell):
             restrict=self.restrict,
             average=average,
         )
+        y = functional.differentiable_once(self.transform(y))
         if batch_statistics:
             self._track(mean, var, values)
-        return functional.differentiable_once(self.transform(y))
+        return y
 
     def _parameters(self) -> dict[str, Tensor]:
         """The parameters of `functional.rbn`."""
@@ -554,8 +557,8 @@ class BNET(CalibratedNorm):
     def transform(self, y: Tensor) -> Tensor:
         """The convolution in the place of BatchNorm's affine step."""
         stored = self.conv.weight.dtype
-        if y.dtype == ms.float32 and stored in (ms.float32, ms.float16):
-            return self.conv(y.astype(stored))
+        if y.dtype == ms.float32 and stored in (ms.float32, ms.float16) and stored == self.conv.bias.dtype:
+            return self.conv(functional.cast(y, stored))
         return functional.depthwise(y, self.conv.weight, self.conv.bias, self.kernel_size)
 
     def extend_repr(self) -> str:

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, mint, nn
-from mindspore.common import _no_grad
 from numpy.typing import NDArray
 
+from rbn.backends.mindspore.internals import no_grad
 from rbn.backends.mindspore.layers import CalibratedNorm
 from rbn_core.config import Config
 from rbn_core.errors import RBNValueError
@@ -113,7 +113,7 @@ def from_numpy(
         }
     arrays, table = match(state, shapes, rename=rename, strict=strict, integers=integers)
     tensors = {name: to_tensor(array, targets[name].parameter) for name, array in arrays.items()}
-    with _no_grad():  # an exception inside of a gradient leaves the recording on, which forbids copy_
+    with no_grad():  # an exception inside of a gradient leaves the recording on, which forbids copy_
         for name, tensor in tensors.items():
             targets[name].parameter.copy_(tensor)  # compiled graphs do not see what set_data puts there
     return table

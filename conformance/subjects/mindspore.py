@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import functools
 import os
 import socket
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 os.environ.setdefault("GLOG_v", "4")  # MindSpore's warnings would break the printed matrix
 
 import mindspore as ms
 import ml_dtypes
 import numpy as np
-from mindspore import Tensor, nn, ops
+from mindspore import Parameter, Tensor, amp, nn, ops
 from mindspore.communication import get_rank, init
 
 from rbn.backends.mindspore import BNET, IEBN, RBN, from_numpy, to_numpy
 from rbn.backends.mindspore.weights import stored
-from rbn.conformance.cases import LAYERS
+from rbn.conformance.cases import LAYERS, PRECISIONS_OF, SHARED_WITH
 from rbn.conformance.shares import Devices, processes, start
 from rbn.conformance.subject import Array, LayerSubject, Outcome, Subject
 from rbn_core.config import Config
@@ -34,13 +39,22 @@ ms.set_context(runtime_num_threads=1)
 
 
 class MindSporeCell(LayerSubject):
-    """Any MindSpore cell that follows `set_train`; `make` gets the dtype of the parameters as MindSpore's."""
+    """Any MindSpore cell that follows `set_train`; `make` gets the dtype of the parameters as MindSpore's.
+
+    In mixed precision the cell is cast, entered with half precision, and its loss is in float32.
+    """
+
+    precision = ""
 
     def build(self, config: Config, state: State, dtype: str, layout: str = "channels_first") -> None:
         """Make the cell, with parameters in at least float32."""
         self.layout = layout
         self.layer: nn.Cell = self.make_layer(config, ms.float64 if dtype == "float64" else ms.float32)
         self.load(state)
+        if self.precision:
+            self.folder = tempfile.TemporaryDirectory()  # level O1 writes code, which a graph reads
+            with contextlib.chdir(self.folder.name):
+                self.entry = cast(self.layer, self.precision.removesuffix(".graph"))
 
     def load(self, state: State) -> None:
         """Fill the cell."""
@@ -54,6 +68,8 @@ class MindSporeCell(LayerSubject):
 
     def run(self, x: Array, training: bool, cotangent: Array) -> Outcome:
         """Forward and backward through MindSpore's functional gradient."""
+        if self.precision:
+            return self.run_cast(x, training, cotangent)
         self.layer.set_train(training)
         leaf = tensor(x, self.layout)
         learned = {self.names[name] for name in PARAMETERS if name in self.names}
@@ -67,13 +83,76 @@ class MindSporeCell(LayerSubject):
         y, dx, leaf = (array(value, self.layout) for value in (y, dx, leaf))
         return Outcome(y, dx, named, self.state(), leaf)
 
+    def run_cast(self, x: Array, training: bool, cotangent: Array) -> Outcome:
+        """Forward and backward through the cast cell."""
+        self.entry.set_train(training)
+        leaf, dy = tensor(x, self.layout), Tensor(cotangent.astype("float32"))
+        learned = {self.names[name] for name in PARAMETERS if name in self.names}
+        weights = {name: weight for name, weight in self.stored().items() if name in learned}
+
+        def loss(x: Tensor) -> tuple[Tensor, Tensor]:
+            y = self.entry(x)
+            return (y.astype(ms.float32) * dy).sum(), y
+
+        ms.set_context(mode=ms.GRAPH_MODE if self.precision.endswith(".graph") else ms.PYNATIVE_MODE)
+        try:
+            step = ms.value_and_grad(loss, 0, list(weights.values()), has_aux=True)
+            (_, y), (dx, gradients) = step(leaf)
+        finally:
+            ms.set_context(mode=ms.PYNATIVE_MODE)
+        named = {name: array(g, "") for name, g in zip(weights, gradients, strict=True)}
+        y, dx, leaf = (array(value, self.layout) for value in (y, dx, leaf))
+        return Outcome(y, dx, self.canonical(named), self.state(), leaf)
+
+    def under(self, precision: str) -> Self:
+        """The same as MindSpore casts it."""
+        other = copy.copy(self)
+        other.precision = precision
+        return other
+
+    def spoil(self, name: str, kind: str) -> None:
+        """Change a parameter's data or dtype, or assign another one or none."""
+        *path, own = self.names[name].split(".")
+        owner = functools.reduce(getattr, path, self.layer)
+        parameter = getattr(owner, own)
+        value = parameter.asnumpy().copy()
+        stored = self.stored()
+        dtypes = {"half": ms.float16, "double": ms.float64, "integer": ms.int32}
+        lengths: dict[str, Callable[[], Array]] = {
+            "short": lambda: value[:-1],
+            "one": lambda: value[:1],
+            "long": lambda: np.concatenate((value, value)),
+            "empty": lambda: value[:0],
+        }
+        if kind == "missing":
+            setattr(owner, own, None)
+        elif kind in dtypes:
+            parameter.set_dtype(dtypes[kind])
+        elif kind in lengths:
+            parameter.set_data(Tensor(np.ascontiguousarray(lengths[kind]())), slice_shape=True)
+        elif kind == "shared":
+            partners = (self.names.get(other) for other in SHARED_WITH[name])
+            parameter.set_data(next(stored[partner] for partner in partners if partner in stored))
+        else:
+            strided = Tensor(np.repeat(value, 2, -1))[..., ::2]
+            setattr(owner, own, Parameter(strided, parameter.name, parameter.requires_grad))
+
     def state(self) -> State:
         """The cell's state."""
         return self.canonical({name: parameter.asnumpy() for name, parameter in self.stored().items()})
 
 
+def cast(cell: nn.Cell, way: str) -> nn.Cell:
+    """A cell in mixed precision: itself cast, with a list of cells, or at one of MindSpore's levels."""
+    if way == "to_float16":
+        return cell.to_float(ms.float16)
+    if way == "custom":
+        return amp.custom_mixed_precision(cell, black_list=[nn.LayerNorm])
+    return amp.auto_mixed_precision(cell, way)
+
+
 class MindSpore(MindSporeCell):
-    """The project's MindSpore layers, in PyNative mode.
+    """The project's MindSpore layers, in PyNative mode; in mixed precision in graph mode, too.
 
     Args:
         sync: Whether they share their statistics with the other processes of msrun.
@@ -81,6 +160,8 @@ class MindSpore(MindSporeCell):
     """
 
     devices = 2
+    precisions = tuple(PRECISIONS_OF["mindspore"])
+    spoils = ("short", "one", "long", "empty", "missing", "half", "double", "integer", "shared", "strided")
 
     def __init__(self, sync: bool = False, fused: bool = True) -> None:
         super().__init__(
@@ -113,6 +194,12 @@ class MindSpore(MindSporeCell):
             return IEBN(config.num_features, affine=affine, **common)
         common |= {"centering": config.centering, "scaling": config.scaling, "restrict": config.restrict}
         return RBN(config.num_features, affine=affine, **common)
+
+    def under(self, precision: str) -> Self:
+        """The same as MindSpore casts it."""
+        other = super().under(precision)
+        other.make = other.make_rbn
+        return other
 
     def load(self, state: State) -> None:
         """Fill the cell as users do; gamma, beta and the statistics are always there."""
