@@ -393,6 +393,8 @@ def _read_zip(file: BinaryIO, size: int, key: str | None, note: pickles.Note) ->
             raise ValueError("its zip is behind something else, or has two entries of one name")
         if any(member.compress_type != zipfile.ZIP_STORED for member in members):
             raise ValueError("its zip is compressed")
+        if any(member.compress_size != member.file_size for member in members):
+            raise ValueError("its zip gives an entry two lengths")
         if sum(member.file_size for member in members) > size:
             raise ValueError("its zip claims more than the file holds")
         for member in members:

@@ -535,6 +535,7 @@ def test_hostile_archives_are_refused(tmp_path):
         ),
         "more entries than": lambda: archive(path, good, data, more=[(f"{i}", b"") for i in range(5000)]),
         "claims more than the file holds": lambda: overlapping(path, good, data),
+        "gives an entry two lengths": lambda: path.write_bytes(stretched(archive(path, good, data))),
         "its zip is truncated": lambda: path.write_bytes(archive(path, good, data).read_bytes() + b" "),
         "Bad CRC-32": lambda: path.write_bytes(
             archive(path, good, data).read_bytes().replace(data, b"\1" * 16, 1)
@@ -548,6 +549,14 @@ def test_hostile_archives_are_refused(tmp_path):
         with pytest.raises(RBNValueError, match="expected a PyTorch checkpoint of plain tensors") as raised:
             checkpoints.read(path)
         assert message in str(raised.value), (message, str(raised.value))
+
+
+def stretched(path):
+    """An archive whose directory says that its first entry takes 16 MiB, for which a reader makes room."""
+    content = bytearray(path.read_bytes())
+    at = content.index(b"PK\x01\x02") + 20
+    content[at : at + 4] = (1 << 24).to_bytes(4, "little")
+    return bytes(content)
 
 
 def overlapping(path, contents, data):
