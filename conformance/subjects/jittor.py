@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import sklearn.datasets  # noqa: F401 # the suite's real images
 
-from rbn.conformance.cases import LAYERS
+from rbn.conformance.cases import LAYERS, PRECISIONS_OF, SHARED_WITH
 from rbn.conformance.shares import Devices, processes, start
 from rbn.conformance.subject import Array, LayerSubject, Outcome, Subject
 from rbn_core.config import Config
@@ -29,7 +34,13 @@ MPIRUN = shutil.which("mpirun") or shutil.which("mpirun", path=Path(sys.executab
 
 
 class JittorModule(LayerSubject):
-    """Any `jittor.Module` whose modules' mode is their `is_train`; `make` gets "float32" or "float64"."""
+    """Any `jittor.Module` whose modules' mode is their `is_train`; `make` gets "float32" or "float64".
+
+    Mixed precision is a level of Jittor's. An input that is made outside of it is float32, and its cotangent
+    is of the narrowest type; inside both are what Jittor makes of float32 there.
+    """
+
+    precision = ""
 
     def build(self, config: Config, state: State, dtype: str, layout: str = "channels_first") -> None:
         """Make the module, with parameters in at least float32."""
@@ -49,14 +60,50 @@ class JittorModule(LayerSubject):
         for module in self.layer.modules():
             module.is_train = training  # eval() would also stop the gradients of the parameters
         # Jittor has no complex variables: what could come is an array.
-        leaf: Any = x if x.dtype.kind == "c" else variable(x)
-        y = self.layer(leaf)
-        stored = self.layer.state_dict()
-        names = [own for name, own in self.names.items() if name in PARAMETERS and own in stored]
-        loss = (y * variable(cotangent).cast(str(y.dtype))).sum()
-        dx, *gradients = (array(var) for var in jt.grad(loss, [leaf, *(stored[name] for name in names)]))
+        leaf: Any = x if x.dtype.kind == "c" else variable(x.astype("float32") if self.precision else x)
+        dy = variable(cotangent)
+        with self.level():
+            if self.precision and not self.precision.endswith("outside"):
+                leaf, dy = leaf.float_auto(), variable(cotangent.astype("float32")).float_auto()
+            y = self.layer(leaf)
+            stored = self.layer.state_dict()
+            names = [own for name, own in self.names.items() if name in PARAMETERS and own in stored]
+            loss = (y * (dy if self.precision else dy.cast(str(y.dtype)))).sum()
+            found = jt.grad(loss, [leaf, *(stored[name] for name in names)])
+        dx, *gradients = map(array, found)
         named = self.canonical(dict(zip(names, gradients, strict=True)))
         return Outcome(array(y), dx, named, self.state(), array(leaf))
+
+    def under(self, precision: str) -> Subject:
+        """The same at a level of mixed precision."""
+        other = copy.copy(self)
+        other.precision = precision
+        return other
+
+    def level(self) -> Any:
+        """The scope of mixed precision, if there is one."""
+        if not self.precision:
+            return nullcontext()
+        digit = self.precision.removeprefix("level").removesuffix(".outside")
+        return jt.flag_scope(auto_mixed_precision_level=int(digit))
+
+    def spoil(self, name: str, kind: str) -> None:
+        """Assign another variable, or none."""
+        stored = self.layer.state_dict()
+        *path, own = self.names[name].split(".")
+        owner = functools.reduce(getattr, path, self.layer)
+        if kind == "missing":
+            setattr(owner, own, None)
+            return
+        if kind == "shared":
+            partner = next(
+                self.names[other] for other in SHARED_WITH[name] if self.names.get(other) in stored
+            )
+            var = stored[partner].detach()
+        else:
+            var = spoilt(array(stored[self.names[name]]), kind)
+        frozen = name not in PARAMETERS or kind == "integer"
+        setattr(owner, own, var.stop_grad() if frozen else var.start_grad())
 
     def state(self) -> State:
         """The module's state."""
@@ -71,6 +118,8 @@ class Jittor(JittorModule):
     """
 
     devices = 2
+    precisions = tuple(PRECISIONS_OF["jittor"])
+    spoils = ("short", "one", "long", "empty", "missing", "half", "double", "integer", "shared", "strided")
 
     def __init__(self, fused: bool = True) -> None:
         super().__init__(
@@ -147,6 +196,28 @@ def variable(x: Array) -> jt.Var:
     if x.dtype.name == "bfloat16":
         return jt.array(x.astype("float32")).cast("bfloat16")
     return jt.array(x, dtype=x.dtype.name)
+
+
+def spoilt(value: Array, kind: str) -> jt.Var:
+    """A variable in the place of one with these values, once something has happened to it.
+
+    Args:
+        value: The values.
+        kind: One of `cases.SPOILS` that says how the new variable follows from them.
+    """
+    larger = np.full((*value.shape[:-1], 2 * value.shape[-1]), np.nan, value.dtype)
+    larger[..., ::2] = value
+    changed: dict[str, Callable[[], jt.Var]] = {
+        "short": lambda: variable(value[:-1]),
+        "one": lambda: variable(value[:1]),
+        "long": lambda: variable(np.concatenate((value, value))),
+        "empty": lambda: variable(value[:0]),
+        "half": lambda: variable(value.astype("float16")),
+        "double": lambda: variable(value.astype("float64")),
+        "integer": lambda: variable(value.astype("int32")),
+        "strided": lambda: variable(larger)[..., ::2],
+    }
+    return changed[kind]()
 
 
 def array(var: jt.Var) -> Array:
