@@ -485,8 +485,9 @@ def converted(
     if described is not None and described.name in architectures.ARCHITECTURES:
         last = described.nodes[-1]
         classes = last.out_features if isinstance(last, Linear) else 0
-        target: Network | None = architectures.network(described.name, norm, classes)
-        after = {node.name: node for node in target.nodes if isinstance(node, Norm)}
+        built = architectures.network(described.name, norm, classes)
+        after = {node.name: node for node in built.nodes if isinstance(node, Norm)}
+        target: Network | None = built
     else:
         layer, options = architectures.layer_of(norm)
         target = described
