@@ -7,11 +7,20 @@ import pytest
 
 from rbn.backends import frameworks
 from rbn.conformance import runner
+from rbn.conformance.cases import PRECISIONS_OF, SPOILS
 from rbn.conformance.checks import ABSENT, PASSED, check
 from rbn.conformance.suite import all_cases, quick_cases, select
 
 OPTIONS = select(all_cases(), ["rbn/*/offset0/3x4x2x3/*=*/float32"])
 """All choices of the statistics and all options, on one shape."""
+
+UNKNOWN = {
+    "torch": {"read_only"},
+    "flax": {"elsewhere"},
+    "mindspore": {"elsewhere", "read_only", "subclass"},
+    "jittor": {"elsewhere", "read_only", "subclass"},
+}
+"""What cannot happen there: a CPU is one device, and what a parameter is can not be chosen."""
 
 SHARED = select(all_cases(), ["*/shares=2+2"])
 
@@ -42,6 +51,14 @@ def test_every_two_choices_meet_in_a_case(layer):
     assert len(values["dtype"]) == len(values["layout"]) == 4
     assert len(values["spatial axes"]) == (3 if layer == "bnet" else 4)
     assert len(values["centering"]) == len(values["scaling"]) == (5 if layer == "rbn" else 1)
+
+
+@pytest.mark.framework(*frameworks.FRAMEWORKS)
+def test_all_ways_into_mixed_precision_and_all_that_can_be_spoilt_are_run(request):
+    name = request.config.option.framework
+    for subject in subjects(name):
+        assert {*subject.precisions} == PRECISIONS_OF[name].keys(), subject.name
+        assert {*SPOILS} - {*subject.spoils} <= UNKNOWN.get(name, set()), subject.name
 
 
 @pytest.mark.framework("torch", "flax", "mindspore")  # Jittor compiles for minutes: `make conform` runs it
