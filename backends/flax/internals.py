@@ -21,7 +21,6 @@ from rbn_core.errors import RBNWarning
 
 NAMES = (
     "jax.core.ShapedArray",
-    "jax.core.Tracer",
     "jax.extend.core.Primitive",
     "jax.interpreters.ad.instantiate_zeros",
     "jax.interpreters.ad.is_undefined_primal",
@@ -125,7 +124,8 @@ def operation(
 
     @functools.partial(jax.jit, static_argnames="layer")
     def compiled(*arrays: Any, layer: Any) -> Sequence[Any]:
-        if any(isinstance(array, known["Tracer"]) for array in arrays):
+        # Flax itself does not work without this name, which JAX documents.
+        if any(isinstance(array, jax.core.Tracer) for array in arrays):
             return primitive.bind(*arrays, layer=layer)
         return in_operations(layer, *arrays)  # `jax_debug_nans` looks for the operation that made the NaN
 
