@@ -27,7 +27,7 @@ KINDS: tuple[tuple[tuple[type[nn.Module], ...], Kind], ...] = (
     ((_ConvNd,), "convolution"),
     ((nn.Linear,), "linear"),
     ((nn.Embedding, nn.EmbeddingBag), "embedding"),
-    ((_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm), "norm"),
+    ((CalibratedNorm, _NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm), "norm"),
 )
 """What a module is, as far as that decides how its arrays are called and lie; the first that fits counts."""
 
