@@ -22,6 +22,9 @@ from rbn.conformance.wrong_layers import (
 )
 from rbn_core.reference import Layer
 
+# One fixture runs every mutant over every case.
+pytestmark = pytest.mark.timeout(1800)
+
 
 @pytest.fixture(scope="module")
 def killers():
