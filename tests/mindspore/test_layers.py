@@ -142,7 +142,8 @@ def test_channels_last_data_gives_the_same_numbers(shape, statistic) -> None:
     from_numpy(last, to_numpy(first))
     x = images(*shape)
     assert_close(last(ops.movedim(x, 1, -1)), ops.movedim(first(x), 1, -1))
-    assert_same_state(last, to_numpy(first))
+    for name, value in to_numpy(last).items():  # what lies otherwise is summed in another order
+        np.testing.assert_allclose(value, to_numpy(first)[name], rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("dtype", [ms.float16, ms.bfloat16])
