@@ -36,10 +36,6 @@ def learned(layer):
     return [value for name, value in layer.named_parameters() if not name.startswith(("running", "num"))]
 
 
-def made(values, dtype):
-    return jt.array(values, dtype="float64").cast(dtype)
-
-
 @functools.cache
 def due(make, training, factor=1.0):
     """Y, the gradients and the statistics in float64."""
@@ -165,9 +161,10 @@ def test_level_3_leaves_float64_alone(fused):
 
 
 def test_float64_statistics_are_accumulated_in_float64_at_any_level():
+    x = jt.array(exact(1, 1.0) / 3, dtype="float64")
     layer, expected = RBN(3), RBN(3)
     for each, level in ((layer, 5), (expected, 0)):
         each.float64()
         with jt.flag_scope(auto_mixed_precision_level=level):
-            each(made(exact(1, 1.0) / 3, "float64"))
+            each(x)
     np.testing.assert_allclose(layer.running_var.numpy(), expected.running_var.numpy(), rtol=1e-12)
