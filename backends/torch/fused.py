@@ -21,6 +21,7 @@ from rbn.kernels.library import DTYPES as NAMES_OF_DTYPES
 from rbn.kernels.library import PARAMETERS, VECTORS
 from rbn_core.config import CHANNEL_STATISTICS, RESTRICTIONS, Statistic, check_vectors
 from rbn_core.errors import RBNTypeError, RBNValueError
+from rbn_core.names import NAMES
 
 DTYPES = {getattr(torch, name): place for place, name in enumerate(NAMES_OF_DTYPES)}
 AVAILABLE = {"cpu": not kernels.problem(), "cuda": importlib.util.find_spec("triton") is not None}
@@ -45,12 +46,12 @@ LIBRARY.define(
 )
 
 
-def check_layer(x: Tensor, vectors: Mapping[str, Tensor | None], num_features: int, layer: str) -> bool:
+def check_layer(x: Tensor, stored: Mapping[str, Tensor], num_features: int, layer: str) -> bool:
     """Refuse parameters and statistics that do not fit the layer or its input, in either form.
 
     Args:
         x: The input.
-        vectors: What the layer must have, under the names it has there; `None` for what is missing.
+        stored: What the layer has, by canonical names.
         num_features: C.
         layer: What an error calls the layer.
 
@@ -59,16 +60,20 @@ def check_layer(x: Tensor, vectors: Mapping[str, Tensor | None], num_features: i
         mean something else by its numbers, and goes through its own operations.
 
     Raises:
-        RBNValueError: One is missing, or not (C,), or on another device than the input.
+        RBNValueError: One is not (C,), or on another device than the input.
         RBNTypeError: One is not of a floating-point dtype, or not dense.
     """
-    shape, device = (num_features,), x.device
-    ordinary = type(x) in KINDS and x.layout is torch.strided
-    for name, value in vectors.items():
-        if value is None or value.shape != shape:
-            check_vectors({name: None if value is None else tuple(value.shape)}, num_features, layer)
-        assert value is not None
-        if value.dtype not in DTYPES or value.device != device or value.layout is not torch.strided:
+    shape, device, strided, on_cpu = (num_features,), x.device, torch.strided, x.is_cpu
+    ordinary = type(x) in KINDS and x.layout is strided
+    for value in stored.values():
+        if (
+            value.shape != shape
+            or value.dtype not in DTYPES
+            or not (value.is_cpu if on_cpu else value.device == device)
+            or value.layout is not strided
+        ):
+            name = NAMES["torch"][next(name for name, each in stored.items() if each is value)]
+            check_vectors({name: tuple(value.shape)}, num_features, layer)
             check_kind(name, value, x, layer)
         if type(value) not in KINDS:
             ordinary = False
@@ -97,6 +102,11 @@ def share_memory(running: tuple[Tensor, Tensor], parameters: Mapping[str, Tensor
     return any(value.data_ptr() in updated for value in parameters.values())
 
 
+def name_of(dtype: torch.dtype) -> str:
+    """Its bare name; that of those which layers take without making a text of it."""
+    return NAMES_OF_DTYPES[DTYPES[dtype]] if dtype in DTYPES else str(dtype).removeprefix("torch.")
+
+
 def takes(x: Tensor, centering: Statistic | None, scaling: Statistic | None, restrict: str) -> bool:
     """Whether the fast form can compute what `check_layer` found ordinary; else it is for `functional.rbn`.
 
@@ -104,7 +114,7 @@ def takes(x: Tensor, centering: Statistic | None, scaling: Statistic | None, res
     program must run where this package is not installed.
     """
     return (
-        AVAILABLE.get(x.device.type, False)
+        AVAILABLE.get("cpu" if x.is_cpu else x.device.type, False)
         and x.dtype in DTYPES
         and x.numel() > 0
         and centering in CENTERINGS
@@ -306,10 +316,14 @@ def _transformed(
 ) -> Tensor:
     """Y, while the moments of the planes and of the batch are written, where there is room for them."""
     x, channels_last = functional.dense(x)
-    x, y = _aligned(x), torch.empty_like(x)
+    y = torch.empty_like(x)
     vectors = _contiguous(layer)
     plan = _plan(x, channels_last, layer[-1] is None, *options)
-    kernels.forward(plan, _arrays(x, y, *statistics, *vectors))
+    try:
+        kernels.forward(plan, _arrays(x, y, *statistics, *vectors))
+    except RBNValueError:  # what starts between two numbers: rare, and dear to ask of each
+        x, *vectors = map(_aligned, (x, *vectors))
+        kernels.forward(plan, _arrays(x, y, *statistics, *vectors))
     return y
 
 
@@ -318,12 +332,15 @@ def _backward_cpu(dy: Tensor, x: Tensor, mu: Tensor, v: Tensor, *arguments: Any)
     *layer, eps, centering, scaling, restrict, needs_dx = arguments
     x, channels_last = functional.dense(x)
     dy = dy.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last else dy.contiguous()
-    x, dy = _aligned(x), _aligned(dy)
     gradients = _gradients_of(x, mu, layer[: len(PARAMETERS)], needs_dx)
     vectors = _contiguous(layer)
     plan = _plan(x, channels_last, layer[-1] is None, eps, centering, scaling, restrict)
     dx, *others = gradients
-    kernels.backward(plan, _arrays(dy, x, mu, v, dx, *vectors, *others))
+    try:
+        kernels.backward(plan, _arrays(dy, x, mu, v, dx, *vectors, *others))
+    except RBNValueError:
+        dy, x, *vectors = map(_aligned, (dy, x, *vectors))
+        kernels.backward(plan, _arrays(dy, x, mu, v, dx, *vectors, *others))
     return gradients
 
 
@@ -362,12 +379,17 @@ def _known_plan(
 
 def _contiguous(layer: list[Tensor | None]) -> list[Tensor | None]:
     """As the loops read it; a copy must live as long as they run."""
-    return [None if value is None else _aligned(value.resolve_neg().contiguous()) for value in layer]
+    return [
+        None if value is None else (value.resolve_neg() if value.is_neg() else value).contiguous()
+        for value in layer
+    ]
 
 
-def _aligned(values: Tensor) -> Tensor:
+def _aligned(values: Tensor | None) -> Tensor | None:
     """A copy of what starts between two numbers, as a view of bytes may."""
-    return values if values.data_ptr() % values.element_size() == 0 else values.clone()
+    if values is None or values.data_ptr() % values.element_size() == 0:
+        return values
+    return values.clone()
 
 
 def _arrays(*tensors: Tensor | None) -> list[kernels.Array]:

@@ -145,7 +145,7 @@ class CalibratedNorm(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Y, of the shape, dtype and memory format of `input`, (N, C, *spatial)."""
-        if isinstance(input, Proxy):
+        if type(input) is not Tensor and isinstance(input, Proxy):
             return self._recorded(input)
         return self._normalized(input)
 
@@ -208,18 +208,25 @@ class CalibratedNorm(nn.Module):
 
     def _running(self) -> tuple[Tensor, Tensor] | None:
         """E and Var as they are kept; with neither the layer takes the batch's, as BatchNorm does."""
-        names = ("running_mean", "running_var")
-        mean, var = (getattr(self, name, None) for name in names)
-        if mean is None and var is None:
-            return None
+        mean, var = self._buffers.get("running_mean"), self._buffers.get("running_var")
         if mean is None or var is None:
-            check_vectors({names[mean is not None]: None}, self.num_features, self.layer)
+            mean, var = getattr(self, "running_mean", None), getattr(self, "running_var", None)
+            if mean is None and var is None:
+                return None
+            check_vectors(
+                {
+                    name: None if value is None else (self.num_features,)
+                    for name, value in (("running_mean", mean), ("running_var", var))
+                },
+                self.num_features,
+                self.layer,
+            )
         return mean, var
 
     def _check(self, input: Tensor, *, training: bool, values: int | None) -> None:
         check_input(
             input.shape,
-            str(input.dtype).removeprefix("torch."),
+            fused.name_of(input.dtype),
             self.num_features,
             training=training,
             values=values,
@@ -242,16 +249,15 @@ class CalibratedNorm(nn.Module):
         tracks: bool,
     ) -> bool:
         """Refuse what does not fit; whether the rest is of PyTorch's own kinds of tensors."""
-        vectors: dict[str, Tensor | None] = {self.stored[name]: value for name, value in parameters.items()}
         if self.centering is not None and "center_weight" not in parameters:
-            vectors["center_weight"] = None
-        if self.scaling is not None:
-            vectors |= {name: parameters.get(name) for name in ("scale_weight", "scale_bias")}
-        ordinary = fused.check_layer(input, vectors, self.num_features, self.layer)
+            check_vectors({"center_weight": None}, self.num_features, self.layer)
+        if self.scaling is not None and not ("scale_weight" in parameters and "scale_bias" in parameters):
+            missing = "scale_bias" if "scale_weight" in parameters else "scale_weight"
+            check_vectors({missing: None}, self.num_features, self.layer)
         if running is None:
-            return ordinary
-        statistics = dict(zip(("running_mean", "running_var"), running, strict=True))
-        ordinary &= fused.check_layer(input, statistics, self.num_features, self.layer)
+            return fused.check_layer(input, parameters, self.num_features, self.layer)
+        statistics = {"running_mean": running[0], "running_var": running[1]}
+        ordinary = fused.check_layer(input, {**parameters, **statistics}, self.num_features, self.layer)
         if tracks:
             for name, value in statistics.items():
                 if value.dtype in HALVES:
