@@ -114,14 +114,14 @@ def takes(x: Tensor, centering: Statistic | None, scaling: Statistic | None, res
     program must run where this package is not installed.
     """
     return (
-        AVAILABLE.get("cpu" if x.is_cpu else x.device.type, False)
+        not torch.jit.is_tracing()
+        and AVAILABLE.get("cpu" if x.is_cpu else x.device.type, False)
         and x.dtype in DTYPES
         and x.numel() > 0
         and centering in CENTERINGS
         and scaling in SCALINGS
         and restrict in RESTRICTIONS
         and not (torch.compiler.is_compiling() and torch.compiler.is_exporting())
-        and not torch.jit.is_tracing()
         and not internals.functorch_is_active()
         and not internals.forward_mode_is_active()
     )

@@ -87,6 +87,7 @@ def test_per_sample_gradients_of_a_training_layer(make, options):
             torch.testing.assert_close(found[name][n], parameter.grad, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # PyTorch maps lerp_ one by one
 @LAYERS
 def test_an_ensemble_trains_with_statistics_of_its_own(make, options):
     layers = [layer_of(make, **options) for _ in range(3)]
@@ -95,8 +96,9 @@ def test_an_ensemble_trains_with_statistics_of_its_own(make, options):
             next(layer.parameters()).add_(scale)
     parameters, buffers = stack_module_state(layers)
     base = copy.deepcopy(layers[0]).to("meta")
-    y = vmap(lambda p, b: functional_call(base, (p, b), (images(),)))(parameters, buffers)
-    torch.testing.assert_close(y, torch.stack([layer(images()) for layer in layers]))
+    x = images()
+    y = vmap(lambda p, b: functional_call(base, (p, b), (x,)))(parameters, buffers)
+    torch.testing.assert_close(y, torch.stack([layer(x) for layer in layers]))
     for name, value in buffers.items():
         torch.testing.assert_close(value, torch.stack([layer.state_dict()[name] for layer in layers]))
 
@@ -133,6 +135,7 @@ def test_torch_fx_of_a_layer_alone_is_an_error():
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # the checks of shapes are not in the program
 @LAYERS
 def test_a_traced_model_runs_where_the_package_is_not(make, options, tmp_path):
     model = nn.Sequential(nn.Conv2d(8, 8, 3), layer_of(make, **options)).eval()
