@@ -167,7 +167,7 @@ class CalibratedNorm(nn.Module):
         self._check(input, training=batch_statistics, values=values)
         self._check_options(tracks)
         ordinary = self._check_stored(input, parameters, running, tracks)
-        if tracks and ordinary and fused.share_memory(running, parameters):
+        if tracks and ordinary and running is not None and fused.share_memory(running, parameters):
             parameters = {name: value.clone() for name, value in parameters.items()}  # of before the update
         compute: Callable[..., tuple[Tensor, Tensor, Tensor]]
         accumulate = functional.accumulate
@@ -294,7 +294,7 @@ class CalibratedNorm(nn.Module):
         if counter is not None:
             counter.add_(1)
         new_weight = self.momentum
-        if new_weight is None:  # in the statistics' dtype: 1 / an integer tensor is float32
+        if new_weight is None and counter is not None:  # in their dtype: 1 / an integer tensor is float32
             new_weight = counter.to(self.running_mean).reciprocal()
         if transformed and internals.without_functionalization(self.running_mean) is self.running_mean:
             mean, var = map(internals.without_functionalization, (mean, var))

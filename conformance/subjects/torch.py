@@ -37,7 +37,7 @@ class TorchModule(LayerSubject):
 
     device = "cpu"
     precision = ""
-    refusals = (ValueError, TypeError, RuntimeError)
+    refusals: tuple[type[Exception], ...] = (ValueError, TypeError, RuntimeError)
 
     def build(self, config: Config, state: State, dtype: str, layout: str = "channels_first") -> None:
         """Make the module, with parameters in at least float32."""
@@ -118,7 +118,7 @@ class Wrapping(Tensor):
     @staticmethod
     def __new__(cls, inner: Tensor) -> Wrapping:
         """With the shape, dtype and device of the other."""
-        wrapper: Wrapping = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        wrapper: Wrapping = Tensor._make_wrapper_subclass(
             cls, inner.shape, dtype=inner.dtype, device=inner.device
         )
         wrapper.inner = inner
