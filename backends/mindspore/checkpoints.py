@@ -13,6 +13,7 @@ values; this reader takes slices of the file, and only what fits its size.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import zlib
@@ -185,7 +186,7 @@ def _array(slices: Iterator[Value]) -> NDArray[Any] | None:
         whole += more.content
     if kind == "str":
         return None
-    dtype = bfloat16() if kind == "BFloat16" else np.dtype(DTYPES[kind]).newbyteorder("<")
+    dtype = _dtype(kind)
     shape = () if dims == [0] and whole else tuple(dims)  # a scalar has no dims, or the one 0
     proper = len(shape) <= 32 and all(isinstance(extent, int) and extent < 2**63 for extent in shape)
     if not proper or math.prod(shape) * dtype.itemsize != len(whole):
@@ -193,9 +194,17 @@ def _array(slices: Iterator[Value]) -> NDArray[Any] | None:
     if dtype == np.bool_ and whole.translate(None, b"\0\1"):
         raise _DamagedError(f"{name!r} holds what is neither true nor false")
     try:
-        return np.frombuffer(whole, dtype).reshape(shape)  # of a copy already
+        array = np.frombuffer(whole, dtype).reshape(shape)  # of a copy already
     except ValueError as error:  # no values, and an extent that NumPy cannot count
         raise _DamagedError(f"{name!r} has no proper shape: {error}") from None
+    # What a view keeps alive weighs more than a few numbers.
+    return array.copy() if array.nbytes < 1024 else array
+
+
+@functools.cache
+def _dtype(kind: str) -> np.dtype[Any]:
+    """NumPy's dtype of MindSpore's name, as it lies in the file."""
+    return bfloat16() if kind == "BFloat16" else np.dtype(DTYPES[kind]).newbyteorder("<")
 
 
 def _message(data: Any, names: tuple[str, ...]) -> dict[str, list[Any]]:
