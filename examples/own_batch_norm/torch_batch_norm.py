@@ -10,6 +10,8 @@ from torch import nn
 from rbn.conformance.subjects.torch import TorchModule
 from rbn_core.config import Config
 
+COUNTED = "counts a batch in num_batches_tracked before it refuses it: one value per channel has no variance"
+
 
 def make(config: Config, dtype: torch.dtype) -> nn.Module:
     """The BatchNorm for a case's shape and options."""
@@ -36,6 +38,7 @@ subject = TorchModule(
     },
     momentum="new",
     fixed={"running_var": "unbiased"},
+    expected_failures={"bn/train/offset0/1x3*": COUNTED},
 )
 
 
