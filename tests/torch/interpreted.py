@@ -32,6 +32,7 @@ SUITE = [
     and 0 < math.prod(case.shape) < 10**6
     and not case.precision  # the kernels see the dtype, which the half-precision cases have
     and case.spoil[1] in REACHING
+    and (not case.spoilt or case.layer == "rbn")  # whose arrays are all that there are
 ]
 """All that the kernels are for, but for what takes the interpreter minutes."""
 
