@@ -29,6 +29,8 @@ from rbn_core.weights import DTYPES
 Layout = Literal["linen", "nnx"]
 
 SUFFIX = ".msgpack"
+MOST_AXES = 32
+"""Of an array in every NumPy."""
 TRAINING = ("opt_state", "step")
 """What `flax.training.train_state.TrainState` holds beside the variables."""
 
@@ -277,7 +279,7 @@ class Reader:
         if (kind, count) != ("list", 3):
             raise ValueError("with an array that is none")
         kind, rank = inner.header()
-        if kind != "list" or rank > np.MAXDIMS:
+        if kind != "list" or rank > MOST_AXES:
             raise ValueError("with an array without a shape")
         shape = [inner.number() for _ in range(rank)]
         dtype = inner.text()
