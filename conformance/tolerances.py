@@ -74,7 +74,8 @@ def tolerances(layer: Layer, dy: Array, before: dict[str, Array], dtype: str) ->
     computed_in = np.finfo(np.promote_types(dtype, np.float32))
     unit, flushed = FACTOR * float(computed_in.eps), FACTOR * float(computed_in.tiny)
     kappa = condition(layer)
-    scales = {"y": scale_of_y(layer)} | scales_of_gradients(layer, dy)
+    least = float(computed_in.tiny / computed_in.eps)
+    scales = {"y": scale_of_y(layer, least)} | scales_of_gradients(layer, dy, least)
     result = {name: unit * kappa * scale + flushed for name, scale in scales.items()}
     if np.dtype(dtype).itemsize < 4:
         for name in ("y", "dx"):
@@ -132,7 +133,7 @@ def terms(layer: Layer) -> Array:
     return np.sqrt(np.square(sizes).mean(axis=(0, *spatial_axes(s.x))))
 
 
-def scale_of_y(layer: Layer) -> float:
+def scale_of_y(layer: Layer, least: float) -> float:
     """The largest (|X_s| + 1) R |gamma| + |beta|; in BNET the sum of |X_s| + 1 times the taps, and |bias|."""
     s = layer.steps
     assert s is not None
@@ -141,12 +142,12 @@ def scale_of_y(layer: Layer) -> float:
     if layer.config.kernel_size is not None:
         return largest(depthwise_convolution(size_s, magnitudes["conv_weight"], magnitudes["conv_bias"]))
     if s.restriction is not None:
-        size_s = size_s * s.restriction
+        size_s = size_s * (s.restriction + least)
     gamma, beta = magnitudes.get("gamma", np.ones(1)), magnitudes.get("beta", np.zeros(1))
     return largest(size_s * per_channel(gamma, s.y) + per_channel(beta, s.y))
 
 
-def scales_of_gradients(layer: Layer, dy: Array) -> dict[str, float]:
+def scales_of_gradients(layer: Layer, dy: Array, least: float) -> dict[str, float]:
     """The magnitudes that the backward pass adds up: its own equations with every term taken absolutely."""
     s = layer.steps
     assert s is not None
@@ -156,7 +157,8 @@ def scales_of_gradients(layer: Layer, dy: Array) -> dict[str, float]:
 
     g = np.abs(dy)
     scales["beta"] = over_channel(g)
-    restriction = np.ones(1) if s.restriction is None else s.restriction
+    # An R below the smallest normal number may be 0: `least` of it is that number, in units of eps.
+    restriction = np.ones(1) if s.restriction is None else s.restriction + least
     scales["gamma"] = over_channel(g * size_s * restriction)
     if "gamma" in magnitudes:
         g = g * per_channel(magnitudes["gamma"], g)
@@ -166,7 +168,7 @@ def scales_of_gradients(layer: Layer, dy: Array) -> dict[str, float]:
     g_s = g * restriction
     if s.k_s is not None and layer.config.scaling is not None:
         # R (1 - R), whose 1 - R misses by a unit of R, of which FACTOR are allowed.
-        slope = RESTRICT_SLOPE[layer.config.restrict](restriction) + restriction / FACTOR
+        slope = RESTRICT_SLOPE[layer.config.restrict](s.restriction) + restriction / FACTOR + least
         dz = g * size_s * slope
         scales["scale_weight"] = over_channel(dz * (np.abs(s.k_s) + 1.0))
         scales["scale_bias"] = over_channel(dz)
