@@ -20,6 +20,8 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     config.addinivalue_line("markers", "framework(*names): runs with --framework NAME, once per name")
     config.addinivalue_line("markers", "long: one search over very many cases, which make test leaves out")
+    if config.option.framework == "mindspore":  # what it rewrites at level O1 lies in folders that it forgets
+        config.addinivalue_line("filterwarnings", "ignore:Implicitly cleaning up:ResourceWarning")
 
 
 def pytest_report_header(config):
