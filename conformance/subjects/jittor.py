@@ -60,8 +60,10 @@ class JittorModule(LayerSubject):
         for module in self.layer.modules():
             module.is_train = training  # eval() would also stop the gradients of the parameters
         # Jittor has no complex variables: what could come is an array.
-        leaf: Any = x if x.dtype.kind == "c" else variable(x.astype("float32") if self.precision else x)
-        dy = variable(cotangent)
+        leaf: Any = x
+        dy: Any = cotangent
+        if x.dtype.kind != "c":
+            leaf, dy = variable(x.astype("float32") if self.precision else x), variable(cotangent)
         with self.level():
             if self.precision and not self.precision.endswith("outside"):
                 leaf, dy = leaf.float_auto(), variable(cotangent.astype("float32")).float_auto()
