@@ -166,7 +166,7 @@ def scales_of_gradients(layer: Layer, dy: Array, least: float) -> dict[str, floa
         scales["conv_bias"] = over_channel(g)
         g, scales["conv_weight"] = depthwise_convolution_backward(g, size_s, magnitudes["conv_weight"])
     g_s = g * restriction
-    if s.k_s is not None and layer.config.scaling is not None:
+    if s.k_s is not None and s.restriction is not None and layer.config.scaling is not None:
         # R (1 - R), whose 1 - R misses by a unit of R, of which FACTOR are allowed.
         slope = RESTRICT_SLOPE[layer.config.restrict](s.restriction) + restriction / FACTOR + least
         dz = g * size_s * slope
