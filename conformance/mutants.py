@@ -33,15 +33,9 @@ class Mutant:
     subject: Callable[[], Subject]
 
 
-class WrongLayer(NumpyLayer):
-    """A wrong layer as a subject; what is wrong with it has nothing to do with what it stores."""
-
-    spoils = ()
-
-
 def of_layer(kind: str, layer: type[Layer]) -> Mutant:
     """A wrong layer as a mutant."""
-    return Mutant(layer.__name__, kind, str(layer.__doc__), lambda: WrongLayer(layer.__name__, layer))
+    return Mutant(layer.__name__, kind, str(layer.__doc__), lambda: NumpyLayer(layer.__name__, layer))
 
 
 def of_subject(kind: str, subject: type[WrongSubject]) -> Mutant:

@@ -6,14 +6,13 @@ somebody might make it.
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from rbn.conformance.subject import Array, Outcome, Subject
-from rbn.conformance.subjects.numpy import InNumpy, NumpyLayer
+from rbn.conformance.subjects.numpy import NumpyLayer
 from rbn_core.config import Config
 from rbn_core.errors import RBNError
 from rbn_core.matching import State
@@ -21,9 +20,7 @@ from rbn_core.reference import Layer, Steps, batch_mean_and_variance, per_channe
 
 
 class WrongSubject(NumpyLayer):
-    """The reference, handled wrongly; what it stores is spoilt only where the mistake is about that."""
-
-    spoils: Collection[str] = ()
+    """The reference, handled wrongly."""
 
     def __init__(self) -> None:
         super().__init__(type(self).__name__, Layer)
@@ -32,7 +29,6 @@ class WrongSubject(NumpyLayer):
         """Make the layer, and remember the dtype."""
         super().build(config, state, dtype, layout)
         self.dtype = np.dtype(dtype)
-        self.narrow = self.dtype if self.precision else np.dtype(float)
 
 
 class OutputInFloat32(WrongSubject):
@@ -129,7 +125,9 @@ class SummedInHalf(WrongSubject):
 
     def build(self, config: Config, state: State, dtype: str, layout: str = "channels_first") -> None:
         super().build(config, state, dtype, layout)
-        narrow = self.narrow
+        if not self.precision:
+            return
+        narrow = self.dtype
 
         class Narrow(Layer):
             def statistics_of(self, x_cm: Array, training: bool) -> tuple[Array, Array]:
@@ -150,11 +148,13 @@ class GradientsSummedInHalf(WrongSubject):
 
     def run(self, x: Array, training: bool, cotangent: Array) -> Outcome:
         outcome = super().run(x, training, cotangent)
+        if not self.precision:
+            return outcome
         steps = self.layer.steps
         assert steps is not None
         terms = {"beta": cotangent, "conv_bias": cotangent, "gamma": cotangent * steps.x_cs}
         summed = {
-            name: one_after_another(values, self.narrow)
+            name: one_after_another(values, self.dtype)
             for name, values in terms.items()
             if name in outcome.gradients
         }
@@ -206,8 +206,6 @@ class CalibrationsLeftOut(WrongSubject):
 
 class Spoilt(WrongSubject):
     """A mistake about what is stored: `mend` gives what a spoilt array is taken for."""
-
-    spoils = InNumpy.spoils
 
     def spoil(self, name: str, kind: str) -> None:
         """Change one of the layer's arrays, and take it for what it is not."""

@@ -174,7 +174,9 @@ def assert_same(some, others):
 @PHASES
 @pytest.mark.parametrize("restrict", RESTRICTIONS)
 @pytest.mark.parametrize(
-    ("centering", "scaling"), list(itertools.product(CENTERINGS, STATISTICS)), ids=lambda name: name or "none"
+    ("centering", "scaling"),
+    [*itertools.product(CENTERINGS, CENTERINGS), (None, "input_mean")],
+    ids=lambda name: name or "none",
 )
 def test_every_option(centering, scaling, restrict, training, channels_last):
     for dtype in ("float32", "float64"):
