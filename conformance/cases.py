@@ -57,7 +57,7 @@ PRECISIONS_OF: dict[str, dict[str, str]] = {
     },
 }
 """The ways into mixed precision, each with the narrowest type that is in play, under the framework that has
-them; anybody's layer can have those of "".
+them; any layer can have those of "".
 
 In Flax they are the dtypes of the parameters and of the work, where these are not float32 and the promoted
 one; in MindSpore and Jittor the levels that they know, also in graph mode (".graph") and with an input that
@@ -263,11 +263,11 @@ class Case:
 
         All ways into mixed precision have the same numbers, so that they can be compared.
         """
-        return zlib.crc32(self.anybodys.id.encode())
+        return zlib.crc32(self.generic.id.encode())
 
     @property
-    def anybodys(self) -> Case:
-        """The same case in the way into mixed precision that anybody's layer can have."""
+    def generic(self) -> Case:
+        """The same case in the way into mixed precision that any layer can have."""
         return replace(self, precision=f"mixed_{self.dtype}") if self.precision else self
 
     def state(self) -> State:

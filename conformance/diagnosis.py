@@ -77,12 +77,12 @@ class Diagnosis:
 
 def those_for(case: Case, mutants: Sequence[Mutant] = MUTANTS) -> list[Mutant]:
     """The mutants that a case is about; to all of them every way into mixed precision is the same."""
-    return [mutant for mutant in mutants if mutant.subject().takes(case.anybodys)]
+    return [mutant for mutant in mutants if mutant.subject().takes(case.generic)]
 
 
 def behaviour(mutant: Mutant, case: Case) -> tuple[list[Outcome], Mapping[str, float]]:
     """What a mutant gives in a case, nothing where it raises, and which quantities are wrong by how much."""
-    return _behaviour(mutant, case.anybodys)
+    return _behaviour(mutant, case.generic)
 
 
 @lru_cache(maxsize=2 * len(MUTANTS))

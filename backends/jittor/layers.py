@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import jittor as jt
@@ -21,6 +22,40 @@ from rbn_core.config import (
 )
 from rbn_core.matching import COUNTER
 from rbn_core.names import NAMES
+
+
+def _config(
+    num_features: int,
+    eps: float,
+    momentum: float | None,
+    centering: Statistic | None,
+    scaling: Statistic | None,
+    restrict: str,
+    running_var: str,
+    affine: bool,
+    kernel_size: int | None,
+    spatial_dims: int | None,
+    layer: str,
+) -> Config:
+    """A layer's options, checked."""
+    return Config(
+        num_features,
+        eps,
+        old_value_weight(momentum, layer),
+        centering,
+        scaling,
+        restrict,
+        running_var,
+        gamma=affine,
+        beta=affine,
+        kernel_size=kernel_size,
+        spatial_dims=2 if spatial_dims is None else spatial_dims,
+        layer=layer,
+    )
+
+
+_known_config = lru_cache(maxsize=1024, typed=True)(_config)
+"""The same, of what was checked before: at every call of a layer."""
 
 
 class CalibratedNorm(Module):
@@ -100,20 +135,23 @@ class CalibratedNorm(Module):
 
     def config(self) -> Config:
         """The options as they are now, each of which can have changed since construction."""
-        return Config(
+        options = (
             self.num_features,
             self.eps,
-            old_value_weight(self.momentum, self.layer),
+            self.momentum,
             self.centering,
             self.scaling,
             self.restrict,
             self.variance_estimator,
-            gamma=self.affine,
-            beta=self.affine,
-            kernel_size=self.kernel_size,
-            spatial_dims=2 if self.spatial_dims is None else self.spatial_dims,
-            layer=self.layer,
+            self.affine,
+            self.kernel_size,
+            self.spatial_dims,
+            self.layer,
         )
+        try:
+            return _known_config(*options)
+        except TypeError:  # also of what has no hash, and is refused for what it is
+            return _config(*options)
 
     def extra_repr(self) -> str:
         """The options, as `print(model)` shows them."""
@@ -124,12 +162,10 @@ class CalibratedNorm(Module):
 
     def _stored(self) -> dict[str, Any]:
         """What there is, under canonical names."""
-        stored: dict[str, Any] = {}
+        stored = {}
         for canonical, own in NAMES["jittor"].items():
-            found: Any = self
-            for name in own.split("."):
-                found = getattr(found, name, None)
-            stored[canonical] = found
+            of, _, name = own.rpartition(".")
+            stored[canonical] = getattr(getattr(self, of, None) if of else self, name, None)
         return stored
 
     def _track(self, mean: Var, var: Var, values: int) -> None:

@@ -88,7 +88,7 @@ def test_at_least_five_mutants_are_about_mixed_precision_and_about_what_is_store
         assert [case.group for case in killers[mutant.name] if about in case.group]
 
 
-def test_every_way_into_mixed_precision_rejects_what_anybodys_does(killers):
+def test_every_way_into_mixed_precision_rejects_what_the_generic_one_does(killers):
     for mutant in (mutant for mutant in MUTANTS if mutant.kind == "precision"):
         rejecting = {case.precision for case in killers[mutant.name]}
         assert rejecting == PRECISIONS.keys(), mutant.name
