@@ -250,7 +250,9 @@ def _print_maps(wanted: bool) -> None:
         table.add_row(name, zoo.title, ", ".join(zoo.networks), zoo.differs)
     console = _console()
     console.print(table)
-    console.print("torchvision, timm and jittor.models have our names: they need no map.", highlight=False)
+    console.print(
+        "torchvision, jittor.models and timm's ResNets have our names: they need no map.", highlight=False
+    )
     raise typer.Exit
 
 

@@ -1,6 +1,6 @@
 """What the model zoos call the layers of the same networks, as data, and the rename tables that follow.
 
-torchvision, timm and jittor.models have the names of `rbn_core.architectures`, so that they need none.
+torchvision, jittor.models and timm's ResNets have the names of `rbn_core.architectures`: they need none.
 """
 
 from __future__ import annotations
@@ -73,6 +73,14 @@ def transformers(network: Network) -> dict[str, str]:
     return names
 
 
+def transformers_flax(network: Network) -> dict[str, str]:
+    """As in PyTorch, but in blocks of two convolutions the layers are called `layer_0` and `layer_1`."""
+    names = transformers(network)
+    if any(path.endswith(".conv3") for path in names):
+        return names
+    return {ours: theirs.replace(".layer.", ".layer.layer_") for ours, theirs in names.items()}
+
+
 def mindcv_resnet(network: Network) -> dict[str, str]:
     """Only shortcuts and the classifier are called otherwise."""
     return {
@@ -102,6 +110,31 @@ def mindcv_mobilenet(network: Network) -> dict[str, str]:
     return {node.name: names[node.name] for node in stateful(network)}
 
 
+def timm_mobilenet(network: Network) -> dict[str, str]:
+    """Blocks are in stages, and convolutions called by what they are: `pw`, `dw`, and `pwl` at the end."""
+    stages = [
+        f"blocks.{stage}.{block}"
+        for stage, (*_, depth, _) in enumerate(architectures.INVERTED_RESIDUALS)
+        for block in range(depth)
+    ]
+    inside: dict[int, list[str]] = {}  # the layers of each block, convolutions and normalizations in turn
+    names = {}
+    for node in stateful(network):
+        if isinstance(node, Linear):
+            names[node.name] = "classifier"
+        elif ".conv." in node.name:
+            inside.setdefault(int(node.name.split(".")[1]), []).append(node.name)
+        else:
+            _, index, part = node.name.split(".")
+            end = index != "0"
+            names[node.name] = f"bn{end + 1}" if part == "1" else "conv_head" if end else "conv_stem"
+    for block, layers in zip(stages, inside.values(), strict=True):
+        kinds = ("dw", "pw") if len(layers) == 4 else ("pw", "dw", "pwl")
+        theirs = [own for i, kind in enumerate(kinds, 1) for own in (f"conv_{kind}", f"bn{i}")]
+        names |= {layer: f"{block}.{own}" for layer, own in zip(layers, theirs, strict=True)}
+    return names
+
+
 ZOOS = {
     "flax-example": Zoo(
         "the ResNets of Flax's ImageNet example",
@@ -109,13 +142,15 @@ ZOOS = {
         flax_example,
         'its convolutions of stride 2 and its pooling pad "SAME", which for even images is not ours',
     ),
-    "transformers": Zoo("transformers' ResNetFor... and FlaxResNetFor...", RESNETS, transformers),
+    "transformers": Zoo("transformers' ResNetFor...", RESNETS, transformers),
+    "transformers-flax": Zoo("transformers' FlaxResNetFor...", RESNETS, transformers_flax),
     "mindcv-resnet": Zoo(
         "mindcv's ResNets",
         RESNETS,
         mindcv_resnet,
         'its pooling pads "same", which for even images is not ours',
     ),
+    "timm-mobilenet": Zoo("timm's MobileNet v2", ("mobilenet_v2",), timm_mobilenet),
     "mindcv-mobilenet": Zoo("mindcv's MobileNet v2", ("mobilenet_v2",), mindcv_mobilenet),
 }
 

@@ -3,10 +3,16 @@
 One framework per process, because Jittor and PyTorch in one process have crashed.
 """
 
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from rbn import porting
 from rbn.backends.frameworks import FRAMEWORKS
 
 TESTS = Path(__file__).parent
@@ -48,6 +54,88 @@ def runs():
             return False
 
     return runs
+
+
+ZOO_MODELS = {
+    "torchvision.resnet18": None,
+    "torchvision.mobilenet_v2": None,
+    "timm.resnet18": None,
+    "timm.mobilenet_v2": "timm-mobilenet",
+}
+LONG_ZOO_MODELS = {
+    "torchvision.resnet50": None,
+    "timm.resnet50": None,
+    "transformers.resnet18": "transformers",
+    "transformers.resnet50": "transformers",
+}
+"""Models of packages by their network, with the map of those that have other names than ours."""
+
+
+@dataclass(frozen=True)
+class ZooModel:
+    """A model of a package, with random weights: its network, file and map, and what it gives."""
+
+    network: str
+    zoo_map: str | None
+    path: Path
+    images: np.ndarray
+    logits: np.ndarray
+
+    def port(self, destination, **options):
+        """Write the weights as our network's."""
+        zoo_map = self.zoo_map and f"from-{self.zoo_map}"
+        porting.port(self.path, destination, network=self.network, zoo_map=zoo_map, **options)
+
+    def port_back(self, source, destination):
+        """Write the weights of our network as the model's."""
+        zoo_map = self.zoo_map and f"to-{self.zoo_map}"
+        porting.port(source, destination, zoo_map=zoo_map, destination_format="torch")
+
+    def check(self, logits):
+        """Hold the logits of our network to the model's."""
+        difference = np.max(np.abs(np.asarray(logits) - self.logits)) / np.max(np.abs(self.logits))
+        print(f"{self.path.stem}: {difference:.1e} of the largest")
+        assert difference < 1e-5
+
+    def check_back(self, source):
+        """Hold a file of our network to the model's, bit for bit, but for what not every BatchNorm counts."""
+        self.port_back(source, back := source.with_name("back.safetensors"))
+        expected, found = (
+            {name: array for name, array in arrays.items() if not name.endswith("num_batches_tracked")}
+            for arrays in (porting.stored_arrays(self.path, "torch"), porting.stored_arrays(back, "torch"))
+        )
+        assert found.keys() == expected.keys()
+        for name, array in expected.items():
+            np.testing.assert_array_equal(found[name], array, err_msg=name)
+
+
+@pytest.fixture(scope="session")
+def zoo(tmp_path_factory):
+    """A folder with the models, and what runs zoo_models.py there, in a process of its own with PyTorch."""
+    folder = tmp_path_factory.mktemp("zoo")
+
+    def run(what, *names):
+        command = [sys.executable, TESTS / "zoo_models.py", what, folder, *names]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+    run("save", *ZOO_MODELS)
+    yield folder, run
+    shutil.rmtree(folder)  # half a gigabyte
+
+
+@pytest.fixture(
+    params=[*ZOO_MODELS, *(pytest.param(name, marks=pytest.mark.long) for name in LONG_ZOO_MODELS)]
+)
+def zoo_model(request, zoo):
+    """Each of the models."""
+    folder, run = zoo
+    if request.param in LONG_ZOO_MODELS:
+        run("save", request.param)
+    stored = np.load(folder / f"{request.param}.npz")
+    network = request.param.partition(".")[2]
+    zoo_map = (ZOO_MODELS | LONG_ZOO_MODELS)[request.param]
+    return ZooModel(network, zoo_map, folder / f"{request.param}.pth", stored["images"], stored["logits"])
 
 
 def pytest_ignore_collect(collection_path, config):

@@ -39,6 +39,16 @@ def test_the_names_are_the_zoos():
             "layer2.0.downsample.1": "resnet.encoder.stages.1.layers.0.shortcut.normalization",
             "layer4.2.conv3": "resnet.encoder.stages.3.layers.2.layer.2.convolution",
         },
+        ("transformers-flax", "resnet18"): {
+            "layer1.0.bn2": "resnet.encoder.stages.0.layers.0.layer.layer_1.normalization",
+            "layer2.0.downsample.0": "resnet.encoder.stages.1.layers.0.shortcut.convolution",
+        },
+        ("timm-mobilenet", "mobilenet_v2"): {
+            "features.0.1": "bn1",
+            "features.1.conv.1": "blocks.0.0.conv_pw",
+            "features.17.conv.3": "blocks.6.0.bn3",
+            "features.18.0": "conv_head",
+        },
         ("mindcv-resnet", "resnet34"): {"layer2.0.downsample.0": "layer2.0.down_sample.0"},
         ("mindcv-mobilenet", "mobilenet_v2"): {
             "features.1.conv.2": "features.3.layers.4",

@@ -1,4 +1,4 @@
-"""The named maps of Flax's example and of transformers: names, shapes, and results, padded as ours."""
+"""The named maps of Flax's example and of transformers, and files of PyTorch's zoos: names and results."""
 
 import warnings
 from functools import partial
@@ -8,9 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx, serialization
 
 from rbn.backends.flax import from_numpy, network, to_numpy
+from rbn.backends.flax.nnx import network as nnx_network
 from rbn_core.zoos import table
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from transformers import ResNetConfig
+    from transformers.models.resnet.modeling_flax_resnet import FlaxResNetForImageClassificationModule
 
 
 class Example(nn.Module):
@@ -110,18 +117,45 @@ def test_flaxs_example(name, depths, bottleneck):
     check("flax-example", name, init, net.apply)
 
 
-@pytest.mark.long
-def test_transformers():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        transformers = pytest.importorskip(
-            "transformers.models.resnet.modeling_flax_resnet", reason="needs transformers 4.48"
-        )
-        from transformers import ResNetConfig
-    config = ResNetConfig(layer_type="bottleneck", depths=[3, 4, 6, 3], num_labels=7)
-    net = transformers.FlaxResNetForImageClassificationModule(config)
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [
+        ("resnet18", {"layer_type": "basic", "depths": [2, 2, 2, 2], "hidden_sizes": [64, 128, 256, 512]}),
+        pytest.param(
+            "resnet50", {"layer_type": "bottleneck", "depths": [3, 4, 6, 3]}, marks=pytest.mark.long
+        ),
+    ],
+)
+def test_transformers(name, layers):
+    config = ResNetConfig(num_labels=7, **layers)
+    net = FlaxResNetForImageClassificationModule(config)
 
     def init():
         return net.init(jax.random.key(0), jnp.ones((1, 64, 64, 3)))
 
-    check("transformers", "resnet50", init, lambda variables, x: net.apply(variables, x).logits)
+    check("transformers-flax", name, init, lambda variables, x: net.apply(variables, x).logits)
+
+
+def test_files_of_pytorchs_zoos(zoo_model, tmp_path):
+    path, images = tmp_path / "ours.msgpack", zoo_model.images.transpose(0, 2, 3, 1)
+    zoo_model.port(path)
+    ours = network(zoo_model.network)
+    empty = jax.eval_shape(partial(ours.init, train=False), jax.random.key(0), images)
+    variables = serialization.from_bytes(empty, path.read_bytes())
+    zoo_model.check(jax.jit(partial(ours.apply, train=False))(variables, images))
+    path.write_bytes(serialization.to_bytes(variables))
+    zoo_model.check_back(path)
+
+
+@pytest.mark.parametrize("zoo_model", ["torchvision.resnet18"], indirect=True)
+def test_files_of_pytorchs_zoos_in_nnx(zoo_model, tmp_path):
+    zoo_model.port(tmp_path / "ours.msgpack", layout="nnx")
+    ours = nnx_network(zoo_model.network, rngs=nnx.Rngs(0))
+    state = nnx.state(ours)
+    nnx.replace_by_pure_dict(state, serialization.msgpack_restore((tmp_path / "ours.msgpack").read_bytes()))
+    nnx.update(ours, state)
+    ours.eval()
+    zoo_model.check(nnx.jit(lambda net, x: net(x))(ours, zoo_model.images.transpose(0, 2, 3, 1)))
+    pure = nnx.to_pure_dict(nnx.state(ours))
+    (tmp_path / "ours.msgpack").write_bytes(serialization.msgpack_serialize(pure))
+    zoo_model.check_back(tmp_path / "ours.msgpack")

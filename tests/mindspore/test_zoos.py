@@ -1,4 +1,4 @@
-"""The named maps of mindcv, held to the package: names, shapes, and results with our pooling."""
+"""The named maps of mindcv, and files of PyTorch's zoos, held to the packages: names, shapes and results."""
 
 import warnings
 
@@ -12,7 +12,7 @@ from rbn_core.zoos import table
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    models = pytest.importorskip("mindcv.models", reason="needs mindcv: pip install --no-deps mindcv")
+    from mindcv import models
 
 
 @pytest.mark.parametrize(
@@ -39,3 +39,14 @@ def test_mindcvs_networks_have_these_names_and_our_results(name, theirs, zoo):
     assert np.max(np.abs(found - expected)) < 1e-5 * np.max(np.abs(expected))
     back = to_numpy(ours)
     assert not from_numpy(net, back, rename=table(f"to-{zoo}", back)).faults
+
+
+def test_files_of_pytorchs_zoos(zoo_model, tmp_path):
+    path = tmp_path / "ours.ckpt"
+    zoo_model.port(path)
+    ours = network(zoo_model.network)
+    absent, unused = ms.load_param_into_net(ours, ms.load_checkpoint(str(path)), strict_load=True)
+    assert (absent, unused) == ([], [])
+    zoo_model.check(ours.set_train(False)(ms.Tensor(zoo_model.images)).asnumpy())
+    ms.save_checkpoint(ours, str(path))
+    zoo_model.check_back(path)
