@@ -24,14 +24,15 @@ from numpy.typing import NDArray
 
 import rbn.backends
 from rbn.backends.frameworks import FRAMEWORKS, missing_message
-from rbn_core import architectures, conversion, pickles, published, renaming, weights, zoos
+from rbn_core import architectures, conversion, pickles, published, renaming, training, weights, zoos
 from rbn_core.config import check_choice
 from rbn_core.errors import RBNTypeError, RBNValueError
 from rbn_core.files import replacing
-from rbn_core.matching import COUNTER, Row, State, Table, match, summed_up
+from rbn_core.matching import COUNTER, Row, State, Status, Table, match, summed_up
 from rbn_core.names import KINDS, PARAMETERS, STATISTICS, Kind, from_own, own_name, to_layout, to_own
 from rbn_core.networks import Linear, Network, Norm
-from rbn_core.weights import Layers, Training
+from rbn_core.training import Training, few
+from rbn_core.weights import Layers
 
 FilePath = str | PathLike[str]
 
@@ -85,6 +86,7 @@ class Content:
         layers: What is known about these layers beside that.
         network: The network they make up, if it is known.
         training: The optimizer that goes on with them, if there is one.
+        untrained: What it has trained and is not in it any more, as the arrays are left out.
         names: What the file calls them, where that is something else.
         left_out: What the file holds beside them.
         notes: What else is to be said of it.
@@ -95,6 +97,7 @@ class Content:
     layers: Layers
     network: Network | None = None
     training: Training | None = None
+    untrained: tuple[str, ...] = ()
     names: Mapping[str, str] = field(default_factory=dict)
     left_out: tuple[Row, ...] = ()
     notes: tuple[str, ...] = ()
@@ -177,6 +180,7 @@ def port(
         raise RBNValueError("port: expected --convert where --preserve is given, got none. Give it.")
     if zoo_map is not None and not zoo_map.startswith("from-"):
         content, table = as_in_zoo(content, table, zoo_map)
+    content = trained_alone(content)
     if note := told_against_suffix(source, source_format, reader):
         content = replace(content, notes=(note, *content.notes))
     if content.network is not None:
@@ -397,11 +401,6 @@ def guessed(
     return tuple(notes)
 
 
-def few(names: list[str]) -> str:
-    """Some names of many."""
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-
-
 def fitted(
     content: Content,
     rename: Mapping[str, str] | None,
@@ -608,20 +607,26 @@ def renamed(content: Content, rename: Mapping[str, str]) -> tuple[Content, Table
         for new, old in old_names.items()
     ]
     new_names = {old: new for new, old in old_names.items()}
-    training = content.training and replace(
-        content.training,
-        slots={
-            slot: {new_names.get(name, name): array for name, array in arrays.items()}
-            for slot, arrays in content.training.slots.items()
-        },
-    )
+    content = trained_alone(content, new_names)
     state = {new: content.state[old] for new, old in old_names.items()}
     network = None if rename else content.network
     names = {new: content.names[old] for new, old in old_names.items() if old in content.names}
-    content = replace(
-        content, state=state, kinds=kinds, layers=layers, network=network, training=training, names=names
-    )
+    content = replace(content, state=state, kinds=kinds, layers=layers, network=network, names=names)
     return content, Table((*rows, *left_out))
+
+
+def trained_alone(content: Content, names: Mapping[str, str] | None = None) -> Content:
+    """The content with the training of those arrays alone that stay in it.
+
+    Args:
+        content: What a file holds.
+        names: What the arrays that stay are called, by what they were called; by default all that are in it.
+    """
+    if content.training is None:
+        return content
+    staying = {name: name for name in content.state} if names is None else names
+    kept, lost = training.renamed(content.training, staying)
+    return replace(content, training=kept, untrained=(*content.untrained, *lost))
 
 
 def check_finite(content: Content) -> None:
@@ -778,10 +783,16 @@ def planned(
             ) is not array:
                 row = replace(row, status="transposed")
         rows.append((row, own))
-    if content.training is not None and writer != CANONICAL:
-        training = content.training
-        detail = f"{training.optimizer} at step {training.step} stays behind: only a canonical file takes it"
-        rows.append((Row("training", "no counterpart", detail=detail), ""))
+    if content.training is not None:
+        detail = training.summary(content.training)
+        if writer != CANONICAL:
+            detail = f"{detail} stays behind: only a canonical file takes it"
+        status: Status = "matched" if writer == CANONICAL else "no counterpart"
+        rows.append((Row("training", status, detail=detail), ""))
+        rows += [
+            (Row(f"training of {name}", "left out", detail="goes with the array"), "")
+            for name in content.untrained
+        ]
     return rows
 
 

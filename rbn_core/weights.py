@@ -5,12 +5,14 @@ what owns the arrays: by dotted path an object with the `kind` (one of `rbn_core
 IEBN and BNET, the options. `network` holds `rbn_core.networks.Network` as JSON. An optimizer's arrays are
 called "training/SLOT/NAME" and the rest of it is in `training`. All but `format` and `schema` may lack.
 A file whose metadata names no format is taken for arrays under canonical names.
+
+Schema 1 differs in `training` alone: it has one `learning_rate` in place of `groups` and `decoupled`, and
+does not say the weight decay. It is read, and no longer written.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from os import PathLike
@@ -26,10 +28,11 @@ from rbn_core.config import FLOATING
 from rbn_core.errors import RBNError, RBNTypeError, RBNValueError
 from rbn_core.files import replacing
 from rbn_core.matching import State
-from rbn_core.names import KINDS
+from rbn_core.names import KINDS, STATISTICS
 from rbn_core.networks import Network
+from rbn_core.training import Group, Training, check, fault, few
 
-SCHEMA = 1
+SCHEMA = 2
 TRAINING = "training/"
 
 DTYPES = ("bool", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)), *FLOATING)
@@ -44,23 +47,6 @@ much memory for what they say. ResNet-164's have 73,000."""
 
 Layers = dict[str, dict[str, Any]]
 """What owns the arrays: by dotted path an object with its `kind`, and options where it is a layer of ours."""
-
-
-@dataclass(frozen=True)
-class Training:
-    """Where an optimizer stands, in terms that every framework has.
-
-    Args:
-        optimizer: "sgd" (slot "momentum") or "adam" (slots "first_moment", "second_moment").
-        step: How many updates it has made.
-        learning_rate: The rate of the next update.
-        slots: By slot, arrays under the canonical names of the parameters they belong to.
-    """
-
-    optimizer: str
-    step: int
-    learning_rate: float
-    slots: dict[str, State] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -92,7 +78,8 @@ def save(
 
     Raises:
         RBNTypeError: An array is of another dtype.
-        RBNValueError: A name is one that the file needs itself, or the file cannot be there.
+        RBNValueError: A name is one that the file needs itself, the training is not whole or is that of other
+            arrays, or the file cannot be there.
     """
     for name in state:
         if name == "__metadata__" or name.startswith(TRAINING):
@@ -107,11 +94,26 @@ def save(
     if network is not None:
         metadata["network"] = network.to_json()
     if training is not None:
+        check(training)
+        if wrong := _astray(training, state):
+            raise RBNValueError(
+                "RBN: expected the training of arrays in the state, each in one of its groups, got "
+                f"{wrong}. Save the state of the whole model that is trained."
+            )
+        groups = [
+            {
+                "learning_rate": float(group.learning_rate),
+                "weight_decay": None if group.weight_decay is None else float(group.weight_decay),
+                "parameters": group.parameters,
+            }
+            for group in training.groups
+        ]
         metadata["training"] = json.dumps(
             {
                 "optimizer": training.optimizer,
                 "step": int(training.step),
-                "learning_rate": float(training.learning_rate),
+                "decoupled": bool(training.decoupled),
+                "groups": groups,
             }
         )
         arrays |= {
@@ -148,9 +150,10 @@ def read(path: str | PathLike[str]) -> Weights:
     arrays, metadata = read_safetensors(path)
     if metadata.get("format") != "rbn":
         return Weights(arrays)
-    if metadata.get("schema") != str(SCHEMA):
+    schema = metadata.get("schema")
+    if schema not in ("1", str(SCHEMA)):
         raise RBNValueError(
-            f"RBN: expected a weight file of schema {SCHEMA}, got schema {metadata.get('schema')!r} "
+            f"RBN: expected a weight file of schema 1 or {SCHEMA}, got schema {schema!r} "
             f"in {path}. Install a later version of rbn."
         )
     try:
@@ -158,7 +161,8 @@ def read(path: str | PathLike[str]) -> Weights:
         network = Network.from_json(_text(metadata, "network")) if "network" in metadata else None
         known = json.loads(_text(metadata, "training", "null"))
         state = {name: array for name, array in arrays.items() if not name.startswith(TRAINING)}
-        training = _training(known, {name: array for name, array in arrays.items() if name not in state})
+        slots = {name: array for name, array in arrays.items() if name not in state}
+        training = _training(known, slots, state, with_groups=schema != "1")
         if unknown := [path for path, layer in layers.items() if layer["kind"] not in KINDS]:
             raise RBNTypeError(f"the kinds of {', '.join(unknown)} are none of {', '.join(KINDS)}")
     except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
@@ -246,8 +250,10 @@ def _text(metadata: Mapping[str, str], key: str, default: str = "") -> str:
     return text
 
 
-def _training(known: Any, arrays: Mapping[str, Any]) -> Training | None:
-    """The optimizer of a file's metadata and arrays."""
+def _training(
+    known: Any, arrays: Mapping[str, Any], state: Mapping[str, Any], *, with_groups: bool
+) -> Training | None:
+    """The optimizer of a file's metadata and arrays; without groups it is one of schema 1."""
     if known is None:
         if arrays:
             raise ValueError(f"{', '.join(arrays)} without an optimizer")
@@ -258,13 +264,39 @@ def _training(known: Any, arrays: Mapping[str, Any]) -> Training | None:
         if not parameter:
             raise ValueError(f"{name} of no parameter")
         slots.setdefault(slot, {})[parameter] = array
-    training = Training(**known, slots=slots)
-    if not (
-        type(training.optimizer) is str
-        and type(training.step) is int
-        and training.step >= 0
-        and type(training.learning_rate) is float
-        and math.isfinite(training.learning_rate)
-    ):
-        raise ValueError(f"an optimizer's name, count of steps and learning rate as {known}")
+    keys = {"optimizer", "step"} | ({"decoupled", "groups"} if with_groups else {"learning_rate"})
+    if not isinstance(known, dict) or known.keys() != keys:
+        raise ValueError(f"an optimizer's {', '.join(sorted(keys))} as {known}")
+    if with_groups:
+        groups = tuple(_group(entry) for entry in known["groups"])
+    else:
+        trained = {name: None for own in slots.values() for name in own} or {
+            name: None
+            for name, array in state.items()
+            if array.dtype.kind in "fV" and name.rpartition(".")[2] not in STATISTICS
+        }
+        groups = (Group(known["learning_rate"], None, tuple(trained)),)
+    training = Training(known["optimizer"], known["step"], groups, slots, known.get("decoupled", False))
+    wrong = fault(training) or (_astray(training, state) if with_groups else "")
+    if type(training.optimizer) is not str or type(training.decoupled) is not bool:
+        wrong = f"an optimizer's name, and whether its weight decay is decoupled, as {known}"
+    if wrong:
+        raise ValueError(wrong)
     return training
+
+
+def _group(entry: Any) -> Group:
+    """A group of a file's metadata."""
+    keys = {"learning_rate", "weight_decay", "parameters"}
+    if not isinstance(entry, dict) or entry.keys() != keys or not isinstance(entry["parameters"], list):
+        raise ValueError(f"a group's {', '.join(sorted(keys))} as {entry}")
+    return Group(entry["learning_rate"], entry["weight_decay"], tuple(entry["parameters"]))
+
+
+def _astray(training: Training, state: Mapping[str, Any]) -> str:
+    """What is trained and is not in the state, or has an array and is in no group, in words."""
+    names = {name for group in training.groups for name in group.parameters}
+    if strange := [name for name in names if name not in state]:
+        return f"that of {few(sorted(strange))}, which is not there"
+    lost = [f"{slot}/{name}" for slot, own in training.slots.items() for name in own if name not in names]
+    return f"{few(lost)} of no group" if lost else ""

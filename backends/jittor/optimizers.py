@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 from jittor import Module, Var
 from jittor.optim import SGD, Adam, AdamW, Optimizer
 
@@ -14,13 +12,16 @@ from rbn.backends.jittor.weights import array, assign, fitting, variables
 from rbn_core.errors import RBNTypeError, RBNValueError
 from rbn_core.matching import State
 from rbn_core.names import STATISTICS
-from rbn_core.weights import Training
+from rbn_core.training import Option, Training, check, check_decay, grouped, needed
 
 SLOTS: dict[str, dict[str, str]] = {
     "sgd": {"momentum": "values"},
     "adam": {"first_moment": "m", "second_moment": "values"},
 }
 """What an optimizer keeps for every parameter, and what Jittor calls it."""
+
+OPTIONS: dict[str, Option] = {"lr": "learning_rate", "weight_decay": "weight_decay"}
+"""What groups of parameters have, and what it is elsewhere."""
 
 
 def optimizer_to_numpy(optimizer: Optimizer, model: Module) -> Training:
@@ -34,33 +35,42 @@ def optimizer_to_numpy(optimizer: Optimizer, model: Module) -> Training:
         model: What it trains.
 
     Returns:
-        Copies under canonical names; a parameter that has had no gradient yet has zeros.
+        Copies under canonical names; a parameter that has had no gradient yet has zeros. Learning rates and
+        weight decays are those of the parameters' own groups.
 
     Raises:
         RBNTypeError: It is another optimizer.
-        RBNValueError: An option gives its arrays another meaning, its groups differ in their learning rates,
-            or it trains variables that are not the model's.
+        RBNValueError: An option gives its arrays another meaning, or it trains variables that are not the
+            model's.
     """
     kind, slots = _kind(optimizer)
-    stored = _stored(optimizer, model, slots)
+    parameters = _parameters(optimizer, model)
+    stored = _stored(optimizer, parameters, slots)
     arrays: dict[str, State] = {
         slot: {name: array(var) for name, var in variables.items()} for slot, variables in stored.items()
     }
-    rate = _one("learning rate", [float(_option(optimizer, group, "lr")) for group in optimizer.param_groups])
-    return Training(kind, int(optimizer.n_step), rate, arrays)
+    options: dict[str, tuple[float, float | None]] = {
+        name: (float(_option(optimizer, group, "lr")), float(_option(optimizer, group, "weight_decay")))
+        for group, own in zip(optimizer.param_groups, parameters, strict=True)
+        for name in own.values()
+    }
+    decoupled = isinstance(optimizer, AdamW)
+    return Training(kind, int(optimizer.n_step), grouped(options), arrays, decoupled)
 
 
 def optimizer_from_numpy(optimizer: Optimizer, model: Module, training: Training) -> None:
     """Let an optimizer go on from where another one stands, in place; its other options stay its own.
 
     Args:
-        optimizer: `jittor.optim.SGD`, `Adam` or `AdamW`.
+        optimizer: `jittor.optim.SGD`, `Adam` or `AdamW`. Its groups get the learning rate and weight decay
+            that their parameters have in the training's groups.
         model: What it trains.
         training: Where it is to stand, with an array for every parameter that it trains.
 
     Raises:
         RBNTypeError: It is another optimizer.
-        RBNValueError: It is not of the kind of the training, or the arrays do not fit; nothing has changed.
+        RBNValueError: It is not of the kind of the training, the arrays do not fit, it has one group for
+            parameters with several rates or decays, or another form of weight decay; nothing has changed.
     """
     kind, slots = _kind(optimizer)
     if training.optimizer != kind:
@@ -68,10 +78,20 @@ def optimizer_from_numpy(optimizer: Optimizer, model: Module, training: Training
             f"RBN: expected where an optimizer of kind {kind!r} stands, got {training.optimizer!r}. "
             "Build the optimizer that the training was made with."
         )
-    _check_numbers(training)
+    check(training)
+    check_decay(training, isinstance(optimizer, AdamW))
+    parameters = _parameters(optimizer, model)
+    options: dict[str, list[tuple[dict[str, Any], float | None]]] = {
+        name: [
+            (group, needed(training, option, own.values()))
+            for group, own in zip(optimizer.param_groups, parameters, strict=True)
+            if own
+        ]
+        for name, option in OPTIONS.items()
+    }
     stored = {
         f"{slot}/{name}": var
-        for slot, found in _stored(optimizer, model, slots).items()
+        for slot, found in _stored(optimizer, parameters, slots).items()
         for name, var in found.items()
     }
     given = {f"{slot}/{name}": value for slot, own in training.slots.items() for name, value in own.items()}
@@ -79,9 +99,8 @@ def optimizer_from_numpy(optimizer: Optimizer, model: Module, training: Training
     for name, value in arrays.items():
         assign(stored[name], value)
     optimizer.n_step = int(training.step)
-    for holder in (vars(optimizer), *optimizer.param_groups):
-        if "lr" in holder:
-            holder["lr"] = float(training.learning_rate)
+    for name, groups in options.items():
+        _set_option(optimizer, name, groups)
 
 
 def _kind(optimizer: Optimizer) -> tuple[str, Mapping[str, str]]:
@@ -109,27 +128,49 @@ def _option(optimizer: Optimizer, group: Mapping[str, Any], name: str) -> Any:
     return group.get(name, getattr(optimizer, name))
 
 
-def _stored(optimizer: Optimizer, model: Module, slots: Mapping[str, str]) -> dict[str, dict[str, Var]]:
-    """What an optimizer keeps, by slot under canonical names; a parameter with two has the first.
+def _set_option(optimizer: Optimizer, name: str, groups: list[tuple[dict[str, Any], float | None]]) -> None:
+    """Give every group its value, `None` for its own: through the optimizer's, where groups share that."""
+    shared = {value for group, value in groups if name not in group}
+    if len(shared) == 1 and (value := shared.pop()) is not None:
+        setattr(optimizer, name, value)
+    for group, value in groups:
+        if value is not None and _option(optimizer, group, name) != value:
+            group[name] = value
+
+
+def _parameters(optimizer: Optimizer, model: Module) -> list[dict[int, str]]:
+    """What every group of an optimizer trains: canonical names by index; a parameter with two has the first.
 
     Statistics and buffers, which a Jittor model has among its parameters, are none that it trains.
     """
     names: dict[int, str] = {}
     for name, var in variables(model).items():
         names.setdefault(id(var), name)
-    trained = [
-        (group, index, var) for group in optimizer.param_groups for index, var in enumerate(group["params"])
-    ]
-    if strange := [tuple(var.shape) for _, _, var in trained if id(var) not in names]:
+    trained = [var for group in optimizer.param_groups for var in group["params"]]
+    if strange := [tuple(var.shape) for var in trained if id(var) not in names]:
         raise RBNValueError(
             f"RBN: expected an optimizer of the model's parameters, got one of others, of shapes {strange}. "
             "Build it with model.parameters()."
         )
+    return [
+        {
+            index: names[id(var)]
+            for index, var in enumerate(group["params"])
+            if _is_parameter(names[id(var)], var)
+        }
+        for group in optimizer.param_groups
+    ]
+
+
+def _stored(
+    optimizer: Optimizer, parameters: list[dict[int, str]], slots: Mapping[str, str]
+) -> dict[str, dict[str, Var]]:
+    """What an optimizer keeps, by slot under canonical names."""
     return {
         slot: {
-            names[id(var)]: group[own][index]
-            for group, index, var in trained
-            if _is_parameter(names[id(var)], var)
+            name: group[own][index]
+            for group, names in zip(optimizer.param_groups, parameters, strict=True)
+            for index, name in names.items()
         }
         for slot, own in slots.items()
     }
@@ -149,13 +190,3 @@ def _one(what: str, values: list[Any]) -> Any:
             "Move the weights alone, or train all parameters alike."
         )
     return values[0]
-
-
-def _check_numbers(training: Training) -> None:
-    step, rate = training.step, training.learning_rate
-    whole = isinstance(step, int | np.integer) and not isinstance(step, bool) and step >= 0
-    if not whole or not isinstance(rate, int | float | np.number) or not math.isfinite(rate):
-        raise RBNValueError(
-            f"RBN: expected a number of steps and a finite learning rate, got {step!r} and {rate!r}. "
-            "Write the training's state again."
-        )

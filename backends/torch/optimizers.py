@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
@@ -14,7 +12,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from rbn.backends.torch.weights import places, to_array, to_tensor
 from rbn_core.errors import RBNTypeError, RBNValueError
 from rbn_core.matching import match
-from rbn_core.weights import Training
+from rbn_core.training import Training, check, check_decay, grouped, needed
 
 SLOTS: dict[str, dict[str, str]] = {
     "sgd": {"momentum": "momentum_buffer"},
@@ -42,15 +40,17 @@ def optimizer_to_numpy(optimizer: Optimizer, model: nn.Module, *, step: int = 0)
         step: How many updates it has made: PyTorch's SGD does not count them. Adam does.
 
     Returns:
-        Copies under canonical names; a parameter that has had no gradient yet has zeros.
+        Copies under canonical names; a parameter that has had no gradient yet has zeros. Learning rates and
+        weight decays are those of the parameters' own groups.
 
     Raises:
         RBNTypeError: It is another optimizer.
-        RBNValueError: An option gives its arrays another meaning, its groups or parameters differ in their
-            learning rates or steps, or it trains parameters that are not the model's.
+        RBNValueError: An option gives its arrays another meaning, its parameters differ in their steps or in
+            whether their weight decay is decoupled, or it trains parameters that are not the model's.
     """
     kind, slots = _kind(optimizer)
     parameters = _parameters(optimizer, model)
+    names = {id(parameter): name for name, parameter in parameters.items()}
     states = {name: optimizer.state.get(parameter, {}) for name, parameter in parameters.items()}
     arrays = {
         slot: {
@@ -60,21 +60,28 @@ def optimizer_to_numpy(optimizer: Optimizer, model: nn.Module, *, step: int = 0)
     }
     if kind == "adam":
         step = _one("step", [int(state["step"]) for state in states.values() if "step" in state] or [0])
-    rate = _one("learning rate", [float(group["lr"]) for group in optimizer.param_groups])
-    return Training(kind, step, rate, arrays)
+    options: dict[str, tuple[float, float | None]] = {
+        names[id(parameter)]: (float(group["lr"]), float(group["weight_decay"]))
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+    decaying = [group for group in optimizer.param_groups if group["weight_decay"]]
+    return Training(kind, step, grouped(options), arrays, _decoupled(decaying or optimizer.param_groups))
 
 
 def optimizer_from_numpy(optimizer: Optimizer, model: nn.Module, training: Training) -> None:
     """Let an optimizer go on from where another one stands, in place; its other options stay its own.
 
     Args:
-        optimizer: `torch.optim.SGD`, `Adam` or `AdamW`.
+        optimizer: `torch.optim.SGD`, `Adam` or `AdamW`. Its groups get the learning rate and the weight decay
+            that their parameters have in the training's groups.
         model: What it trains.
         training: Where it is to stand, with an array for every parameter that it trains.
 
     Raises:
         RBNTypeError: It is another optimizer.
-        RBNValueError: It is not of the kind of the training, or the arrays do not fit; nothing has changed.
+        RBNValueError: It is not of the kind of the training, the arrays do not fit, it has one group for
+            parameters with several rates or decays, or another form of weight decay; nothing has changed.
     """
     kind, slots = _kind(optimizer)
     if training.optimizer != kind:
@@ -82,7 +89,8 @@ def optimizer_from_numpy(optimizer: Optimizer, model: nn.Module, training: Train
             f"RBN: expected where an optimizer of kind {kind!r} stands, got {training.optimizer!r}. "
             "Build the optimizer that the training was made with."
         )
-    _check_numbers(training)
+    check(training)
+    check_decay(training, _decoupled(optimizer.param_groups))
     parameters = _parameters(optimizer, model)
     shapes = {f"{slot}/{name}": tuple(p.shape) for slot in slots for name, p in parameters.items()}
     given = {f"{slot}/{name}": value for slot, own in training.slots.items() for name, value in own.items()}
@@ -92,10 +100,12 @@ def optimizer_from_numpy(optimizer: Optimizer, model: nn.Module, training: Train
     names = {id(parameter): name for name, parameter in parameters.items()}
     stored["state"] = {}
     for group, own_group in zip(stored["param_groups"], optimizer.param_groups, strict=True):
-        rate = group["lr"]
-        group["lr"] = (
-            torch.full_like(rate, training.learning_rate) if torch.is_tensor(rate) else training.learning_rate
-        )
+        if own_group["params"]:
+            alike = [names[id(parameter)] for parameter in own_group["params"]]
+            old, rate = group["lr"], needed(training, "learning_rate", alike)
+            group["lr"] = torch.full_like(old, rate) if torch.is_tensor(old) else rate
+            if (decay := needed(training, "weight_decay", alike)) is not None:
+                group["weight_decay"] = decay
         for index, parameter in zip(group["params"], own_group["params"], strict=True):
             state: dict[str, Tensor] = {
                 own: tensors[f"{slot}/{names[id(parameter)]}"] for slot, own in slots.items()
@@ -126,6 +136,13 @@ def _kind(optimizer: Optimizer) -> tuple[str, Mapping[str, str]]:
     return "sgd", SLOTS["sgd"] if uses_momentum else {}
 
 
+def _decoupled(groups: list[dict[str, Any]]) -> bool:
+    """Whether the weight decay of groups is decoupled from the gradient."""
+    option = "decoupled_weight_decay"
+    found: bool = _one(option, [bool(group.get(option)) for group in groups])
+    return found
+
+
 def _parameters(optimizer: Optimizer, model: nn.Module) -> dict[str, Tensor]:
     """What an optimizer trains, under canonical names; a parameter with two has the first."""
     names: dict[int, str] = {}
@@ -153,13 +170,3 @@ def _one(what: str, values: list[Any]) -> Any:
             "Move the weights alone, or train all parameters alike."
         )
     return values[0]
-
-
-def _check_numbers(training: Training) -> None:
-    step, rate = training.step, training.learning_rate
-    whole = isinstance(step, int | np.integer) and not isinstance(step, bool) and step >= 0
-    if not whole or not isinstance(rate, int | float | np.number) or not math.isfinite(rate):
-        raise RBNValueError(
-            f"RBN: expected a number of steps and a finite learning rate, got {step!r} and {rate!r}. "
-            "Write the training's state again."
-        )

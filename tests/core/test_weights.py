@@ -1,6 +1,8 @@
 """The canonical weight file."""
 
+import dataclasses
 import json
+import math
 import struct
 
 import ml_dtypes
@@ -11,7 +13,10 @@ from safetensors.numpy import save_file
 from rbn_core import RBN, RBNTypeError, RBNValueError
 from rbn_core.architectures import network
 from rbn_core.execution import initial_state
-from rbn_core.weights import DTYPES, LONGEST_TEXT, Training, load, read, read_safetensors, save
+from rbn_core.training import Group, Training
+from rbn_core.weights import DTYPES, LONGEST_TEXT, load, read, read_safetensors, save
+
+GROUPS = (Group(0.1, 1e-4, ("a",)),)
 
 ONE = '{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
 
@@ -35,12 +40,16 @@ def by_hand(path, header, data=b"1234"):
 
 def rewrite(path, **metadata):
     """A file of one array with this metadata."""
-    save_file(
-        {"a": np.ones(2), "training/momentum/a": np.ones(2)},
-        path,
-        {"format": "rbn", "schema": "1", "training": '{"optimizer": "sgd", "step": 1, "learning_rate": 0.1}'}
-        | metadata,
-    )
+    known = {"format": "rbn", "schema": "2", "training": said()}
+    save_file({"a": np.ones(2), "training/momentum/a": np.ones(2)}, path, known | metadata)
+
+
+def said(**changes):
+    """An optimizer of metadata, or one with a fault."""
+    group = {"learning_rate": 0.1, "weight_decay": 1e-4, "parameters": ["a"]}
+    group |= {key: changes.pop(key) for key in group.keys() & changes.keys()}
+    known = {"optimizer": "sgd", "step": 1, "decoupled": False, "groups": [group]} | changes
+    return json.dumps({key: value for key, value in known.items() if value is not ...})
 
 
 def test_a_state_survives_the_file(path):
@@ -85,21 +94,26 @@ def test_all_that_is_known_survives(path):
         slot: {name: np.full_like(state[name], i) for name in ("conv1.weight", "fc.bias")}
         for i, slot in enumerate(("first_moment", "second_moment"))
     }
-    training = Training("adam", np.int64(12), np.float32(0.5), slots)
+    groups = (
+        Group(np.float32(0.5), 0.01, ("conv1.weight",)),
+        Group(0.25, 0, ("bn1.gamma", "fc.bias")),
+        Group(1, None, ("fc.weight",)),
+    )
+    training = Training("adam", np.int64(12), groups, slots, decoupled=True)
     save(path, state, layers=described.layers(), network=described, training=training)
     found = read(path)
     same(found.state, state)
     assert found.layers == json.loads(json.dumps(described.layers()))
     assert found.network.to_json() == described.to_json()
-    assert (found.training.optimizer, found.training.step, found.training.learning_rate) == ("adam", 12, 0.5)
+    assert dataclasses.replace(found.training, slots=slots) == training
     assert found.training.slots.keys() == slots.keys()
     for slot in slots:
         same(found.training.slots[slot], slots[slot])
 
 
 def test_an_optimizer_without_arrays_survives(path):
-    save(path, {"a": np.ones(1)}, training=Training("sgd", 3, 0.1))
-    assert read(path).training == Training("sgd", 3, 0.1)
+    save(path, {"a": np.ones(1)}, training=Training("sgd", 3, GROUPS))
+    assert read(path).training == Training("sgd", 3, GROUPS)
 
 
 def test_a_file_of_anyone_is_read(path):
@@ -112,7 +126,7 @@ def test_a_file_of_anyone_is_read(path):
 
 def test_the_given_arrays_are_not_changed(path):
     state = {"a": np.arange(3, dtype=">f4")}
-    save(path, state, training=Training("sgd", 0, 0.1, {"momentum": {"a": np.ones(3)}}))
+    save(path, state, training=Training("sgd", 0, GROUPS, {"momentum": {"a": np.ones(3)}}))
     assert state.keys() == {"a"}
     assert state["a"].dtype == np.dtype(">f4")
 
@@ -182,7 +196,8 @@ def test_what_is_there_twice_is_named(path):
 def test_every_cut_file_is_one_clear_error(path):
     described = network("resnet18", "rbn", 2)
     state = {name: value for name, value in initial_state(described).items() if name.startswith("bn1")}
-    save(path, state, layers=described.layers(), training=Training("sgd", 1, 0.1, {"momentum": state}))
+    training = Training("sgd", 1, (Group(0.1, 0.0, tuple(state)),), {"momentum": state})
+    save(path, state, layers=described.layers(), training=training)
     whole = path.read_bytes()
     for length in range(0, len(whole), 7):
         path.write_bytes(whole[:length])
@@ -190,8 +205,11 @@ def test_every_cut_file_is_one_clear_error(path):
             load(path)
 
 
+OLD = '{"optimizer": "sgd", "step": 1, "learning_rate": 0.1}'
+"""An optimizer as schema 1 has it."""
+
 METADATA = {
-    "a later schema": {"schema": "2"},
+    "a later schema": {"schema": "3"},
     "layers that are no JSON": {"layers": "{"},
     "deep layers": {"layers": "[" * 100_000},
     "layers that are no object": {"layers": "[1]"},
@@ -202,11 +220,28 @@ METADATA = {
     "a network that is none": {"network": "3"},
     "a network of nothing": {"network": "{}"},
     "an optimizer that is none": {"training": "3"},
-    "an optimizer with more": {"training": '{"optimizer": "sgd", "step": 1, "learning_rate": 0.1, "x": 1}'},
-    "an optimizer with less": {"training": '{"optimizer": "sgd", "step": 1}'},
-    "a step before the first": {"training": '{"optimizer": "sgd", "step": -1, "learning_rate": 0.1}'},
-    "half a step": {"training": '{"optimizer": "sgd", "step": 0.5, "learning_rate": 0.1}'},
-    "no learning rate": {"training": '{"optimizer": "sgd", "step": 1, "learning_rate": NaN}'},
+    "an optimizer with more": {"training": said(x=1)},
+    "an optimizer with less": {"training": said(groups=...)},
+    "an optimizer without a name": {"training": said(optimizer=3)},
+    "a step before the first": {"training": said(step=-1)},
+    "half a step": {"training": said(step=0.5)},
+    "no learning rate": {"training": said(learning_rate=math.nan)},
+    "a text for a rate": {"training": said(learning_rate="0.1")},
+    "a truth for a rate": {"training": said(learning_rate=True)},
+    "a rate that no float holds": {"training": said(learning_rate=10**400)},
+    "an infinite decay": {"training": said(weight_decay=math.inf)},
+    "a text for a decay": {"training": said(weight_decay="0")},
+    "a decay decoupled by a number": {"training": said(decoupled=1)},
+    "groups that are none": {"training": said(groups=3)},
+    "a group that is none": {"training": said(groups=[3])},
+    "a group with less": {"training": said(groups=[{"learning_rate": 0.1}])},
+    "a text for parameters": {"training": said(parameters="a")},
+    "parameters that are no texts": {"training": said(parameters=[["a"]])},
+    "a parameter twice": {"training": said(parameters=["a", "a"])},
+    "a parameter that is not there": {"training": said(parameters=["a", "b"])},
+    "an array of a parameter in no group": {"training": said(parameters=[])},
+    "groups in schema 1": {"schema": "1"},
+    "one rate in schema 2": {"training": OLD},
     "an optimizer that lacks": {"training": "null"},
 }
 
@@ -216,7 +251,8 @@ def test_damaged_metadata_is_one_clear_error(path, metadata):
     rewrite(path)
     assert read(path).training.slots["momentum"].keys() == {"a"}
     rewrite(path, **metadata)
-    expected = r"of schema 1, got schema '2'" if "schema" in metadata else r"with whole metadata, got .*\("
+    later = metadata.get("schema") == "3"
+    expected = r"of schema 1 or 2, got schema '3'" if later else r"with whole metadata, got .*\("
     with pytest.raises(RBNValueError, match=expected):
         read(path)
 
@@ -255,12 +291,47 @@ def test_a_norm_that_cannot_be_is_one_clear_error(path, options):
         read(path)
 
 
+def test_a_file_of_schema_1_has_one_rate_and_an_unknown_decay(path):
+    rewrite(path, schema="1", training=OLD)
+    training = read(path).training
+    assert training == Training("sgd", 1, (Group(0.1, None, ("a",)),), training.slots)
+    arrays = {"a": np.ones(2), "a.running_mean": np.ones(2), "a.num_batches_tracked": np.ones(2, np.int64)}
+    save_file(arrays, path, {"format": "rbn", "schema": "1", "training": OLD})
+    assert read(path).training == Training("sgd", 1, (Group(0.1, None, ("a",)),))
+    save(path, arrays, training=read(path).training)
+    assert read(path).training == Training("sgd", 1, (Group(0.1, None, ("a",)),))
+
+
+@pytest.mark.parametrize(
+    ("training", "message"),
+    [
+        (Training("sgd", -1, GROUPS), "got a step of -1"),
+        (Training("sgd", 1, 0.1), "got groups of 0.1"),
+        (Training("sgd", 1, (Group(math.nan, 0.0, ("a",)),)), "got a learning rate of nan"),
+        (Training("sgd", 1, (Group(0.1, math.inf, ("a",)),)), "got a weight decay of inf"),
+        (Training("sgd", 1, (Group(0.1, 0.0, "a"),)), "got parameters of 'a'"),
+        (Training("sgd", 1, GROUPS * 2), "got a twice in the groups"),
+        (
+            Training("sgd", 1, GROUPS, {"momentum": {"b": np.ones(1)}}),
+            "got momentum/b of no group",
+        ),
+        (
+            Training("sgd", 1, (Group(0.1, 0.0, ("a", "b")),)),
+            "got that of b, which is not there",
+        ),
+    ],
+)
+def test_a_training_that_could_not_be_read_is_not_written(path, training, message):
+    with pytest.raises(RBNValueError, match=message):
+        save(path, {"a": np.ones(1)}, training=training)
+    assert not path.exists()
+
+
 def test_an_array_of_no_slot_or_no_parameter_is_refused(path):
     save_file({"training/momentum": np.ones(1)}, path, {"format": "rbn", "schema": "1"})
     with pytest.raises(RBNValueError, match="without an optimizer"):
         read(path)
-    training = '{"optimizer": "sgd", "step": 1, "learning_rate": 0.1}'
-    save_file({"training/momentum": np.ones(1)}, path, {"format": "rbn", "schema": "1", "training": training})
+    save_file({"training/momentum": np.ones(1)}, path, {"format": "rbn", "schema": "1", "training": OLD})
     with pytest.raises(RBNValueError, match="training/momentum of no parameter"):
         read(path)
 

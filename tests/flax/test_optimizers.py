@@ -1,5 +1,6 @@
 """Where optimizers of optax stand, to and from canonical arrays."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -14,7 +15,7 @@ from flax import nnx
 from rbn.backends import flax as rbn_flax
 from rbn.backends.flax import BNET, RBN, from_numpy, optimizer_from_numpy, optimizer_to_numpy, to_numpy
 from rbn_core import RBNTypeError, RBNValueError
-from rbn_core.weights import Training
+from rbn_core.training import Group, Training
 
 
 class Net(nn.Module):
@@ -69,7 +70,35 @@ OPTIMIZERS = {
         {"slow": optax.sgd(1e-3, momentum=0.9), "fast": optax.sgd(0.1, momentum=0.8)},
         lambda params: {name: "slow" if name == "conv" else "fast" for name in params},
     ),
+    "in injected groups": lambda: in_groups(
+        lambda rate, decay: optax.inject_hyperparams(optax.adamw)(learning_rate=rate, weight_decay=decay)
+    ),
+    "in masked groups": lambda: in_groups(decayed_sgd, masks=True),
 }
+
+
+def decayed_sgd(rate: float, decay: float) -> Any:
+    """SGD with a weight decay, of which everything is stored."""
+    return optax.chain(
+        optax.inject_hyperparams(optax.add_decayed_weights)(weight_decay=decay),
+        optax.inject_hyperparams(optax.sgd)(learning_rate=rate, momentum=0.9),
+    )
+
+
+def in_groups(make: Any, *, masks: bool = False, rates: tuple[float, float] = (0.01, 0.001)) -> Any:
+    """The kernels, and without weight decay and at another rate the rest."""
+
+    def labels(params: Any) -> Any:
+        return jax.tree.map(lambda leaf: "kernels" if leaf.ndim > 1 else "rest", params)
+
+    groups = {"kernels": make(rates[0], 0.1), "rest": make(rates[1], 0.0)}
+    if not masks:
+        return optax.multi_transform(groups, labels)
+
+    def mask(name: str) -> Any:
+        return lambda params: jax.tree.map(lambda label: label == name, labels(params))
+
+    return optax.chain(*(optax.masked(tx, mask(name)) for name, tx in groups.items()))
 
 
 def train(tx: Any, variables: Any, opt_state: Any, steps: range) -> Any:
@@ -94,13 +123,16 @@ def equal(actual: Any, expected: Any) -> None:
     assert jax.tree.map(jnp.result_type, actual) == jax.tree.map(jnp.result_type, expected)
 
 
-@pytest.mark.parametrize("name", ["sgd", "injected", "scheduled", "in groups"])
+@pytest.mark.parametrize(
+    "name", ["sgd", "injected", "scheduled", "in groups", "in injected groups", "in masked groups"]
+)
 def test_training_goes_on_in_linen(name: str) -> None:
     tx = OPTIMIZERS[name]()
     variables, opt_state = train(tx, VARIABLES, tx.init(VARIABLES["params"]), range(10))
     expected = train(tx, variables, opt_state, range(10, 20))
-    training = optimizer_to_numpy(opt_state, start, learning_rate=0.1, step=10)
+    training = optimizer_to_numpy(opt_state, start, learning_rate=0.1, step=10, **decay_of(name))
     assert training.step == 10
+    assert len(training.groups) == (2 if name in ("in injected groups", "in masked groups") else 1)
     loaded, _ = from_numpy(start, to_numpy(variables, start))
     fresh = tx.init(jax.tree.map(jnp.zeros_like, VARIABLES["params"]))
     continued = optimizer_from_numpy(fresh, start, training)
@@ -109,7 +141,12 @@ def test_training_goes_on_in_linen(name: str) -> None:
     equal(fresh, tx.init(jax.tree.map(jnp.zeros_like, VARIABLES["params"])))
 
 
-@pytest.mark.parametrize("name", ["sgd", "injected"])
+def decay_of(name: str) -> dict[str, float]:
+    """What has to be said of a chain that clips, as it could decay as well."""
+    return {"weight_decay": 0.0} if name == "scheduled" else {}
+
+
+@pytest.mark.parametrize("name", ["sgd", "injected", "in injected groups"])
 def test_training_goes_on_in_nnx(name: str) -> None:
     def run(model: Module, optimizer: nnx.Optimizer, steps: range) -> None:
         @nnx.jit
@@ -148,7 +185,8 @@ def test_the_first_moments_are_the_formulas(name: str) -> None:
     _, opt_state = tx.update(gradients, tx.init(gradients), gradients)
     _, opt_state = tx.update(gradients, opt_state, gradients)
     training = optimizer_to_numpy(opt_state, start, learning_rate=0.5, step=7)
-    assert (training.optimizer, training.learning_rate) == (name, 0.5)
+    assert training.optimizer == name
+    assert training.groups == (Group(0.5, 0.0, tuple(canonical)),)
     assert training.step == (7 if name == "sgd" else 2)
     factors = {"momentum": (1.9, 1), "first_moment": (0.19, 1), "second_moment": (0.001999, 2)}
     assert set(training.slots) == ({"momentum"} if name == "sgd" else {"first_moment", "second_moment"})
@@ -188,8 +226,10 @@ def test_the_learning_rate_is_that_of_the_injected_hyperparameters() -> None:
     params = VARIABLES["params"]
     tx = optax.inject_hyperparams(optax.sgd)(learning_rate=0.25, momentum=0.9)
     training = optimizer_to_numpy(tx.init(params), start, learning_rate=0.1)
-    assert training.learning_rate == 0.25
-    continued = optimizer_from_numpy(tx.init(params), start, Training("sgd", 5, 0.125, training.slots))
+    names = tuple(training.slots["momentum"])
+    assert training.groups == (Group(0.25, 0.0, names),)
+    groups = (Group(0.125, None, names),)
+    continued = optimizer_from_numpy(tx.init(params), start, Training("sgd", 5, groups, training.slots))
     assert continued.hyperparams["learning_rate"] == 0.125
     assert continued.hyperparams["momentum"] == np.float32(0.9)
     assert continued.count == 5
@@ -200,11 +240,18 @@ def test_the_learning_rate_is_that_of_the_injected_hyperparameters() -> None:
 def test_boxes_stay_and_layers_can_be_told_by_their_names() -> None:
     kernel_init = nn.with_partitioning(nn.initializers.ones, ("in", "out"))
     params = nn.Dense(2, kernel_init=kernel_init).init(jax.random.key(0), jnp.ones((1, 3)))["params"]
+    tx = optax.multi_transform(
+        {"a": optax.sgd(0.1, momentum=0.9), "b": optax.sgd(0.1, momentum=0.9)}, {"kernel": "a", "bias": "b"}
+    )
+    masked = optimizer_to_numpy(tx.init(params), learning_rate={"weight": 0.1, "bias": 0.2})
+    assert masked.groups == (Group(0.1, 0.0, ("weight",)), Group(0.2, 0.0, ("bias",)))
+    assert optimizer_from_numpy(tx.init(params), None, masked).inner_states["a"].inner_state[0].trace
     tx = optax.sgd(0.1, momentum=0.9)
     training = optimizer_to_numpy(tx.init(params), learning_rate=0.1)
     slots = {"momentum": {"weight": np.arange(6.0).reshape(2, 3), "bias": np.ones(2)}}
     assert training.slots["momentum"].keys() == slots["momentum"].keys()
-    trace = optimizer_from_numpy(tx.init(params), None, Training("sgd", 1, 0.1, slots))[0].trace
+    assert training.groups == (Group(0.1, 0.0, tuple(training.slots["momentum"])),)
+    trace = optimizer_from_numpy(tx.init(params), None, Training("sgd", 1, training.groups, slots))[0].trace
     assert trace["kernel"].names == ("in", "out")
     np.testing.assert_array_equal(trace["kernel"].value, slots["momentum"]["weight"].T)
     assert trace["bias"].dtype == jnp.float32
@@ -227,6 +274,108 @@ def test_what_does_not_fit_is_refused_and_nothing_changes() -> None:
         with pytest.raises(
             RBNValueError, match=r"missing rbn\.beta; unexpected surprise; conv\.bias of shape \(3,\)"
         ):
-            optimizer_from_numpy(state, given, Training("sgd", 1, 0.1, {"momentum": slots}))
+            optimizer_from_numpy(state, given, Training("sgd", 1, training.groups, {"momentum": slots}))
     assert optimizer.step[...] == 0
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(nnx.state(optimizer)))
+
+
+KERNELS = ("bnet.conv_weight", "conv.weight", "dense.weight", "up.weight")
+
+
+def test_the_rates_and_decays_are_those_of_the_groups() -> None:
+    params = VARIABLES["params"]
+    for name, decoupled in (("in injected groups", True), ("in masked groups", False)):
+        tx = OPTIMIZERS[name]()
+        training = optimizer_to_numpy(tx.init(params), start)
+        assert training.groups[0] == Group(np.float32(0.01), np.float32(0.1), KERNELS)
+        assert (training.groups[1].learning_rate, training.groups[1].weight_decay) == (np.float32(0.001), 0.0)
+        assert training.decoupled == decoupled
+        groups = (Group(0.5, 0.25, KERNELS), Group(0.125, 0.0, training.groups[1].parameters))
+        changed = dataclasses.replace(training, groups=groups)
+        after = optimizer_to_numpy(optimizer_from_numpy(tx.init(params), start, changed), start)
+        assert after.groups == groups
+
+
+def test_what_optax_does_not_store_has_to_be_said() -> None:
+    params = VARIABLES["params"]
+    names = tuple(
+        optimizer_to_numpy(optax.sgd(0.1, 0.9).init(params), start, learning_rate=1).groups[0].parameters
+    )
+    decays = {name: 0.5 if name in KERNELS else 0.0 for name in names}
+    adamw = optax.adamw(0.1).init(params)
+    with pytest.raises(
+        RBNValueError, match=r"expected a weight decay, .* Pass weight_decay=\.\.\., 0 where there"
+    ):
+        optimizer_to_numpy(adamw, start, learning_rate=0.1)
+    with pytest.raises(
+        RBNValueError, match=r"expected a weight decay of bnet\.conv_bias, .* and 5 more, got"
+    ):
+        optimizer_to_numpy(adamw, start, learning_rate=0.1, weight_decay=dict.fromkeys(KERNELS, 0.1))
+    with pytest.raises(RBNValueError, match=r"expected a learning rate of bnet\.conv_bias"):
+        optimizer_to_numpy(adamw, start, learning_rate=dict.fromkeys(KERNELS, 0.1), weight_decay=0.0)
+    training = optimizer_to_numpy(adamw, start, learning_rate=0.1, weight_decay=decays)
+    assert {(group.weight_decay, *group.parameters) for group in training.groups} >= {(0.5, *KERNELS)}
+    assert training.decoupled
+    masked = optax.inject_hyperparams(optax.adamw, static_args="mask")(
+        0.1, weight_decay=0.5, mask=lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+    )
+    with pytest.raises(RBNValueError, match="expected a weight decay, got an optimizer that does not store"):
+        optimizer_to_numpy(masked.init(params), start)
+    again = optimizer_to_numpy(masked.init(params), start, weight_decay=decays)
+    assert [group.weight_decay for group in again.groups] == [group.weight_decay for group in training.groups]
+    other = dataclasses.replace(
+        training,
+        groups=tuple(dataclasses.replace(g, weight_decay=g.weight_decay / 2) for g in training.groups),
+    )
+    assert optimizer_from_numpy(masked.init(params), start, other).hyperparams["weight_decay"] == 0.25
+
+
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_a_decay_is_decoupled_where_it_comes_behind_the_moments(decoupled: bool) -> None:
+    params, decay = VARIABLES["params"], optax.add_decayed_weights(0.1)
+    parts = (optax.scale_by_adam(), decay) if decoupled else (decay, optax.scale_by_adam())
+    for rate in (optax.scale(-0.1), optax.scale_by_schedule(lambda count: -0.1)):
+        state = optax.chain(*parts, rate).init(params)
+        training = optimizer_to_numpy(state, start, learning_rate=0.1, weight_decay=0.1)
+        assert training.decoupled == decoupled
+        with pytest.raises(RBNValueError, match="expected an optimizer with a weight decay that is"):
+            optimizer_from_numpy(state, start, dataclasses.replace(training, decoupled=not decoupled))
+    clipping = optax.chain(optax.clip(1.0), optax.scale_by_adam(), decay, rate).init(params)
+    with pytest.raises(RBNValueError, match=r"where both can be\. Pass decoupled=True if it is behind"):
+        optimizer_to_numpy(clipping, start, learning_rate=0.1, weight_decay=0.1)
+    training = optimizer_to_numpy(clipping, start, learning_rate=0.1, weight_decay=0.1, decoupled=decoupled)
+    assert training.decoupled == decoupled
+
+
+def test_groups_that_an_optimizer_cannot_have_are_refused() -> None:
+    params = VARIABLES["params"]
+    sgd = optax.sgd(0.1, momentum=0.9)
+    training = optimizer_to_numpy(sgd.init(params), start, learning_rate=0.1)
+    rest = tuple(name for name in training.groups[0].parameters if name not in KERNELS)
+    injected = optax.inject_hyperparams(optax.sgd)(learning_rate=0.1, momentum=0.9)
+    rates = (Group(0.1, 0.0, KERNELS), Group(0.01, 0.0, rest))
+    decays = (Group(0.1, 0.5, KERNELS), Group(0.1, 0.0, rest))
+    twice = optax.chain(optax.inject_hyperparams(optax.add_decayed_weights)(0.1), decayed_sgd(0.1, 0.1))
+    both = optax.multi_transform(
+        {"a": optax.adamw(0.1), "b": optax.chain(optax.add_decayed_weights(0.1), optax.adam(0.1))},
+        lambda params: {name: "a" if name == "conv" else "b" for name in params},
+    )
+    for tx, groups, message in (
+        (
+            sgd,
+            rates,
+            r"one learning rate for all parameters .* alike, got 0\.01 for bnet\.conv_bias, 0\.1 for",
+        ),
+        (injected, rates, "one learning rate for all parameters"),
+        (sgd, decays, r"an optimizer that decays bnet\.conv_weight, .*, got one without a weight decay"),
+        (injected, decays, "got one without a weight decay"),
+        (decayed_sgd(0.1, 0.1), decays, "one weight decay for all parameters"),
+        (optax.chain(optax.add_decayed_weights(0.1), sgd), decays, "one weight decay for all parameters"),
+        (twice, training.groups, r"one weight decay of .*, got an optimizer with 2"),
+        (sgd, training.groups * 2, r"got bnet\.conv_bias twice in the groups"),
+        (sgd, rates[:1], "learning rate of every parameter|weight decay of every parameter"),
+    ):
+        with pytest.raises(RBNValueError, match=message):
+            optimizer_from_numpy(tx.init(params), start, dataclasses.replace(training, groups=groups))
+    with pytest.raises(RBNValueError, match="expected one form of weight decay, got one that is decoupled"):
+        optimizer_to_numpy(both.init(params), start, learning_rate=0.1, weight_decay=0.1)

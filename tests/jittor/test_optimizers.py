@@ -14,7 +14,7 @@ from jittor import Module, nn
 from jittor.optim import SGD, Adam, AdamW, RMSprop
 
 from rbn_core import RBNTypeError, RBNValueError
-from rbn_core.weights import Training
+from rbn_core.training import Group, Training
 
 
 class Small(Module):
@@ -39,7 +39,16 @@ OPTIMIZERS = {
     "nesterov": lambda parameters: SGD(parameters, 0.05, momentum=0.9, nesterov=True),
     "adam": lambda parameters: Adam(parameters, 0.01, weight_decay=0.01),
     "adamw": lambda parameters: AdamW(parameters, 0.01, weight_decay=0.01),
+    "adamw in groups": lambda parameters: AdamW(in_groups(parameters), 0.01, weight_decay=0.1),
 }
+
+
+def in_groups(parameters):
+    """The matrices, and without weight decay and at a tenth of the rate the rest."""
+    return [
+        {"params": [p for p in parameters if p.ndim > 1]},
+        {"params": [p for p in parameters if p.ndim == 1], "lr": 0.001, "weight_decay": 0.0},
+    ]
 
 
 def train(model, optimizer, steps):
@@ -60,11 +69,15 @@ def test_ten_steps_and_ten_more_are_twenty(name):
     state, training = to_numpy(model), optimizer_to_numpy(optimizer, model)
     expected = train(model, optimizer, range(10, 20))
     assert (training.optimizer, training.step) == ("adam" if "adam" in name else "sgd", 10)
-    assert training.learning_rate == optimizer.lr
+    assert training.groups[0].learning_rate == optimizer.lr
+    assert len(training.groups) == (2 if "groups" in name else 1)
+    assert training.decoupled == name.startswith("adamw")
     assert all(arrays.keys() == TRAINED for arrays in training.slots.values())
     other = Small()
     resumed = OPTIMIZERS[name](other.parameters())
-    resumed.lr = 7.0
+    resumed.lr, resumed.weight_decay = 7.0, 0.7
+    for group in resumed.param_groups:
+        group |= {key: 0.7 for key in ("lr", "weight_decay") if key in group}
     from_numpy(other, state)
     optimizer_from_numpy(resumed, other, training)
     np.testing.assert_allclose(train(other, resumed, range(10, 20)), expected, rtol=1e-6)
@@ -86,7 +99,7 @@ def test_the_first_momentum_is_the_gradient():
     gradient = np.array([[3.5, -0.5]])  # with the decay
     np.testing.assert_allclose(training.slots["momentum"]["weight"], gradient, rtol=1e-6)
     np.testing.assert_allclose(weight, [[1.0, -2.0]] - 0.1 * gradient, rtol=1e-6)
-    assert dataclasses.replace(training, slots={}) == Training("sgd", 1, 0.1)
+    assert dataclasses.replace(training, slots={}) == Training("sgd", 1, (Group(0.1, 0.5, ("weight",)),))
 
 
 def test_the_first_moments_are_those_of_the_formula():
@@ -99,7 +112,7 @@ def test_the_first_moments_are_those_of_the_formula():
 
 def test_sgd_without_momentum_has_no_slots():
     training, _ = first_step(lambda parameters: SGD(parameters, 0.1))
-    assert training == Training("sgd", 1, 0.1)
+    assert training == Training("sgd", 1, (Group(0.1, 0.0, ("weight",)),))
 
 
 def test_the_rate_of_the_groups_counts():
@@ -107,15 +120,35 @@ def test_the_rate_of_the_groups_counts():
     groups = [{"params": [model.inner.weight], "lr": 0.5}, {"params": [model.outer.weight]}]
     optimizer = SGD(groups, 0.5, momentum=0.9)
     assert optimizer_to_numpy(optimizer, model).slots["momentum"].keys() == {"inner.weight", "outer.weight"}
-    training = dataclasses.replace(optimizer_to_numpy(optimizer, model), learning_rate=0.25)
-    optimizer_from_numpy(optimizer, model, training)
-    assert (optimizer.lr, optimizer.param_groups[0]["lr"]) == (0.25, 0.25)
+    training = optimizer_to_numpy(optimizer, model)
+    names = ("inner.weight", "outer.weight")
+    assert training.groups == (Group(0.5, 0.0, names),)
+    optimizer_from_numpy(optimizer, model, dataclasses.replace(training, groups=(Group(0.25, 0.1, names),)))
+    assert (optimizer.lr, optimizer.param_groups[0]["lr"], optimizer.weight_decay) == (0.25, 0.25, 0.1)
     assert "lr" not in optimizer.param_groups[1]
-    optimizer.param_groups[0]["lr"] = 0.125
+    assert "weight_decay" not in optimizer.param_groups[0]
+    groups = (Group(0.25, 0.0, names[:1]), Group(0.125, 0.01, names[1:]))
+    optimizer_from_numpy(optimizer, model, dataclasses.replace(training, groups=groups))
+    assert optimizer_to_numpy(optimizer, model).groups == groups
+    together = SGD([model.inner.weight, model.outer.weight], 0.5, momentum=0.9)
     with pytest.raises(
-        RBNValueError, match=r"expected one learning rate for all parameters, got 0\.125, 0\.25"
+        RBNValueError, match=r"one learning rate .* got 0\.25 for inner\.weight, 0\.125 for outer"
     ):
-        optimizer_to_numpy(optimizer, model)
+        optimizer_from_numpy(together, model, dataclasses.replace(training, groups=groups))
+    assert together.lr == 0.5
+
+
+def test_a_decay_in_another_form_is_refused_and_an_unknown_one_leaves_the_own():
+    model = Small()
+    adamw, adam = (kind(model.parameters(), 0.1, weight_decay=0.3) for kind in (AdamW, Adam))
+    training = optimizer_to_numpy(adamw, model)
+    with pytest.raises(
+        RBNValueError, match=r"weight decay that is decoupled from it, .* got one where it is add"
+    ):
+        optimizer_from_numpy(adam, model, training)
+    unknown = (dataclasses.replace(training.groups[0], learning_rate=0.2, weight_decay=None),)
+    optimizer_from_numpy(adam, model, dataclasses.replace(training, groups=unknown))
+    assert (adam.lr, adam.weight_decay) == (0.2, 0.3)
 
 
 def test_a_variable_of_two_layers_comes_once():
@@ -146,7 +179,7 @@ def test_what_means_something_else_is_refused():
         with pytest.raises(error, match=message):
             optimizer_to_numpy(optimizer, trains)
         with pytest.raises(error, match=message):
-            optimizer_from_numpy(optimizer, trains, Training("sgd", 1, 0.1))
+            optimizer_from_numpy(optimizer, trains, Training("sgd", 1, (Group(0.1, 0.0, ()),)))
 
 
 def test_a_training_that_does_not_fit_changes_nothing():
@@ -156,20 +189,22 @@ def test_a_training_that_does_not_fit_changes_nothing():
     good = optimizer_to_numpy(optimizer, model)
     slots = good.slots["momentum"]
     other = {name: value + 1 for name, value in slots.items()}
+    groups = (Group(0.5, 0.5, tuple(slots)),)
     for change, message in (
         ({"optimizer": "adam"}, "expected where an optimizer of kind 'sgd' stands, got 'adam'"),
         ({"step": -1}, "expected a number of steps"),
         ({"step": 1.5}, "expected a number of steps"),
-        ({"learning_rate": float("nan")}, "a finite learning rate"),
+        ({"groups": (Group(float("nan"), 0.0, tuple(slots)),)}, "a finite learning rate"),
+        ({"groups": good.groups * 2}, r"got inner\.weight twice in the groups"),
         ({"slots": {}}, r"missing momentum/inner\.weight"),
         ({"slots": {"momentum": other, "other": slots}}, r"unexpected other/inner\.weight"),
         ({"slots": {"momentum": other | {"inner.bias": np.zeros(3)}}}, r"momentum/inner\.bias of shape"),
         ({"slots": {"momentum": other | {"inner.bias": np.zeros(4, int)}}}, r"momentum/inner\.bias of dtype"),
     ):
-        wrong = dataclasses.replace(good, **{"step": 9, "learning_rate": 0.5} | change)
+        wrong = dataclasses.replace(good, **{"step": 9, "groups": groups} | change)
         with pytest.raises(RBNValueError, match=message):
             optimizer_from_numpy(optimizer, model, wrong)
         after = optimizer_to_numpy(optimizer, model)
-        assert (after.step, after.learning_rate) == (2, 0.1)
+        assert (after.step, after.groups) == (2, good.groups)
         for name, array in after.slots["momentum"].items():
             np.testing.assert_array_equal(array, slots[name])

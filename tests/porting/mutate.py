@@ -27,7 +27,7 @@ import numpy as np
 from rbn import porting
 from rbn_core import RBNError, weights
 from rbn_core.names import to_own
-from rbn_core.weights import Training
+from rbn_core.training import Group, Training
 
 FORMATS = {
     "canonical": ("canonical", "a.safetensors"),
@@ -117,7 +117,12 @@ def whole(name, path, seed):
     framework = FORMATS[name][0]
     state = example(seed)
     if name == "canonical":
-        training = Training("sgd", 3, 0.1, {"momentum": {"bn1.gamma": np.ones(4, np.float32)}})
+        training = Training(
+            "sgd",
+            3,
+            (Group(0.1, 1e-4, ("bn1.gamma",)),),
+            {"momentum": {"bn1.gamma": np.ones(4, np.float32)}},
+        )
         weights.save(
             path, state, layers={path: {"kind": kind} for path, kind in KINDS.items()}, training=training
         )

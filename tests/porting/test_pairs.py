@@ -269,9 +269,9 @@ def test_a_network_trained_on_digits_moves_between_every_pair(processes, folder)
     check_gradients(processes, DIGITS, learned, *batches(1)[0])
 
 
-@pytest.mark.parametrize(("kind", "rate"), [("sgd", 0.2), ("adam", 0.01)])
+@pytest.mark.parametrize(("kind", "rate"), [("sgd", 0.2), ("adam", 0.01), ("adamw", 0.015)])
 def test_training_goes_on_in_any_framework_as_if_nothing_had_happened(processes, folder, kind, rate):
-    """20 steps in A and 20 in B give the losses of 40 in A."""
+    """20 steps in A and 20 in B give the losses of 40 in A; SGD and AdamW have two groups of parameters."""
     start, steps = folder / "start.safetensors", batches(40)
     weights.save(start, execution.initial_state(DIGITS))
     half = {framework: folder / f"{framework}.safetensors" for framework in FRAMEWORKS}

@@ -1,5 +1,6 @@
 """`rbn.porting.port` on formats that need no framework, and the `rbn port` command."""
 
+import dataclasses
 import json
 import pickle
 import subprocess
@@ -18,7 +19,7 @@ from rbn_core.architectures import network
 from rbn_core.execution import initial_state
 from rbn_core.names import to_layout
 from rbn_core.networks import Network
-from rbn_core.weights import Training
+from rbn_core.training import Group, Training
 
 
 @pytest.fixture
@@ -69,20 +70,26 @@ def test_a_network_goes_round_and_comes_back_bit_for_bit(tmp_path, canonical, sm
 
 
 def test_a_canonical_file_keeps_all_that_it_says(tmp_path, small, state):
-    training = Training("sgd", 9, 0.1, {"momentum": {"fc.bias": np.ones(5, np.float32)}})
+    groups = (Group(0.1, 1e-4, ("bn.gamma",)), Group(0.01, 0.0, ("fc.weight", "fc.bias")))
+    training = Training("sgd", 9, groups, {"momentum": {"fc.bias": np.ones(5, np.float32)}})
     weights.save(tmp_path / "a.safetensors", state, layers=small.layers(), network=small, training=training)
     table = port(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
     found = weights.read(tmp_path / "b.safetensors")
     same(found.state, state)
     same(found.training.slots["momentum"], training.slots["momentum"])
-    assert (found.training.optimizer, found.training.step, found.training.learning_rate) == ("sgd", 9, 0.1)
+    assert dataclasses.replace(found.training, slots=training.slots) == training
     assert found.layers == json.loads(json.dumps(small.layers()))
     assert found.network.to_json() == small.to_json()
     assert set(statuses(table).values()) == {"matched"}
+    told = (
+        "sgd at step 9, 2 groups: learning rate 0.1 and weight decay 0.0001 (1), "
+        "learning rate 0.01 and weight decay 0 (2)"
+    )
+    assert (table.rows[-1].name, table.rows[-1].detail) == ("training", told)
     table = port(tmp_path / "a.safetensors", tmp_path / "b.pkl")
     assert table.rows[-1].name == "training"
     assert table.rows[-1].status == "no counterpart"
-    assert "sgd at step 9 stays behind" in table.rows[-1].detail
+    assert table.rows[-1].detail == f"{told} stays behind: only a canonical file takes it"
 
 
 def test_a_file_can_be_ported_onto_itself(tmp_path, canonical, state):
@@ -219,15 +226,48 @@ def test_described_layers_count_beside_a_network(tmp_path):
 def test_names_change_and_with_them_layers_and_optimizer(tmp_path, small, state):
     old = {f"backbone.{name}": value for name, value in state.items()}
     layers = {f"backbone.{path}": layer for path, layer in small.layers().items()}
-    training = Training("sgd", 9, 0.1, {"momentum": {"backbone.fc.bias": np.ones(5)}})
+    groups = (Group(0.1, 1e-4, ("backbone.fc.weight",)), Group(0.01, None, ("backbone.fc.bias",)))
+    training = Training("sgd", 9, groups, {"momentum": {"backbone.fc.bias": np.ones(5)}})
     weights.save(tmp_path / "a.safetensors", old, layers=layers, training=training)
     table = port(tmp_path / "a.safetensors", tmp_path / "b.safetensors", rename={r"backbone\.(.*)": r"\1"})
     found = weights.read(tmp_path / "b.safetensors")
     same(found.state, state)
     assert found.layers == json.loads(json.dumps(small.layers()))
     assert found.training.slots["momentum"].keys() == {"fc.bias"}
-    assert set(statuses(table).values()) == {"renamed"}
+    assert found.training.groups == (Group(0.1, 1e-4, ("fc.weight",)), Group(0.01, None, ("fc.bias",)))
+    assert {row.status for row in table.rows if row.name != "training"} == {"renamed"}
     assert table.rows[0].source.startswith("backbone.")
+
+
+def test_what_is_left_out_is_left_out_of_the_training_and_named(tmp_path):
+    arrays = {name: np.ones(5) for name in ("a", "b", "c")}
+    groups = (Group(0.1, 0.01, ("a", "b")), Group(0.2, 0.0, ("c",)))
+    training = Training("adam", 9, groups, {"first_moment": arrays, "second_moment": arrays}, decoupled=True)
+    weights.save(tmp_path / "a.safetensors", arrays, training=training)
+    # What is called a then was b, whose own place in the training it keeps.
+    table = port(tmp_path / "a.safetensors", tmp_path / "b.safetensors", rename={"[ac]": "", "b": "a"})
+    found = weights.read(tmp_path / "b.safetensors").training
+    assert found.groups == (Group(0.1, 0.01, ("a",)),)
+    assert [*found.slots["second_moment"]] == ["a"]
+    rows = [(row.name, row.status, row.detail) for row in table.rows if row.name.startswith("training")]
+    assert rows == [
+        ("training", "matched", "adam at step 9, learning rate 0.1 and weight decay 0.01, decoupled"),
+        ("training of a", "left out", "goes with the array"),
+        ("training of c", "left out", "goes with the array"),
+    ]
+
+
+def test_what_a_conversion_takes_away_is_left_out_of_the_training(tmp_path):
+    described = network("cifar_resnet50", "rbn", 3)
+    state = initial_state(described)
+    names = ("bn1.gamma", "bn1.center_weight")
+    slots = {"momentum": {name: state[name] for name in names}}
+    training = Training("sgd", 1, (Group(0.1, 0.0, names),), slots)
+    weights.save(tmp_path / "a.safetensors", state, network=described, training=training)
+    table = port(tmp_path / "a.safetensors", tmp_path / "b.safetensors", convert="bn")
+    found = weights.read(tmp_path / "b.safetensors").training
+    assert found.groups == (Group(0.1, 0.0, ("bn1.gamma",)),)
+    assert "training of bn1.center_weight" in [row.name for row in table.exceptions]
 
 
 def test_a_renamed_network_is_held_to_its_description(tmp_path):

@@ -17,6 +17,18 @@ from rbn_core.networks import Network
 EPSILON = 1e-12
 """Adam's: PyTorch and optax add it behind the correction of the bias, MindSpore and Jittor before."""
 
+DECAY = 0.005
+"""How much kernels decay."""
+
+
+def in_groups(parameters, rate, decay):
+    """Two groups of parameters: kernels, and at half of the rate and without weight decay the rest."""
+    parameters = list(parameters)
+    return [
+        {"params": [p for p in parameters if p.ndim > 1], "lr": rate, "weight_decay": decay},
+        {"params": [p for p in parameters if p.ndim == 1], "lr": rate / 2, "weight_decay": 0.0},
+    ]
+
 
 class Torch:
     """PyTorch."""
@@ -60,13 +72,15 @@ class Torch:
         )
         return self.backend.to_numpy(gradients)
 
-    def start(self, kind, rate):
+    def start(self, kind, rate, decay):
         optim = self.torch.optim
         parameters = self.model.parameters()
+        if kind == "adam":
+            self.optimizer = optim.Adam(parameters, rate, eps=EPSILON)
+            return
+        groups = in_groups(parameters, rate, decay)
         sgd = kind == "sgd"
-        self.optimizer = (
-            optim.SGD(parameters, rate, 0.9) if sgd else optim.Adam(parameters, rate, eps=EPSILON)
-        )
+        self.optimizer = optim.SGD(groups, momentum=0.9) if sgd else optim.AdamW(groups, eps=EPSILON)
 
     def step(self, images, classes):
         self.optimizer.zero_grad()
@@ -137,16 +151,30 @@ class Flax:
             {"params": gradients, "batch_stats": self.variables["batch_stats"]}, self.model
         )
 
-    def start(self, kind, rate):
-        sgd = kind == "sgd"
-        self.optimizer = self.optax.sgd(rate, 0.9) if sgd else self.optax.adam(rate, eps=EPSILON)
-        self.rate = rate
+    def start(self, kind, rate, decay):
+        optax = self.optax
+
+        def group(rate, decay):
+            if kind == "adamw":
+                make = optax.inject_hyperparams(optax.adamw)
+                return make(learning_rate=rate, weight_decay=decay, eps=EPSILON)
+            decayed = optax.inject_hyperparams(optax.add_decayed_weights)(weight_decay=decay)
+            return optax.chain(decayed, optax.inject_hyperparams(optax.sgd)(learning_rate=rate, momentum=0.9))
+
+        def labels(params):
+            return self.jax.tree.map(lambda leaf: "kernels" if leaf.ndim > 1 else "rest", params)
+
+        groups = {"kernels": group(rate, decay), "rest": group(rate / 2, 0.0)}
+        adam = kind == "adam"
+        self.optimizer = optax.adam(rate, eps=EPSILON) if adam else optax.multi_transform(groups, labels)
+        self.rate = rate if adam else None
         self.opt_state = self.optimizer.init(self.variables["params"])
 
     def step(self, images, classes):
         loss, gradients = self.loss(images, classes)
-        updates, self.opt_state = self.optimizer.update(gradients, self.opt_state)
-        self.variables["params"] = self.optax.apply_updates(self.variables["params"], updates)
+        params = self.variables["params"]
+        updates, self.opt_state = self.optimizer.update(gradients, self.opt_state, params)
+        self.variables["params"] = self.optax.apply_updates(params, updates)
         return float(loss)
 
     def training(self, step):
@@ -199,12 +227,19 @@ class MindSpore:
             parameter.set_data(gradient)
         return self.backend.to_numpy(holder)
 
-    def start(self, kind, rate):
-        parameters = self.model.trainable_params()
+    def start(self, kind, rate, decay):
+        from mindspore.experimental.optim import AdamW
+
+        nn, parameters = self.ms.nn, self.model.trainable_params()
+        groups = in_groups(parameters, rate, decay)
+        if kind == "adam":
+            self.optimizer = nn.Adam(parameters, rate, eps=EPSILON)
+        elif kind == "sgd":
+            self.optimizer = nn.Momentum(groups, rate, 0.9)
+        else:
+            self.optimizer = AdamW(groups, eps=EPSILON)
         # Anew, as a compiled graph does not see what `load_param_into_net` has loaded since.
-        self.compiled = self.ms.jit(self.ms.value_and_grad(self.loss, None, parameters))
-        nn, sgd = self.ms.nn, kind == "sgd"
-        self.optimizer = nn.Momentum(parameters, rate, 0.9) if sgd else nn.Adam(parameters, rate, eps=EPSILON)
+        self.compiled = self.ms.jit(self.ms.value_and_grad(self.loss, None, list(self.optimizer.parameters)))
 
     def step(self, images, classes):
         self.model.set_train(True)
@@ -263,11 +298,15 @@ class Jittor:
                 var.assign(gradients[name])
         return self.backend.to_numpy(holder)
 
-    def start(self, kind, rate):
+    def start(self, kind, rate, decay):
         parameters = self.model.parameters()
         optim = self.jt.optim
+        if kind == "adam":
+            self.optimizer = optim.Adam(parameters, rate, EPSILON)
+            return
+        groups = in_groups(parameters, rate, decay)
         sgd = kind == "sgd"
-        self.optimizer = optim.SGD(parameters, rate, 0.9) if sgd else optim.Adam(parameters, rate, EPSILON)
+        self.optimizer = optim.SGD(groups, rate, 0.9) if sgd else optim.AdamW(groups, rate, EPSILON)
 
     def step(self, images, classes):
         loss = self.loss(images, classes)
@@ -333,7 +372,7 @@ class Worker:
     def train(self, description, start, kind, rate, batches, at, half, native):
         """The losses of all batches; before batch `at` everything is saved."""
         self.build(description, weights.load(start))
-        self.framework.start(kind, rate)
+        self.framework.start(kind, rate, DECAY)
         losses = []
         for number, batch in enumerate(batches):
             if number == at:
@@ -343,10 +382,15 @@ class Worker:
         return losses
 
     def go_on(self, description, half, native, kind, rate, batches):
-        """The losses when training goes on from the optimizer of a canonical file and ported weights."""
+        """The losses when training goes on from the optimizer of a canonical file and ported weights.
+
+        The optimizer is built with other rates and decays than the file's, where the framework can set these.
+        """
         self.build(description, {name: np.zeros_like(value) for name, value in weights.load(half).items()})
         self.framework.load_native(native)
-        self.framework.start(kind, rate)
+        set_in_place = not (kind == "sgd" and isinstance(self.framework, MindSpore))
+        other_rate = rate if kind == "adam" else 7 * rate
+        self.framework.start(kind, other_rate, DECAY + set_in_place)
         self.framework.go_on(weights.read(half).training)
         return [self.framework.step(*batch) for batch in batches]
 

@@ -1,5 +1,7 @@
 """PyTorch optimizers that go on from where they stood."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,8 @@ from torch import nn
 
 from rbn.backends.torch import BNET, RBN, from_numpy, optimizer_from_numpy, optimizer_to_numpy, to_numpy
 from rbn_core import RBNTypeError, RBNValueError
-from rbn_core.weights import Training, read, save
+from rbn_core.training import Group, Training
+from rbn_core.weights import read, save
 
 OPTIMIZERS = {
     "sgd": lambda parameters: torch.optim.SGD(parameters, 0.05, momentum=0.9, weight_decay=1e-3),
@@ -15,7 +18,25 @@ OPTIMIZERS = {
     "plain": lambda parameters: torch.optim.SGD(parameters, 0.05),
     "adam": lambda parameters: torch.optim.Adam(parameters, 0.01, foreach=True),
     "adamw": lambda parameters: torch.optim.AdamW(parameters, torch.tensor(0.01), capturable=False),
+    "adam in groups": lambda parameters: torch.optim.Adam(in_groups(parameters), 0.01),
+    "sgd in groups": lambda parameters: torch.optim.SGD(in_groups(parameters), 0.05, weight_decay=0.1),
 }
+
+
+def in_groups(parameters):
+    """The kernels, and without weight decay and at a tenth of the rate the rest."""
+    parameters = list(parameters)
+    return [
+        {"params": [p for p in parameters if p.ndim > 1]},
+        {"params": [p for p in parameters if p.ndim == 1], "lr": 0.005, "weight_decay": 0.0},
+    ]
+
+
+def without_options(optimizer):
+    """The optimizer with rates and decays that nothing should be left of."""
+    for group in optimizer.param_groups:
+        group["lr"], group["weight_decay"] = group["lr"] * 7, 0.7
+    return optimizer
 
 
 def build(seed=0, dtype=torch.float64):
@@ -50,10 +71,13 @@ def test_ten_steps_and_ten_more_are_twenty(name, tmp_path):
 
     stored = read(path)
     assert stored.training.step == 10
-    assert stored.training.learning_rate == pytest.approx(0.005 if name.startswith("adam") else 0.025)
+    expected_rate = 0.005 if name.startswith("adam") else 0.025
+    assert stored.training.groups[0].learning_rate == pytest.approx(expected_rate)
+    assert len(stored.training.groups) == (2 if "groups" in name else 1)
+    assert stored.training.decoupled == (name == "adamw")
     other = build(seed=1)
     from_numpy(other, stored.state)
-    its = OPTIMIZERS[name](other.parameters())
+    its = without_options(OPTIMIZERS[name](other.parameters()))
     optimizer_from_numpy(its, other, stored.training)
     np.testing.assert_allclose(train(other, its, range(10, 20)), expected, rtol=1e-12)
     for key, array in to_numpy(other).items():
@@ -150,9 +174,14 @@ def test_dtypes_are_the_parameters():
             r"optimizer of the model's parameters, got one of others, of shapes \[\(2,\)\]",
         ),
         (
-            lambda p: torch.optim.SGD([{"params": [next(p)], "lr": 0.1}, {"params": [*p], "lr": 0.2}]),
+            lambda p: torch.optim.Adam(
+                [
+                    {"params": [next(p)], "weight_decay": 0.1, "decoupled_weight_decay": True},
+                    {"params": [*p], "weight_decay": 0.1},
+                ]
+            ),
             RBNValueError,
-            r"expected one learning rate for all parameters, got 0\.1, 0\.2",
+            r"expected one decoupled_weight_decay for all parameters, got False, True",
         ),
         (
             lambda p: torch.optim.SGD([{"params": [next(p)], "momentum": 0.9}, {"params": [*p]}]),
@@ -177,7 +206,8 @@ def test_steps_that_differ_are_refused():
 
 
 def wrong(training, **changes):
-    known = {"optimizer": "adam", "step": 3, "learning_rate": 0.1, "slots": training.slots} | changes
+    groups = dataclasses.replace(training.groups[0], learning_rate=0.1, **changes.pop("group", {}))
+    known = {"optimizer": "adam", "step": 3, "groups": (groups,), "slots": training.slots} | changes
     return Training(**known)
 
 
@@ -197,18 +227,71 @@ def test_what_does_not_fit_changes_nothing():
             r"missing first_moment/0\.bias; unexpected first_moment/x; first_moment/5\.bias of shape",
         ),
         (wrong(before, optimizer="sgd"), "an optimizer of kind 'adam' stands, got 'sgd'"),
-        (wrong(before, step=-1), "expected a number of steps and a finite learning rate, got -1 and"),
-        (wrong(before, step="3"), "expected a number of steps and a finite learning rate, got '3' and"),
-        (wrong(before, learning_rate=float("nan")), "a finite learning rate, got 3 and nan"),
+        (wrong(before, step=-1), "expected a number of steps, and groups .* got a step of -1"),
+        (wrong(before, step="3"), "expected a number of steps, and groups .* got a step of '3'"),
+        (wrong(before, groups=(Group(float("nan"), 0.0, ()),)), "got a learning rate of nan"),
+        (
+            wrong(before, groups=(Group(0.1, 0.0, tuple(first)[1:]),)),
+            r"expected the learning rate of every parameter that is trained, got none of 0\.weight",
+        ),
+        (
+            wrong(before, group={"weight_decay": 0.1}, decoupled=True),
+            "decoupled from it.* got one where it is",
+        ),
+        (
+            wrong(before, groups=(Group(0.1, 0.0, tuple(first)[1:]), Group(0.2, 0.0, ("0.weight",)))),
+            r"expected one learning rate for all .* alike, got 0\.2 for 0\.weight, 0\.1 for 0\.bias\. Build",
+        ),
+        (
+            wrong(before, groups=(Group(0.1, 0.0, tuple(first)[1:]), Group(0.1, 0.5, ("0.weight",)))),
+            r"expected one weight decay for all .* alike, got 0\.5 for 0\.weight, 0 for 0\.bias",
+        ),
     ]
     for training, message in cases:
         with pytest.raises(RBNValueError, match=message):
             optimizer_from_numpy(optimizer, model, training)
     after = optimizer_to_numpy(optimizer, model)
-    assert (after.step, after.learning_rate) == (2, before.learning_rate)
+    assert (after.step, after.groups) == (2, before.groups)
     for slot, arrays in before.slots.items():
         for name, array in arrays.items():
             np.testing.assert_array_equal(after.slots[slot][name], array)
+
+
+def test_the_rates_and_decays_of_the_groups_count():
+    model = build()
+    optimizer = OPTIMIZERS["sgd in groups"](model.parameters())
+    training = optimizer_to_numpy(optimizer, model)
+    kernels = ("0.weight", "3.conv_weight", "5.weight")
+    assert training.groups[0] == Group(0.05, 0.1, kernels)
+    assert training.groups[1].parameters[:2] == ("0.bias", "1.gamma")
+    assert (training.groups[1].learning_rate, training.groups[1].weight_decay) == (0.005, 0.0)
+
+    alone = without_options(torch.optim.SGD([{"params": [model[0].weight]}, {"params": [model[0].bias]}], 1))
+    optimizer_from_numpy(alone, model, training)
+    assert [(g["lr"], g["weight_decay"]) for g in alone.param_groups] == [(0.05, 0.1), (0.005, 0.0)]
+    less = dataclasses.replace(training, groups=training.groups[:1])
+    with pytest.raises(
+        RBNValueError, match=r"learning rate of every parameter .* got none of 0\.bias\. Build"
+    ):
+        optimizer_from_numpy(alone, model, less)
+
+
+def test_an_unknown_decay_leaves_the_optimizer_its_own():
+    model = build()
+    optimizer = OPTIMIZERS["sgd"](model.parameters())
+    training = optimizer_to_numpy(optimizer, model)
+    groups = (dataclasses.replace(training.groups[0], weight_decay=None, learning_rate=0.5),)
+    optimizer_from_numpy(optimizer, model, dataclasses.replace(training, groups=groups))
+    assert (optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["weight_decay"]) == (0.5, 1e-3)
+
+
+def test_a_decay_of_0_has_no_form():
+    model = build()
+    training = optimizer_to_numpy(torch.optim.AdamW(model.parameters(), 0.1, weight_decay=0.0), model)
+    assert training.decoupled
+    optimizer = without_options(torch.optim.Adam(model.parameters(), 0.1))
+    optimizer_from_numpy(optimizer, model, training)
+    assert optimizer.param_groups[0]["weight_decay"] == 0
 
 
 def test_momentum_needs_an_optimizer_with_momentum():
