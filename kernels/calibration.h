@@ -76,10 +76,18 @@ static inline typename W::Value parameter(const rbn_array &array, int64_t c, typ
   return array.values ? W::at((const typename W::A *)array.values + c) : typename W::Value{} + otherwise;
 }
 
+// 1 / sqrt(Var + eps) of the running Var.
+template <class W, class A>
+static inline typename W::Value inverse_std_of(const rbn_layer &l, const rbn_parameters &p, int64_t c) {
+  return 1 / root(parameter<W>(p.running_var, c, 1) + (A)l.eps);
+}
+
 // From all planes of the channels [c, c + W::count); the E and biased Var of the batch go to `mean` and `var`.
+// Roots take long: who asks for the same channels again and again has taken those of the running Var before.
 template <class W, class A>
 static inline Channel<typename W::Value> channel_of(const rbn_layer &l, const rbn_parameters &p, int64_t c,
-                                                    const A *mu, const A *v, A *mean, A *var) {
+                                                    const A *mu, const A *v, A *mean, A *var,
+                                                    const A *known_inverse_std = nullptr) {
   typedef typename W::Value V;
   typedef typename W::Sum Sum;
   Channel<V> ch;
@@ -88,13 +96,13 @@ static inline Channel<typename W::Value> channel_of(const rbn_layer &l, const rb
   ch.center_weight = parameter<W>(p.center_weight, c, 0);
   ch.scale_weight = parameter<W>(p.scale_weight, c, 0);
   ch.scale_bias = parameter<W>(p.scale_bias, c, 0);
-  const A eps = (A)l.eps;
   if (!l.batch_statistics) {
     ch.origin = V{};
     ch.mean_0 = parameter<W>(p.running_mean, c, 0);
-    ch.inverse_std = 1 / root(parameter<W>(p.running_var, c, 1) + eps);
+    ch.inverse_std = known_inverse_std ? W::at(known_inverse_std + c) : inverse_std_of<W, A>(l, p, c);
     return ch;
   }
+  const A eps = (A)l.eps;
   const double images = (double)l.images;
   Sum sum = {};
   for (int64_t n = 0; n < l.images; n++) sum += W::widened(W::at(mu + n * l.channels + c));

@@ -86,10 +86,10 @@ static inline void measure_planes(const T *x, int64_t rows, int64_t begin, int64
 
 // `calibrate` of the planes [begin, end) of an image, with the running statistics.
 template <class A>
-static inline void calibrate_known(const rbn_layer &l, const rbn_parameters &p, int64_t begin, int64_t end, A *mu, A *v,
-                                   A *a, A *b) {
+static inline void calibrate_known(const rbn_layer &l, const rbn_parameters &p, const A *inverse_std, int64_t begin,
+                                   int64_t end, A *mu, A *v, A *a, A *b) {
   each<A>(begin, end, [=](auto w, int64_t i) {
-    const auto ch = channel_of<decltype(w), A>(l, p, i % l.channels, mu, v, (A *)nullptr, (A *)nullptr);
+    const auto ch = channel_of<decltype(w), A>(l, p, i % l.channels, mu, v, nullptr, nullptr, inverse_std);
     calibrate<decltype(w), A>(l, ch, i, mu, v, a, b);
   });
 }
@@ -98,8 +98,8 @@ static inline void calibrate_known(const rbn_layer &l, const rbn_parameters &p, 
 // whose calibrations are computed together. Where means are all that is measured, those of the next ones are taken
 // while these are written, for memory to be read and written at once.
 template <class T, class A>
-static void evaluate_planes(const rbn_layer &l, const rbn_parameters &p, const T *x, T *y, A *mu, A *v, A *a, A *b,
-                            bool past) {
+static void evaluate_planes(const rbn_layer &l, const rbn_parameters &p, const A *inverse_std, const T *x, T *y, A *mu,
+                            A *v, A *a, A *b, bool past) {
   struct Planes {
     int64_t begin, end;
   };
@@ -121,7 +121,7 @@ static void evaluate_planes(const rbn_layer &l, const rbn_parameters &p, const T
     Planes planes = planes_of(first);
     if (first < last) measure(planes.begin, planes.end);
     for (int64_t group = first; group < last; group++) {
-      calibrate_known(l, p, planes.begin, planes.end, mu, v, a, b);
+      calibrate_known(l, p, inverse_std, planes.begin, planes.end, mu, v, a, b);
       const Planes next = group + 1 < last ? planes_of(group + 1) : Planes{planes.end, planes.end};
       int64_t i = planes.begin, k = next.begin;
       const T *from = x + i * rows;
@@ -153,9 +153,11 @@ static bool forward(const rbn_layer &l, const rbn_parameters &p, const T *x, T *
   typedef typename Of<T>::A A;
   const int64_t planes = l.images * l.channels, rows = l.positions, stride = l.channels, size = rows * stride;
   const bool measured = is_measured(l), varying = varies(l), past = is_past_the_caches(l, y);
-  A *a = (A *)malloc(sizeof(A) * 4 * (planes ? planes : 1)), *b = a + planes;
+  A *a = (A *)malloc(sizeof(A) * (4 * planes + stride + 1)), *b = a + planes, *inverse_std = a + 4 * planes;
   if (!a) return false;
   A *mu = mu_ ? (A *)mu_ : b + planes, *v = v_ ? (A *)v_ : b + 2 * planes;
+  if (!l.batch_statistics)
+    each<A>(0, stride, [=](auto w, int64_t c) { w.set(inverse_std + c, inverse_std_of<decltype(w), A>(l, p, c)); });
   bool enough = true;
   const auto measure_image = [=](int64_t n, int64_t c, int64_t channels, Room<A> room) {
     const int64_t i = n * stride + c;
@@ -186,11 +188,11 @@ static bool forward(const rbn_layer &l, const rbn_parameters &p, const T *x, T *
   } else if (in_rows(l)) {  // E and Var are known: every image is measured and transformed while it is near
     enough &= each_image<A>(l, [=](int64_t n, int64_t first, int64_t channels, Room<A> room) {
       if (measured) measure_image(n, first, channels, room);
-      calibrate_known(l, p, n * stride + first, n * stride + first + channels, mu, v, a, b);
+      calibrate_known(l, p, inverse_std, n * stride + first, n * stride + first + channels, mu, v, a, b);
       transform_image(n, first, channels, room);
     });
   } else {
-    evaluate_planes(l, p, x, y, mu, v, a, b, past);
+    evaluate_planes(l, p, inverse_std, x, y, mu, v, a, b, past);
   }
   free(a);
   return enough;

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import math
 from collections.abc import Mapping
 from functools import lru_cache
@@ -30,8 +31,10 @@ AVAILABLE = {"cpu": not kernels.problem(), "cuda": importlib.util.find_spec("tri
 KINDS = (Tensor, torch.nn.Parameter)
 """The kinds of tensors whose memory holds their numbers."""
 
-CENTERINGS = (None, *CHANNEL_STATISTICS)
-SCALINGS = (None, *CHANNEL_STATISTICS, "input_mean")
+OPTIONS = {
+    *itertools.product((None, *CHANNEL_STATISTICS), (None, *CHANNEL_STATISTICS, "input_mean"), RESTRICTIONS)
+}
+"""The centering, scaling and restrict that the fast form knows."""
 
 STATISTICS_DTYPES = (torch.float32, torch.float64)
 
@@ -118,9 +121,7 @@ def takes(x: Tensor, centering: Statistic | None, scaling: Statistic | None, res
         and AVAILABLE.get("cpu" if x.is_cpu else x.device.type, False)
         and x.dtype in DTYPES
         and x.numel() > 0
-        and centering in CENTERINGS
-        and scaling in SCALINGS
-        and restrict in RESTRICTIONS
+        and (centering, scaling, restrict) in OPTIONS
         and not (torch.compiler.is_compiling() and torch.compiler.is_exporting())
         and not internals.functorch_is_active()
         and not internals.forward_mode_is_active()
