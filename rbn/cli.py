@@ -34,10 +34,10 @@ from rbn.backends.frameworks import (
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Representative Batch Normalization.")
 
 
-def _console() -> Console:
+def _console(*, stderr: bool = False) -> Console:
     """A console that does not fold the matrix where there is no terminal to fit it to."""
-    console = Console()
-    return console if console.is_terminal else Console(width=120)
+    console = Console(stderr=stderr)
+    return console if console.is_terminal else Console(stderr=stderr, width=120)
 
 
 def _print_version(wanted: bool) -> None:
@@ -330,7 +330,8 @@ def port(
     """
     # Not needed by the other commands, and slow to import.
     from rbn import porting
-    from rbn_core import RBNError, RBNValueError, zoos
+    from rbn.transfer import Steps
+    from rbn_core import RBNError, RBNValueError, counting, zoos
 
     console = _console()
     try:
@@ -351,11 +352,8 @@ def port(
             "rename": rename,
             "kinds": kinds,
         }
-        with console.status("") as status:
-
-            def progress(step: str) -> None:
-                status.update(escape(step))
-
+        steps = Steps(_console(stderr=True))
+        with steps.progress, counting.telling(steps.bytes):
             found = porting.port(
                 source,
                 destination,
@@ -364,13 +362,16 @@ def port(
                 layout=layout,
                 convert=None if convert is None else porting.parse_norm(convert),
                 preserve=preserve,
-                progress=progress,
+                progress=steps.step,
             )
-            difference = None
-            if verify:
-                from rbn import verification
+        difference = None
+        if verify:
+            from rbn import verification
 
-                difference = verification.verify(source, destination, **choices, progress=progress)
+            with console.status("") as status:
+                difference = verification.verify(
+                    source, destination, **choices, progress=lambda step: status.update(escape(step))
+                )
     except RBNError as error:
         Console(stderr=True).print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(2) from None

@@ -26,6 +26,7 @@ import rbn.backends
 from rbn.backends.frameworks import FRAMEWORKS, missing_message
 from rbn_core import architectures, conversion, pickles, published, renaming, training, weights, zoos
 from rbn_core.config import check_choice
+from rbn_core.counting import PIECE, Meter
 from rbn_core.errors import RBNTypeError, RBNValueError
 from rbn_core.files import replacing
 from rbn_core.matching import COUNTER, Row, State, Status, Table, match, summed_up
@@ -188,17 +189,19 @@ def port(
     return_memory()
     rows = planned(table, content, reader, writer, layout)
     written = content.state if writer == CANONICAL else own_state(content, writer, layout)
-    expected = {name: fingerprint(array) for name, array in written.items()}
-    if writer == CANONICAL and content.training is not None:
-        for slot, arrays in content.training.slots.items():
-            expected |= {
-                f"{weights.TRAINING}{slot}/{name}": fingerprint(array) for name, array in arrays.items()
-            }
+    slots = content.training.slots if writer == CANONICAL and content.training is not None else {}
+    trained = {
+        f"{weights.TRAINING}{slot}/{name}": array
+        for slot, arrays in slots.items()
+        for name, array in arrays.items()
+    }
+    progress("hashing the arrays, to know them when they are read back")
+    expected = fingerprints("hashed", written | trained)
     named, left_out, notes = content.names, content.left_out, content.notes
     with placed(destination, writer) as temporary:
         progress(f"writing {destination} ({writer})")
         write(temporary, writer, content, written, layout)
-        del content, written  # what is read back takes their place in memory
+        del content, written, slots, trained  # what is read back takes their place in memory
         return_memory()
         progress(f"reading {destination} back")
         changed = compared(destination, expected, stored_arrays(temporary, writer))
@@ -796,10 +799,24 @@ def planned(
     return rows
 
 
-def fingerprint(array: NDArray[Any]) -> Fingerprint:
-    """What tells whether an array is another one; half precision counts as the float32 that it is."""
-    widened = array.astype(np.float32) if array.dtype.itemsize == 2 and array.dtype.kind in "fV" else array
-    return Fingerprint(array.dtype.name, array.shape, hashlib.blake2b(widened.tobytes()).digest())
+def fingerprints(what: str, arrays: State) -> dict[str, Fingerprint]:
+    """What tells whether arrays are others; half precision counts as the float32 that it is.
+
+    Args:
+        what: What is told to be done to their bytes.
+        arrays: The arrays, by name.
+    """
+    found = {}
+    with Meter(what, sum(array.nbytes for array in arrays.values())) as meter:
+        for name, array in arrays.items():
+            half = array.dtype.itemsize == 2 and array.dtype.kind in "fV"
+            flat = np.ravel(array.astype(np.float32) if half else array).view(np.uint8)
+            hashed = hashlib.blake2b()
+            for start in range(0, len(flat), PIECE):
+                hashed.update(flat[start : start + PIECE].data)
+                meter(min(PIECE, len(flat) - start) // (2 if half else 1))
+            found[name] = Fingerprint(array.dtype.name, array.shape, hashed.digest())
+    return found
 
 
 def compared(path: Path, expected: Mapping[str, Fingerprint], found: State) -> dict[str, str]:
@@ -811,7 +828,7 @@ def compared(path: Path, expected: Mapping[str, Fingerprint], found: State) -> d
     Raises:
         RBNValueError: Names or numbers differ.
     """
-    back = {name: fingerprint(array) for name, array in found.items()}
+    back = fingerprints("compared", found)
     wrong = sorted(expected.keys() ^ back.keys()) + [
         name for name in expected.keys() & back.keys() if expected[name][1:] != back[name][1:]
     ]

@@ -42,6 +42,7 @@ class Progress(Generic[Run]):
         row: What is to be said of a run.
         interval: Seconds between two lines where the console is no terminal.
         left: About how many seconds all runs still take, if that can be told.
+        first: Seconds before the first such line; each next comes after twice as many, up to the interval.
     """
 
     def __init__(
@@ -50,13 +51,15 @@ class Progress(Generic[Run]):
         row: Callable[[Run], Row],
         interval: float = 15.0,
         left: Callable[[Sequence[Run]], float | None] = lambda _: None,
+        first: float | None = None,
     ) -> None:
         self.console = console
         self.row = row
         self.interval = interval
         self.left = left
         self.live = Live(console=console, transient=True, auto_refresh=False)
-        self.next_line = time.monotonic() + interval
+        self.wait = interval if first is None else first
+        self.next_line = time.monotonic() + self.wait
 
     def __enter__(self) -> Progress[Run]:
         """Take over the last lines of a terminal."""
@@ -78,7 +81,8 @@ class Progress(Generic[Run]):
             table.add_row("", "", self.time_left(runs))
             self.live.update(table, refresh=True)
         elif time.monotonic() >= self.next_line:
-            self.next_line += self.interval
+            self.wait = min(2 * self.wait, self.interval)
+            self.next_line += self.wait
             texts = [*(f"{row.name}: {row.stage}" for row in rows if row.busy), self.time_left(runs)]
             self.console.print(" | ".join(filter(None, texts)), soft_wrap=True, highlight=False)
 

@@ -13,6 +13,7 @@ does not say the weight decay. It is read, and no longer written.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from os import PathLike
@@ -20,11 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from rbn_core.bfloat16 import bfloat16
 from rbn_core.config import FLOATING
+from rbn_core.counting import Meter, writing
 from rbn_core.errors import RBNError, RBNTypeError, RBNValueError
 from rbn_core.files import replacing
 from rbn_core.matching import State
@@ -37,6 +39,12 @@ TRAINING = "training/"
 
 DTYPES = ("bool", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)), *FLOATING)
 """What the arrays of a file may be."""
+
+SAFETENSORS = {
+    name: {"bool": "BOOL", "bfloat16": "BF16"}.get(name, re.sub(r"([a-z])[a-z]*", r"\1", name).upper())
+    for name in DTYPES
+}
+"""What a safetensors file calls them."""
 
 LONGEST_HEADER = 100_000_000
 """How many bytes the header of a safetensors file may have, as its library has it."""
@@ -121,15 +129,9 @@ def save(
             for slot, values in training.slots.items()
             for name, value in values.items()
         }
-    arrays = {name: np.asarray(value, order="C") for name, value in arrays.items()}
-    if wrong := [
-        f"{name} of {value.dtype}" for name, value in arrays.items() if value.dtype.name not in DTYPES
-    ]:
-        raise RBNTypeError(
-            f"RBN: expected arrays of {', '.join(DTYPES)}, got {', '.join(wrong)}. Convert them first."
-        )
+    arrays = {name: np.asarray(value) for name, value in arrays.items()}
     with replacing(path) as temporary:
-        save_file(arrays, temporary, metadata)
+        write_safetensors(temporary, arrays, metadata)
 
 
 def load(path: str | PathLike[str]) -> State:
@@ -189,7 +191,11 @@ def read_safetensors(path: str | PathLike[str]) -> tuple[State, dict[str, str]]:
             bfloat16()  # NumPy then knows it by name
         # "pread", not a mapping: half of the memory, and no crash if the file shrinks meanwhile.
         with safe_open(path, framework="numpy", backend="pread") as opened:
-            arrays = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            arrays = {}
+            with Meter("read", Path(path).stat().st_size) as meter:
+                for name in opened.keys():  # noqa: SIM118
+                    arrays[name] = opened.get_tensor(name)
+                    meter(arrays[name].nbytes)
             metadata = opened.metadata() or {}
     except RBNError:
         raise
@@ -198,6 +204,45 @@ def read_safetensors(path: str | PathLike[str]) -> tuple[State, dict[str, str]]:
             f"RBN: expected a safetensors file, got {path} ({error}). Write it with rbn_core.weights.save."
         ) from error
     return arrays, metadata
+
+
+def write_safetensors(
+    path: str | PathLike[str], arrays: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]
+) -> None:
+    """Write arrays as a safetensors file, one by one, where the library copies all of them first.
+
+    Args:
+        path: Where; not in one step, which is the caller's.
+        arrays: Of `DTYPES`.
+        metadata: What the file says of itself.
+
+    Raises:
+        RBNTypeError: An array is of another dtype.
+    """
+    if wrong := [
+        f"{name} of {value.dtype}" for name, value in arrays.items() if value.dtype.name not in DTYPES
+    ]:
+        raise RBNTypeError(
+            f"RBN: expected arrays of {', '.join(DTYPES)}, got {', '.join(wrong)}. Convert them first."
+        )
+    described: dict[str, Any] = {"__metadata__": dict(metadata)}
+    names = sorted(arrays, key=lambda name: (-arrays[name].itemsize, name))  # so that all lie aligned
+    end = 0
+    for name in names:
+        array, start = arrays[name], end
+        end += array.nbytes
+        described[name] = {
+            "dtype": SAFETENSORS[array.dtype.name],
+            "shape": array.shape,
+            "data_offsets": (start, end),
+        }
+    header = json.dumps(described, ensure_ascii=False, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    with writing(path, 8 + len(header) + end) as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for name in names:
+            little = np.asarray(arrays[name], arrays[name].dtype.newbyteorder("<"), "C")
+            file.write(little.reshape(-1).view(np.uint8))
 
 
 def read_metadata(path: str | PathLike[str]) -> dict[str, str]:

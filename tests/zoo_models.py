@@ -25,6 +25,8 @@ except RuntimeError:  # its own operators are compiled for PyTorch with CUDA: ne
 
 import timm
 
+torch.set_num_threads(1)  # several wait for each other where other tests run beside them
+
 TIMM = {"mobilenet_v2": "mobilenetv2_100"}
 """What timm calls otherwise than torchvision does."""
 

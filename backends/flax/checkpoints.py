@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import ml_dtypes  # noqa: F401  (NumPy then knows bfloat16 by name)
 import msgpack  # type: ignore[import-untyped]
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from rbn_core import pickles
 from rbn_core.config import check_choice
+from rbn_core.counting import Counted, Meter, read_whole, writing
 from rbn_core.errors import RBNValueError
 from rbn_core.files import replacing
 from rbn_core.matching import State
@@ -45,7 +46,7 @@ def read(path: str | os.PathLike[str], key: str | None = None, note: pickles.Not
 
     Linen variables have their collection in front. The state of an NNX module has none: its `mean`, `var` and
     `num_batches_tracked` are then in "batch_stats", all else is in "params". An optimizer's state and a step
-    counter beside `params` are left out. No code is run, nothing but this file or folder is read, and arrays
+    meter beside `params` are left out. No code is run, nothing but this file or folder is read, and arrays
     that would take far more memory than it are refused.
 
     Args:
@@ -62,7 +63,7 @@ def read(path: str | os.PathLike[str], key: str | None = None, note: pickles.Not
             return _named(_read_orbax(path), key, note)
         if not path.is_file():
             raise ValueError("which is not there")
-        return _named(dict(Reader(path.read_bytes()).arrays()), key, note)
+        return _named(_read_msgpack(path), key, note)
     except Exception as error:  # tensorstore has no class of errors of its own
         reason = str(error).partition("\n")[0][:300] or type(error).__name__
         raise RBNValueError(
@@ -88,7 +89,8 @@ def write(path: str | os.PathLike[str], stored: Mapping[str, Any], layout: Layou
     path = Path(path)
     nested = _nested(stored, layout)
     if path.suffix == SUFFIX:
-        with replacing(path) as temporary, temporary.open("wb") as file:
+        total = sum(array.nbytes for _, array in _leaves(nested))
+        with replacing(path) as temporary, writing(temporary, total) as file:
             _write_msgpack(file, nested)
     else:
         _write_orbax(path, nested)
@@ -200,7 +202,18 @@ ARRAYS = (1, 3)
 """The extensions that hold arrays, and scalars of NumPy."""
 
 
-def _write_msgpack(file: BinaryIO, tree: Any) -> None:
+def _read_msgpack(path: Path) -> Arrays:
+    """The arrays of a file."""
+    data = read_whole(path)
+    arrays: Arrays = {}
+    with Meter("unpacked", len(data)) as meter:
+        for names, array in Reader(data).arrays():
+            arrays[names] = array
+            meter(array.nbytes)
+    return arrays
+
+
+def _write_msgpack(file: Counted, tree: Any) -> None:
     """Write what Flax's `msgpack_serialize` would, array by array, without a copy of all of them."""
     if isinstance(tree, np.ndarray) and tree.nbytes > LARGEST:
         flat, step = tree.reshape(-1), max(1, LARGEST // tree.itemsize)
@@ -401,7 +414,8 @@ def _read_orbax(folder: Path) -> Arrays:
                 raise ValueError(f"with {'/'.join(keys)} twice")
             names[".".join(keys)] = keys
     store = Store(files, size, described)
-    return {keys: store.array(name) for name, keys in names.items()}
+    with Meter("unpacked", size) as store.meter:
+        return {keys: store.array(name) for name, keys in names.items()}
 
 
 def _write_orbax(path: Path, tree: dict[str, Any]) -> None:
@@ -428,7 +442,9 @@ def _write_orbax(path: Path, tree: dict[str, Any]) -> None:
     try:
         with ocp.PyTreeCheckpointer() as checkpointer:
             pieces = ocp.args.PyTreeSave(tree, ocdbt_target_data_file_size=PIECE)
-            checkpointer.save(folder / "checkpoint", args=pieces)
+            with Meter("written", sum(array.nbytes for _, array in _leaves(tree))) as meter:
+                checkpointer.save(folder / "checkpoint", args=pieces)
+                meter.total = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
         (folder / "checkpoint").rename(path)
     finally:
         shutil.rmtree(folder)
@@ -464,14 +480,20 @@ def _item(folder: Path) -> Path:
 
 def _files(folder: Path) -> dict[str, bytes]:
     """Every file below a folder."""
-    files = {}
+    paths = []
     for place, folders, names in os.walk(folder):
         for name in (*folders, *names):
             path = Path(place, name)
             if path.is_symlink() or not (path.is_dir() or path.is_file()):
                 raise ValueError(f"with {path.relative_to(folder)}, which is neither a file nor a folder")
             if path.is_file():
-                files[path.relative_to(folder).as_posix()] = path.read_bytes()
+                paths.append(path)
+    files = {}
+    with Meter("read", sum(path.stat().st_size for path in paths)) as meter:
+        for path in paths:
+            data = path.read_bytes()
+            files[path.relative_to(folder).as_posix()] = data
+            meter(len(data))
     return files
 
 
@@ -494,6 +516,7 @@ class Store:
         self.driver = "zarr3" if described.get("use_zarr3") else "zarr"
         # What old versions of Orbax did not write are zeros; the others write everything.
         self.fills = not described.get("store_array_data_equal_to_fill_value")
+        self.meter = Meter("unpacked", size)
         self.context = tensorstore.Context({"cache_pool": {"total_bytes_limit": 0}})
         memory = self.wait(tensorstore.KvStore.open("memory://", context=self.context))
         packed = "manifest.ocdbt" in files
@@ -535,7 +558,9 @@ class Store:
                 f"with arrays as large as {name[:100]} of shape {shape}, more than its size allows"
             )
         for place in itertools.product(*grid):
-            self.unpack(self.value(f"{name}/{self.key(place, declared)}") or b"")
+            part = self.value(f"{name}/{self.key(place, declared)}") or b""
+            self.unpack(part)
+            self.meter(len(part))
         return np.asarray(self.wait(opened.read()))
 
     def key(self, place: tuple[int, ...], metadata: Mapping[str, Any]) -> str:

@@ -19,6 +19,7 @@ import numpy as np
 from rbn_core import pickles, published
 from rbn_core.bfloat16 import bfloat16
 from rbn_core.config import check_choice
+from rbn_core.counting import Counted, Meter, writing
 from rbn_core.errors import RBNError, RBNTypeError, RBNValueError
 from rbn_core.files import replacing
 from rbn_core.matching import COUNTER, State
@@ -29,6 +30,9 @@ LAYOUTS = ("own", "published")
 MARK = b"HCAJSLHD"
 CHECKSUM = 20
 """How many bytes the sum before the mark has."""
+
+COUNTED = 1 << 10
+"""A pickle is read byte by byte where there are no arrays: so many are counted together."""
 
 
 def read(path: str | PathLike[str], key: str | None = None, note: pickles.Note = pickles.no_note) -> State:
@@ -52,7 +56,9 @@ def read(path: str | PathLike[str], key: str | None = None, note: pickles.Note =
         )
     try:
         with open(path, "rb") as file:
-            loaded = _Machine(_pickle(file)).run()
+            program = _pickle(file)
+            with Meter("read", program.whole) as program.meter:
+                loaded = _Machine(program).run()
         found = pickles.chosen(loaded, _is_array, key, note)
     except (ValueError, OverflowError) as error:
         if isinstance(error, RBNError):
@@ -101,7 +107,8 @@ def write(
             f"RBN: expected arrays of {', '.join(map(str, pickles.DTYPES.values()))}, "
             f"got {', '.join(wrong)}. Convert them first."
         )
-    with replacing(path) as temporary, open(temporary, "wb") as file:
+    total = sum(array.nbytes * (2 if array.dtype.name == "bfloat16" else 1) for array in arrays.values())
+    with replacing(path) as temporary, writing(temporary, total) as file:
         summed = _Summed(file)
         _Pickler(summed, 4).dump(arrays)
         file.write(summed.sum.digest() + MARK)
@@ -125,7 +132,7 @@ class _Pickler(pickle.Pickler):
 class _Summed:
     """A file whose sum is taken as it is written."""
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: Counted) -> None:
         self.file = file
         self.sum = hashlib.sha1(usedforsecurity=False)
 
@@ -141,10 +148,13 @@ class _Program:
     Args:
         file: The file.
         size: How many.
+        whole: How many the file has.
     """
 
-    def __init__(self, file: BinaryIO, size: int) -> None:
-        self.file, self.size = file, size
+    def __init__(self, file: BinaryIO, size: int, whole: int) -> None:
+        self.file, self.size, self.whole = file, size, whole
+        self.meter = Meter("read", whole)
+        self.counted = 0
 
     def __len__(self) -> int:
         return self.size
@@ -152,7 +162,11 @@ class _Program:
     def __getitem__(self, part: slice) -> memoryview:
         start, stop, _ = part.indices(self.size)
         self.file.seek(start)
-        return memoryview(self.file.read(max(0, stop - start)))
+        content = memoryview(self.file.read(max(0, stop - start)))
+        if stop - self.counted > COUNTED:
+            self.meter(stop - self.counted)
+            self.counted = stop
+        return content
 
 
 def _pickle(file: BinaryIO) -> _Program:
@@ -162,15 +176,17 @@ def _pickle(file: BinaryIO) -> _Program:
     file.seek(end)
     tail = file.read()
     if not tail.endswith(MARK):
-        return _Program(file, size)
+        return _Program(file, size, size)
     found, left = hashlib.sha1(usedforsecurity=False), end
     file.seek(0)
-    while left and (part := file.read(min(left, 1 << 20))):
-        found.update(part)
-        left -= len(part)
+    with Meter("checked", size) as meter:
+        while left and (part := file.read(min(left, 1 << 20))):
+            found.update(part)
+            left -= len(part)
+            meter(len(part))
     if found.digest() != tail[: -len(MARK)]:
         raise ValueError("its checksum is that of other data")
-    return _Program(file, end)
+    return _Program(file, end, size)
 
 
 def _is_array(value: Any) -> bool:

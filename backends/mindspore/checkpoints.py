@@ -20,19 +20,19 @@ import zlib
 from collections.abc import Iterator
 from os import PathLike
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import save_file
 
 from rbn_core import pickles
 from rbn_core.bfloat16 import bfloat16
 from rbn_core.config import check_choice
+from rbn_core.counting import PIECE, Counted, Meter, read_whole, writing
 from rbn_core.errors import RBNValueError
 from rbn_core.files import replacing
 from rbn_core.matching import State
-from rbn_core.weights import read_safetensors
+from rbn_core.weights import read_safetensors, write_safetensors
 
 LAYOUTS = ("ckpt", "safetensors")
 
@@ -86,7 +86,7 @@ def read(path: str | PathLike[str], key: str | None = None, note: pickles.Note =
     try:
         with open(path, "rb") as file:
             safetensors = file.read(9)[8:] == b"{" or Path(path).suffix == ".safetensors"
-        state = read_safetensors(path)[0] if safetensors else _read(memoryview(Path(path).read_bytes()))
+        state = read_safetensors(path)[0] if safetensors else _read(read_whole(path))
         return _renamed(_chosen(state, key, note), LONE)
     except _DamagedError as error:
         raise RBNValueError(
@@ -115,9 +115,9 @@ def write(path: str | PathLike[str], stored: State, layout: str | None = None) -
     arrays = {name: _storable(name, np.asarray(value), layout) for name, value in stored.items()}
     with replacing(path) as temporary:
         if layout == "safetensors":
-            save_file(arrays, temporary, {"format": "ms"})
+            write_safetensors(temporary, arrays, {"format": "ms"})
         else:
-            with temporary.open("wb") as file:
+            with writing(temporary, sum(array.nbytes for array in arrays.values())) as file:
                 for name, array in arrays.items():
                     _write(file, name, array)
 
@@ -144,20 +144,33 @@ def _read(data: memoryview) -> State:
         raise _DamagedError("it is encrypted: load it with its key, and save it without")
     end = len(data) - len(CHECK) - 10
     if end > 0 and data[end : end + len(CHECK)] == CHECK:
-        if zlib.crc32(data[:end]) != int.from_bytes(data[end + len(CHECK) :], "big"):
+        if _sum(data[:end]) != int.from_bytes(data[end + len(CHECK) :], "big"):
             raise _DamagedError("its checksum is that of other data")
         data = data[:end]
     arrays: State = {}
     texts = set()
-    for name, slices in itertools.groupby(_values(data), key=lambda value: value.name):
-        if name in arrays or name in texts:
-            raise _DamagedError(f"{name!r} comes twice")
-        array = _array(slices)
-        if array is None:
-            texts.add(name)
-        else:
-            arrays[name] = array
+    with Meter("unpacked", len(data)) as meter:
+        for name, slices in itertools.groupby(_values(data), key=lambda value: value.name):
+            if name in arrays or name in texts:
+                raise _DamagedError(f"{name!r} comes twice")
+            array = _array(slices)
+            if array is None:
+                texts.add(name)
+            else:
+                arrays[name] = array
+                meter(array.nbytes)
     return arrays
+
+
+def _sum(data: memoryview) -> int:
+    """The CRC-32 of some bytes."""
+    found = 0
+    with Meter("checked", len(data)) as meter:
+        for start in range(0, len(data), PIECE):
+            piece = data[start : start + PIECE]
+            found = zlib.crc32(piece, found)
+            meter(len(piece))
+    return found
 
 
 def _values(data: memoryview) -> Iterator[Value]:
@@ -262,7 +275,7 @@ def _storable(name: str, array: NDArray[Any], layout: str) -> NDArray[Any]:
     return np.asarray(array, array.dtype.newbyteorder("="), "C")
 
 
-def _write(file: BinaryIO, name: str, array: NDArray[Any]) -> None:
+def _write(file: Counted, name: str, array: NDArray[Any]) -> None:
     """Append an array's values."""
     kind = next(kind for kind, name in DTYPES.items() if name == array.dtype.name)
     content = array.reshape(-1).view(np.uint8)

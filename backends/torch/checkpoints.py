@@ -21,11 +21,11 @@ from typing import Any, BinaryIO, ClassVar, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import save_file
 
 from rbn_core import pickles, published, weights
 from rbn_core.bfloat16 import bfloat16
 from rbn_core.config import check_choice
+from rbn_core.counting import Meter, part_of, read_into, telling, writing
 from rbn_core.errors import RBNError, RBNValueError
 from rbn_core.files import replacing
 from rbn_core.matching import State
@@ -128,15 +128,22 @@ def _read_parts(path: Path, key: str | None, note: pickles.Note) -> State:
             raise ValueError(f"whose index names {str(file)[:60]!r}, which is no file beside it")
         wanted.setdefault(file, set()).add(name)
     found: State = {}
+    sizes = {file: _size(indexes[0].parent / file) for file in wanted}
+    before = 0
     for file, names in wanted.items():
-        part = indexes[0].parent / file
-        if not part.is_file():
-            raise ValueError(f"whose part {file} is not there")
-        state = _read_file(part, None, note)
+        with part_of(sum(sizes.values()), before):
+            state = _read_file(indexes[0].parent / file, None, note)
+        before += sizes[file]
         if lacking := names - state.keys():
             raise ValueError(f"whose part {file} lacks {sorted(lacking)[0][:60]}")
         found |= {name: state[name] for name in names}
     return pickles.chosen({name: found[name] for name in files}, _is_array, key, note)
+
+
+def _size(part: Path) -> int:
+    if not part.is_file():
+        raise ValueError(f"whose part {part.name} is not there")
+    return part.stat().st_size
 
 
 def _read_distributed(folder: Path, key: str | None, note: pickles.Note) -> State:
@@ -170,7 +177,8 @@ def _read_distributed(folder: Path, key: str | None, note: pickles.Note) -> Stat
     most = MOST_SHARING * (sum(sizes.values()) + len(content))
     if sum(math.prod(tensor.shape) for tensor in chosen.values()) > most:
         raise ValueError("whose arrays are far more than its files")
-    return {name: _put_together(folder, tensor) for name, tensor in chosen.items()}
+    with Meter("read", sum(sizes.values())) as meter:
+        return {name: _put_together(folder, tensor, meter) for name, tensor in chosen.items()}
 
 
 class _Distributed(NamedTuple):
@@ -188,14 +196,16 @@ def _shape(size: Any) -> tuple[int, ...]:
     return numbers
 
 
-def _put_together(folder: Path, tensor: _Distributed) -> NDArray[Any]:
+def _put_together(folder: Path, tensor: _Distributed, meter: Meter) -> NDArray[Any]:
     whole, filled = None, 0
     for offset, information in tensor.parts:
         start, length = information["offset"], information["length"]
         with (folder / information["relative_path"]).open("rb") as file:
             file.seek(start)
             part = file.read(length)
-        loaded = _read_zip(io.BytesIO(part), len(part), None, pickles.no_note)[""]
+        with telling(None):
+            loaded = _read_zip(io.BytesIO(part), len(part), None, pickles.no_note)[""]
+        meter(len(part))
         if whole is None:
             whole = np.empty(tensor.shape, loaded.dtype)
         whole[tuple(slice(at, at + n) for at, n in zip(offset, loaded.shape, strict=True))] = loaded
@@ -239,8 +249,7 @@ def write(
         arrays = published.to_theirs(arrays, layers or {})
     if fspath(path).endswith(".safetensors"):
         with replacing(path) as temporary:
-            ordered = {name: np.asarray(array, order="C") for name, array in arrays.items()}
-            save_file(ordered, temporary, {"format": "pt"})
+            weights.write_safetensors(temporary, arrays, {"format": "pt"})
         return
     # Reading does without it.
     import torch
@@ -248,8 +257,9 @@ def write(
     from rbn.backends.torch.weights import to_tensor
 
     tensors = OrderedDict((name, to_tensor(array)) for name, array in arrays.items())
-    with replacing(path) as temporary:
-        torch.save(tensors, temporary)
+    total = sum(array.nbytes for array in arrays.values())
+    with replacing(path) as temporary, writing(temporary, total) as file:
+        torch.save(tensors, file)
 
 
 STORAGES = {
@@ -397,8 +407,9 @@ def _read_zip(file: BinaryIO, size: int, key: str | None, note: pickles.Note) ->
             raise ValueError("its zip gives an entry two lengths")
         if sum(member.file_size for member in members) > size:
             raise ValueError("its zip claims more than the file holds")
-        for member in members:
-            _check_sum(opened, member)
+        with Meter("checked", size) as meter:
+            for member in members:
+                _check_sum(opened, member, meter)
         machine = _Machine(memoryview(opened.read(f"{root}/data.pkl")), size)
         loaded = machine.run()
         order = opened.read(f"{root}/byteorder") if f"{root}/byteorder" in names else b"little"
@@ -414,7 +425,7 @@ def _read_zip(file: BinaryIO, size: int, key: str | None, note: pickles.Note) ->
     loaded = {"": loaded} if _is_tensor(loaded) else loaded  # a part of a distributed checkpoint
     tensors = _named(loaded, key, note)
     _check_sharing(tensors.values(), size)
-    return _arrays(file, tensors, places, ">" if order == b"big" else "<")
+    return _arrays(file, size, tensors, places, ">" if order == b"big" else "<")
 
 
 def _directory(file: BinaryIO, size: int) -> int:
@@ -435,13 +446,13 @@ def _directory(file: BinaryIO, size: int) -> int:
     return start
 
 
-def _check_sum(opened: zipfile.ZipFile, member: zipfile.ZipInfo) -> None:
+def _check_sum(opened: zipfile.ZipFile, member: zipfile.ZipInfo, meter: Meter) -> None:
     """Refuse what does not match its checksum."""
     if member.CRC == 0:  # PyTorch can be told to leave it out
         member.CRC = None  # type: ignore[assignment]
     with opened.open(member) as content:
-        while content.read(1 << 20):
-            pass
+        while piece := content.read(1 << 20):
+            meter(len(piece))
 
 
 def _read_legacy(file: BinaryIO, size: int, key: str | None, note: pickles.Note) -> State:
@@ -469,7 +480,7 @@ def _read_legacy(file: BinaryIO, size: int, key: str | None, note: pickles.Note)
         file.seek(length, io.SEEK_CUR)
     tensors = _named(objects[3], key, note)
     _check_sharing(tensors.values(), size)
-    return _arrays(file, tensors, places, "<")
+    return _arrays(file, size, tensors, places, "<")
 
 
 def _legacy_pickles(start: bytes, size: int) -> tuple[list[_Machine], list[Any], int]:
@@ -505,29 +516,36 @@ def _check_sharing(tensors: Iterable[_Tensor], size: int) -> None:
 
 
 def _arrays(
-    file: BinaryIO, tensors: Mapping[str, _Tensor], places: Mapping[str, int], order: Literal["<", ">"]
+    file: BinaryIO,
+    size: int,
+    tensors: Mapping[str, _Tensor],
+    places: Mapping[str, int],
+    order: Literal["<", ">"],
 ) -> State:
     """Copies of the tensors, one for all names of the same numbers.
 
     Args:
         file: Where the storages are.
+        size: How many bytes it has.
         tensors: The tensors, by name.
         places: Where in the file each storage begins.
         order: Its order of bytes.
     """
     copies: dict[_Tensor, NDArray[Any]] = {}
-    for tensor in tensors.values():
-        if tensor not in copies:
-            copies[tensor] = _array(file, tensor, places[tensor.storage.key], order)
+    with Meter("read", size) as meter:
+        for tensor in tensors.values():
+            if tensor not in copies:
+                copies[tensor] = _array(file, tensor, places[tensor.storage.key], order, meter)
     return {name: copies[tensor] for name, tensor in tensors.items()}
 
 
-def _array(file: BinaryIO, tensor: _Tensor, place: int, order: Literal["<", ">"]) -> NDArray[Any]:
+def _array(
+    file: BinaryIO, tensor: _Tensor, place: int, order: Literal["<", ">"], meter: Meter
+) -> NDArray[Any]:
     dtype = tensor.storage.dtype
     file.seek(place + tensor.offset * dtype.itemsize)
     content = bytearray(tensor.span * dtype.itemsize)
-    if file.readinto(content) != len(content):  # type: ignore[attr-defined]
-        raise ValueError("it ends early")
+    read_into(file, content, meter)
     numbers = np.frombuffer(content, dtype)
     if order == ">":
         numbers = numbers.view(f"u{dtype.itemsize}").byteswap().view(dtype)

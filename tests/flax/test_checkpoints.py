@@ -22,7 +22,7 @@ from flax.training.train_state import TrainState
 
 from rbn.backends.flax import checkpoints, network
 from rbn.backends.flax.nnx import RBN, to_numpy
-from rbn_core import RBNError, RBNValueError
+from rbn_core import RBNError, RBNValueError, counting
 from rbn_core.execution import initial_state
 from rbn_core.names import from_own, to_own
 
@@ -56,6 +56,23 @@ def check_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
         np.testing.assert_array_equal(found[name], array)
         assert (found[name].dtype, found[name].shape) == (array.dtype, array.shape), name
         assert found[name].flags.writeable
+
+
+def test_how_far_an_orbax_folder_is_is_told_in_bytes(tmp_path: Path) -> None:
+    state = {f"params/{i}": np.full((50, 50), i, np.float32) for i in range(40)}
+    told: list[tuple[str, int, int]] = []
+    with counting.telling(lambda *values: told.append(values)):
+        checkpoints.write(tmp_path / "a", state)
+        checkpoints.read(tmp_path / "a")
+    size = sum(path.stat().st_size for path in (tmp_path / "a").rglob("*") if path.is_file())
+    assert [(what, done) for what, done, total in told if done == total] == [
+        ("written", size),  # by Orbax, in one go
+        ("read", size),
+        ("unpacked", size),
+    ]
+    steps = [done for what, done, _ in told if what == "unpacked"]
+    assert len(steps) > 20
+    assert steps == sorted(set(steps))
 
 
 def names(suffix: str) -> str:
