@@ -48,14 +48,15 @@ class CalibratedNorm(nn.Module):
 
     Attributes:
         starts: Where the parameters beyond BatchNorm's start.
-        stored: What the (C,) parameters are called here, by their canonical names.
+        stored: The canonical names of the (C,) parameters, and what they are called here; pairs, as not every
+            PyTorch exports a module that has a dictionary.
         spatial_dims: How many spatial axes an input must have; any number where `None`.
     """
 
     _version = 2  # as BatchNorm's: checkpoints of version 1 have no num_batches_tracked
 
     starts: ClassVar[Mapping[str, float]] = {}
-    stored: ClassVar[Mapping[str, str]]
+    stored: ClassVar[tuple[tuple[str, str], ...]]
     spatial_dims: int | None = None
 
     running_mean: Tensor | None
@@ -65,7 +66,7 @@ class CalibratedNorm(nn.Module):
     def __init_subclass__(cls, **options: object) -> None:
         super().__init_subclass__(**options)
         own = ("weight", "bias", *cls.starts)
-        cls.stored = {canonical: name for canonical, name in NAMES["torch"].items() if name in own}
+        cls.stored = tuple((canonical, name) for canonical, name in NAMES["torch"].items() if name in own)
 
     def __init__(
         self,
@@ -91,7 +92,7 @@ class CalibratedNorm(nn.Module):
         self.sync = sync
         self.process_group = process_group
         self.fused = fused
-        for canonical, name in self.stored.items():
+        for canonical, name in self.stored:
             parameter = None
             if canonical in config.parameters:
                 parameter = Parameter(torch.empty(config.num_features, device=device, dtype=dtype))
@@ -198,7 +199,7 @@ class CalibratedNorm(nn.Module):
     def _parameters_by_name(self) -> dict[str, Tensor]:
         """The parameters that are there, by their canonical names."""
         found = {}
-        for canonical, name in self.stored.items():
+        for canonical, name in self.stored:
             value: Tensor | None = self._parameters.get(name)
             if value is None:  # parametrized and pruned ones are attributes alone
                 value = getattr(self, name, None)

@@ -29,6 +29,10 @@ from rbn_core.networks import (
 )
 
 
+WITH_STATE = (Convolution, Linear, Norm)
+"""The nodes that are layers of PyTorch's or ours, with parameters."""
+
+
 class Network(nn.Module):
     """A network that runs node by node; its `state_dict` has torchvision's names.
 
@@ -51,7 +55,7 @@ class Network(nn.Module):
         self.description = description
         self._steps = tuple(description.steps())
         for node in description.nodes:
-            if isinstance(node, Convolution | Linear | Norm):
+            if isinstance(node, WITH_STATE):
                 _place(self, node.name, _layer(node))
 
     def forward(self, images: Tensor) -> Tensor:
@@ -64,24 +68,24 @@ class Network(nn.Module):
         return results[self._steps[-1][0].name]
 
     def _run(self, node: Node, inputs: list[Tensor]) -> Tensor:
-        match node:
-            case Convolution() | Norm() | Linear():
-                return self.get_submodule(node.name)(inputs[0])
-            case Activation():
-                return F.relu(inputs[0]) if node.limit is None else F.hardtanh(inputs[0], 0.0, node.limit)
-            case Pooling(kernel_size=None):
-                return inputs[0].amax((2, 3)) if node.kind == "max" else inputs[0].mean((2, 3))
-            case Pooling():
-                pool = F.max_pool2d if node.kind == "max" else F.avg_pool2d
-                return pool(inputs[0], node.kernel_size, node.stride, node.padding)
-            case Add():
-                return functools.reduce(operator.add, inputs)
-            case Concatenate():
-                return torch.cat(inputs, dim=1)
-            case Split():
-                return inputs[0][:, node.start : node.stop]
-            case _:
-                raise NotImplementedError(node.op)
+        if isinstance(
+            node, WITH_STATE
+        ):  # by `if`: older compilers of PyTorch know neither `match` nor `A | B`
+            return self.get_submodule(node.name)(inputs[0])
+        if isinstance(node, Activation):
+            return F.relu(inputs[0]) if node.limit is None else F.hardtanh(inputs[0], 0.0, node.limit)
+        if isinstance(node, Pooling) and node.kernel_size is None:
+            return inputs[0].amax((2, 3)) if node.kind == "max" else inputs[0].mean((2, 3))
+        if isinstance(node, Pooling):
+            pool = F.max_pool2d if node.kind == "max" else F.avg_pool2d
+            return pool(inputs[0], node.kernel_size, node.stride, node.padding)
+        if isinstance(node, Add):
+            return functools.reduce(operator.add, inputs)
+        if isinstance(node, Concatenate):
+            return torch.cat(inputs, dim=1)
+        if isinstance(node, Split):
+            return inputs[0][:, node.start : node.stop]
+        raise NotImplementedError(node.op)
 
 
 def network(name: str, norm: str | Mapping[str, Any] = "bn", num_classes: int | None = None) -> Network:
