@@ -28,7 +28,6 @@ from rbn_core.networks import (
     Split,
 )
 
-
 WITH_STATE = (Convolution, Linear, Norm)
 """The nodes that are layers of PyTorch's or ours, with parameters."""
 
@@ -68,9 +67,7 @@ class Network(nn.Module):
         return results[self._steps[-1][0].name]
 
     def _run(self, node: Node, inputs: list[Tensor]) -> Tensor:
-        if isinstance(
-            node, WITH_STATE
-        ):  # by `if`: older compilers of PyTorch know neither `match` nor `A | B`
+        if isinstance(node, WITH_STATE):  # PyTorch 2.7 compiles neither `match` nor `A | B`
             return self.get_submodule(node.name)(inputs[0])
         if isinstance(node, Activation):
             return F.relu(inputs[0]) if node.limit is None else F.hardtanh(inputs[0], 0.0, node.limit)
