@@ -15,7 +15,7 @@ from rbn.backends.torch import RBN, fused, triton_kernels
 from rbn.conformance.cases import parse
 from rbn.conformance.checks import PASSED, check
 from rbn.conformance.subjects.torch import Torch
-from rbn.conformance.suite import all_cases
+from rbn.conformance.suite import all_cases, quick_cases
 from rbn_core import RBNValueError
 
 # NumPy warns of what a GPU computes silently.
@@ -70,7 +70,17 @@ def on_the_cpu():
         yield
 
 
-@pytest.mark.parametrize("case", SUITE + LARGE, ids=lambda case: case.id)
+QUICK = {case.id for case in (*quick_cases(), *LARGE[::4])}
+"""What shows most of it; the others are a long search."""
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=case.id, marks=() if case.id in QUICK else pytest.mark.long)
+        for case in SUITE + LARGE
+    ],
+)
 def test_conforms(case):
     assert {result.status for result in check(Torch(), [case])} == {PASSED}
 
