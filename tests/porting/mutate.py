@@ -117,12 +117,9 @@ def whole(name, path, seed):
     framework = FORMATS[name][0]
     state = example(seed)
     if name == "canonical":
-        training = Training(
-            "sgd",
-            3,
-            (Group(0.1, 1e-4, ("bn1.gamma",)),),
-            {"momentum": {"bn1.gamma": np.ones(4, np.float32)}},
-        )
+        trained = next(iter(state))
+        momentum = {trained: np.ones_like(state[trained])}
+        training = Training("sgd", 3, (Group(0.1, 1e-4, (trained,)),), {"momentum": momentum})
         weights.save(
             path, state, layers={path: {"kind": kind} for path, kind in KINDS.items()}, training=training
         )
