@@ -33,7 +33,6 @@ def deviations() -> Deviations:
     return json.loads(finished.stdout.splitlines()[-1])
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("way", WAYS)
 def test_four_devices_equal_the_whole_batch(way: str, deviations: Deviations) -> None:
     measured = {name: found for name, found in deviations.items() if name.split()[0] == way}
