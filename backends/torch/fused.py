@@ -49,12 +49,19 @@ LIBRARY.define(
 )
 
 
-def check_layer(x: Tensor, stored: Mapping[str, Tensor], num_features: int, layer: str) -> bool:
+def check_layer(
+    x: Tensor,
+    parameters: Mapping[str, Tensor],
+    running: tuple[Tensor, Tensor] | None,
+    num_features: int,
+    layer: str,
+) -> bool:
     """Refuse parameters and statistics that do not fit the layer or its input, in either form.
 
     Args:
         x: The input.
-        stored: What the layer has, by canonical names.
+        parameters: Those that the layer has, by canonical names.
+        running: E and Var, where it keeps them.
         num_features: C.
         layer: What an error calls the layer.
 
@@ -68,13 +75,14 @@ def check_layer(x: Tensor, stored: Mapping[str, Tensor], num_features: int, laye
     """
     shape, device, strided, on_cpu = (num_features,), x.device, torch.strided, x.is_cpu
     ordinary = type(x) in KINDS and x.layout is strided
-    for value in stored.values():
+    for value in (*parameters.values(), *(running or ())):
         if (
             value.shape != shape
             or value.dtype not in DTYPES
             or not (value.is_cpu if on_cpu else value.device == device)
             or value.layout is not strided
         ):
+            stored = {**parameters, **dict(zip(VECTORS[-2:], running or (), strict=False))}
             name = NAMES["torch"][next(name for name, each in stored.items() if each is value)]
             check_vectors({name: tuple(value.shape)}, num_features, layer)
             check_kind(name, value, x, layer)

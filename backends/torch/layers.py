@@ -255,12 +255,9 @@ class CalibratedNorm(nn.Module):
         if self.scaling is not None and not ("scale_weight" in parameters and "scale_bias" in parameters):
             missing = "scale_bias" if "scale_weight" in parameters else "scale_weight"
             check_vectors({missing: None}, self.num_features, self.layer)
-        if running is None:
-            return fused.check_layer(input, parameters, self.num_features, self.layer)
-        statistics = {"running_mean": running[0], "running_var": running[1]}
-        ordinary = fused.check_layer(input, {**parameters, **statistics}, self.num_features, self.layer)
-        if tracks:
-            for name, value in statistics.items():
+        ordinary = fused.check_layer(input, parameters, running, self.num_features, self.layer)
+        if tracks and running is not None:
+            for name, value in zip(("running_mean", "running_var"), running, strict=True):
                 if value.dtype in HALVES:
                     raise RBNTypeError(
                         f"{self.layer}: expected {name} in float32 or float64 to train, got {value.dtype}. "
