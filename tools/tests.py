@@ -15,7 +15,7 @@ from pathlib import Path
 
 BIN = Path(".venv", "bin")
 LOGS = Path("reports", "tests")
-PARTS = ("jittor", "mindspore", "none", "flax", "torch")
+PARTS = ("jittor", "mindspore", "none", "torch", "flax")
 """The longest first, so that none runs alone in the end."""
 
 FOLD = 2
