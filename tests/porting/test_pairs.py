@@ -269,7 +269,7 @@ def test_a_network_trained_on_digits_moves_between_every_pair(processes, folder)
     check_gradients(processes, DIGITS, learned, *batches(1)[0])
 
 
-@pytest.mark.parametrize(("kind", "rate"), [("sgd", 0.2), ("adam", 0.01), ("adamw", 0.015)])
+@pytest.mark.parametrize(("kind", "rate"), [("sgd", 0.2), ("adam", 0.01), ("adamw", 0.01)])
 def test_training_goes_on_in_any_framework_as_if_nothing_had_happened(processes, folder, kind, rate):
     """20 steps in A and 20 in B give the losses of 40 in A; SGD and AdamW have two groups of parameters."""
     start, steps = folder / "start.safetensors", batches(40)
@@ -281,7 +281,7 @@ def test_training_goes_on_in_any_framework_as_if_nothing_had_happened(processes,
         processes[framework].ask("train", *task)
     whole = {framework: processes[framework].answer() for framework in FRAMEWORKS}
     for framework, losses in whole.items():
-        assert losses[-1] < 0.7 * losses[0], framework
+        assert losses[-1] < 0.8 * losses[0], framework
     worst = {}
     for pairs in ROUNDS:
         for source, target in pairs:
