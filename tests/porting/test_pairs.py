@@ -43,6 +43,9 @@ NETWORKS = [
 ]
 """Every network, with one of the layers."""
 
+LONG = ("resnet34", "resnet101", "cifar_resnext29_8x64d", "cifar_resnet164_basic")
+"""Those that take long and whose kinds of blocks and layers the others have, too."""
+
 
 class Process:
     """A framework's process, to be asked for the methods of `worker.Worker`."""
@@ -179,7 +182,13 @@ def test_every_network_is_among_them():
     assert {name for name, _ in NETWORKS} == ARCHITECTURES.keys()
 
 
-@pytest.mark.parametrize(("name", "norm"), NETWORKS, ids=str)
+@pytest.mark.parametrize(
+    ("name", "norm"),
+    [
+        pytest.param(name, norm, id=f"{name}-{norm}", marks=pytest.mark.long if name in LONG else ())
+        for name, norm in NETWORKS
+    ],
+)
 def test_every_network_moves_between_every_pair(processes, folder, name, norm):
     described = network(name, norm, 7)
     start = folder / "start.safetensors"
