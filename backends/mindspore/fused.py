@@ -331,7 +331,9 @@ def refuse_second_gradients() -> None:
     """
     raise RBNError(
         "RBN: expected a first gradient of the fast form, got the gradient of a gradient. "
-        "Build the layer with fused=False: a graph of MindSpore's own operations can be differentiated again."
+        "Build the layer with fused=False: a graph of MindSpore's own operations can be differentiated "
+        "again. If you asked for a first gradient after an error inside of another, run this again: until a "
+        "graph fails MindSpore goes on as if inside of that one."
     )
 
 

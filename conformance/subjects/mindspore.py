@@ -20,6 +20,7 @@ import mindspore as ms
 import ml_dtypes
 import numpy as np
 from mindspore import Parameter, Tensor, amp, nn, ops
+from mindspore.common.api import _pynative_executor
 from mindspore.communication import get_rank, init
 
 from rbn.backends.mindspore import BNET, IEBN, RBN, from_numpy, to_numpy
@@ -68,8 +69,15 @@ class MindSporeCell(LayerSubject):
 
     def run(self, x: Array, training: bool, cotangent: Array) -> Outcome:
         """Forward and backward through MindSpore's functional gradient."""
-        if self.precision:
-            return self.run_cast(x, training, cotangent)
+        try:
+            return (self.run_cast if self.precision else self.run_uncast)(x, training, cotangent)
+        except Exception:
+            # MindSpore goes on as if inside of the gradient that raised, and takes a graph's gradient of it.
+            _pynative_executor.clear_res()
+            raise
+
+    def run_uncast(self, x: Array, training: bool, cotangent: Array) -> Outcome:
+        """Forward and backward through the cell as it was made."""
         self.layer.set_train(training)
         leaf = tensor(x, self.layout)
         learned = {self.names[name] for name in PARAMETERS if name in self.names}

@@ -11,6 +11,9 @@ from mindspore import Tensor, amp, nn, ops
 
 import rbn_core
 from rbn.backends.mindspore import BNET, IEBN, RBN, from_numpy, to_numpy
+from rbn.conformance.cases import parse
+from rbn.conformance.checks import check
+from rbn.conformance.subjects.mindspore import MindSpore
 
 WAYS = {
     **{
@@ -213,3 +216,9 @@ def test_what_runs_after_a_refusal_inside_of_a_cast_network_is_not_cast() -> Non
         layer(ops.ones((2, 3, 4, 4), ms.int32))
     assert (Tensor(X) * Tensor(X)).dtype == ms.float16
     assert (Tensor(X).astype(ms.float64) * 2.0).dtype == ms.float64
+
+
+def test_a_case_that_is_refused_leaves_nothing_to_a_graph_of_the_next():
+    """An error inside of a gradient has made the suite's next graph a second gradient."""
+    ids = ("iebn/train/offset0/1x3x1x1/float32", "iebn/train/offset0/2x5x7x7/float16/precision=O2.graph")
+    assert [result.status for result in check(MindSpore(), [parse(id) for id in ids])] == ["passed"] * 2
