@@ -25,10 +25,13 @@ from rbn_core.names import NAMES, PARAMETERS
 # After the start of NumPy and SciPy, of which Jittor would change the denormal numbers.
 # isort: split
 from rbn.backends.jittor import BNET, IEBN, RBN, from_numpy, to_numpy
+from rbn.conformance.subjects.jittor_headers import precompile
 
 # After the backend, which prepares what Jittor reads at its import.
 # isort: split
 import jittor as jt
+
+precompile()
 
 MPIRUN = shutil.which("mpirun") or shutil.which("mpirun", path=Path(sys.executable).parent)
 
