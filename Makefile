@@ -70,8 +70,9 @@ newest: $(NEWEST_STAMP)
 	@$(NEWEST)/bin/python -m pip list --format freeze | grep -E '^(flax|jax|jaxlib|numpy|optax|orbax-checkpoint|torch)=='
 	$(NEWEST)/bin/rbn conform $(NEWEST_FRAMEWORKS)
 	@for name in $(NEWEST_FRAMEWORKS); do \
-		echo "pytest --framework $$name tests/$$name"; \
-		$(NEWEST)/bin/pytest --framework $$name tests/$$name --ignore tests/$$name/test_zoos.py || exit; done
+		echo "pytest -n 2 --framework $$name tests/$$name"; \
+		$(NEWEST)/bin/pytest -n 2 --dist loadfile --framework $$name tests/$$name \
+			--ignore tests/$$name/test_zoos.py -m "not long" || exit; done
 
 $(NEWEST_STAMP):
 	@test -n "$(PYTHON_NEWEST)" || { echo "make newest needs Python 3.12, as python3.12, of pyenv, or named by" \

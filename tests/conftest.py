@@ -3,6 +3,8 @@
 One framework per process, because Jittor and PyTorch in one process have crashed.
 """
 
+import importlib
+import os
 import shutil
 import subprocess
 import sys
@@ -28,6 +30,11 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "long: one search over very many cases, which make test leaves out")
     if config.option.framework == "mindspore":  # what it rewrites at level O1 lies in folders that it forgets
         config.addinivalue_line("filterwarnings", "ignore:Implicitly cleaning up:ResourceWarning")
+    if config.option.framework == "flax" and config.option.markexpr == "not long":
+        # XLA compiles in half of the time so; the suite and the long searches have it optimize.
+        os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+    if config.option.framework == "jittor":  # which then compiles an operator in half of the time
+        importlib.import_module("rbn.conformance.subjects.jittor_headers").precompile()
 
 
 def pytest_report_header(config):

@@ -1,4 +1,4 @@
-"""Each framework's layers on some cases of the suite, in the process of its tests."""
+"""Each framework's layers on a case of each of the suite's rows, in the process of its tests."""
 
 import importlib
 import itertools
@@ -10,9 +10,6 @@ from rbn.conformance import runner
 from rbn.conformance.cases import PRECISIONS_OF, SPOILS
 from rbn.conformance.checks import ABSENT, PASSED, check
 from rbn.conformance.suite import all_cases, quick_cases, select
-
-OPTIONS = select(all_cases(), ["rbn/*/offset0/3x4x2x3/*=*/float32"])
-"""All choices of the statistics and all options, on one shape."""
 
 UNKNOWN = {
     "torch": {"read_only"},
@@ -64,7 +61,7 @@ def test_all_ways_into_mixed_precision_and_all_that_can_be_spoilt_are_run(reques
 @pytest.mark.framework("torch", "flax", "mindspore")  # Jittor compiles for minutes: `make conform` runs it
 def test_the_layers_conform(request):
     name = request.config.option.framework
-    cases = (*quick_cases(), *OPTIONS, *SHARED)
+    cases = (*quick_cases(), *SHARED)
     if name == "flax":  # several devices have to be asked for before JAX starts: a test of their own does
         cases = cases[: -len(SHARED)]
     for subject in subjects(name):

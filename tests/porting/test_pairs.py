@@ -43,7 +43,7 @@ NETWORKS = [
 ]
 """Every network, with one of the layers."""
 
-LONG = ("resnet34", "resnet101", "cifar_resnext29_8x64d", "cifar_resnet164_basic")
+LONG = ("resnet34", "resnet101", "cifar_resnext29_8x64d", "cifar_resnet164", "cifar_resnet164_basic")
 """Those that take long and whose kinds of blocks and layers the others have, too."""
 
 
