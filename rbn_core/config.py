@@ -88,7 +88,7 @@ class Config:
 
     def __post_init__(self) -> None:
         check_count("num_features", self.num_features, self.layer)
-        _check_eps(self.eps, self.layer)
+        check_eps(self.eps, self.layer)
         check_momentum(self.momentum, self.layer)
         check_options(self.centering, self.scaling, self.restrict, self.running_var, self.layer)
         if self.layer == "BNET":
@@ -328,7 +328,8 @@ def check_count(name: str, value: object, layer: str = "RBN") -> None:
         )
 
 
-def _check_eps(eps: object, layer: str) -> None:
+def check_eps(eps: object, layer: str = "RBN") -> None:
+    """Refuse what is not a positive number."""
     if not isinstance(eps, int | float | np.number) or isinstance(eps, bool):
         raise RBNTypeError(
             f"{layer}: expected eps to be a positive number, got {eps!r}. Pass a float such as 1e-5."

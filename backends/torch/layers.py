@@ -22,7 +22,9 @@ from rbn_core.config import (
     Config,
     Statistic,
     check_counter,
+    check_eps,
     check_input,
+    check_momentum,
     check_options,
     check_shape,
     check_vectors,
@@ -237,9 +239,17 @@ class CalibratedNorm(nn.Module):
 
     def _check_options(self, tracks: bool) -> None:
         chosen = self.centering, self.scaling, self.restrict, self.variance_estimator
-        if chosen not in KNOWN[self.layer]:
+        try:
+            known = chosen in KNOWN[self.layer]
+        except TypeError:  # what cannot be looked up is no option either
+            known = False
+        if not known:
             check_options(*chosen, self.layer)
+        if type(self.eps) is not float:
+            check_eps(self.eps, self.layer)
         if tracks:
+            if type(self.momentum) is not float:
+                check_momentum(self.momentum, self.layer)
             check_counter(getattr(self, "num_batches_tracked", None), self.momentum, self.layer)
 
     def _check_stored(

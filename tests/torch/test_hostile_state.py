@@ -1,7 +1,9 @@
 """What a layer stores may be anything when it is called: an error that says so, or the right numbers."""
 
 import copy
+import re
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -281,8 +283,19 @@ def test_an_option_that_the_layer_does_not_have_is_refused_at_the_call(make, nam
     setattr(layer, name, value)
     option = "running_var" if name == "variance_estimator" else name
     refused(layer, RBNValueError, f"{make.__name__}: expected {option} to be one of .*, got '{value}'")
-    setattr(layer, name, 3)
-    refused(layer, RBNTypeError, f"{make.__name__}: expected {option} to be one of .*, got 3")
+    for wrong in (3, ["channel_mean"], np.ones(2)):  # two of which cannot be looked up
+        setattr(layer, name, wrong)
+        text = f"{make.__name__}: expected {option} to be one of .*, got {re.escape(repr(wrong))}"
+        refused(layer, RBNTypeError, text)
+
+
+@FORMS
+@pytest.mark.parametrize("name", ["eps", "momentum"])
+@pytest.mark.parametrize("value", ["0.1", [0.1], True])
+def test_what_is_no_number_is_refused_at_the_call_where_a_number_is_due(name, value, fused):
+    layer = layer_of(RBN, fused=fused)
+    setattr(layer, name, value)
+    refused(layer, RBNTypeError, f"RBN: expected {name} to be a .*number.*, got {re.escape(repr(value))}")
 
 
 @PHASES
