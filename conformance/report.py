@@ -29,6 +29,23 @@ FIRST_RUN = {
 }
 """What a first run compiles that later ones do not."""
 
+TYPICAL = {
+    "numpy": 10.0,
+    "torch": 50.0,
+    "torch.plain": 50.0,
+    "flax": 180.0,
+    "flax.nnx": 180.0,
+    "flax.plain": 260.0,
+    "mindspore": 150.0,
+    "mindspore.plain": 340.0,
+    "jittor": 400.0,
+    "jittor.plain": 400.0,
+}
+"""Seconds of a first run, as measured on two processors: the first cases take longer than the others."""
+
+CASES = 940
+"""How many cases one of them has, about."""
+
 FAILURES_SHOWN = 10
 """How many failed cases the terminal lists for each subject; the files have them all."""
 
@@ -47,7 +64,10 @@ def progress_row(run: Run) -> Row:
 
 
 def seconds_left(runs: Sequence[Run], processors: int) -> float | None:
-    """About how long it takes until all are done: what has not begun is taken to go on as what has.
+    """About how long it takes until all are done.
+
+    A run takes as long as is typical of it, and longer by what those that are done took longer. One that
+    nothing is known of, or that has taken more already, goes on as it has, or as all have.
 
     Args:
         runs: All of them.
@@ -61,11 +81,16 @@ def seconds_left(runs: Sequence[Run], processors: int) -> float | None:
     if not spent or sum(run.finished for run in runs) < sum(run.total for run in runs) / 20:
         return None
     pace = sum(spent.values()) / sum(run.finished for run in runs)
-    left = [
-        (run.total - run.finished) * (spent[run.name] / run.finished if run.finished else pace)
-        for run in runs
-        if run.stage != "done"
-    ]
+    typical = {run.name: TYPICAL[run.name] * run.total / CASES for run in runs if run.name in TYPICAL}
+    done = [run.name for run in runs if run.stage == "done" and run.name in typical and run.name in spent]
+    slower = sum(spent[name] for name in done) / sum(typical[name] for name in done) if done else 1.0
+    left = []
+    for run in runs:
+        if run.stage == "done":
+            continue
+        known = typical.get(run.name, 0.0) * slower - spent.get(run.name, 0.0)
+        own_pace = spent[run.name] / run.finished if run.finished else pace
+        left.append(known if known > 0 else (run.total - run.finished) * own_pace)
     return max(sum(left) / processors, *left, 0.0)
 
 

@@ -12,7 +12,15 @@ from rich.console import Console
 from rbn.conformance import runner
 from rbn.conformance.checks import ABSENT, EXPECTED, FAILED, LATE, PASSED, Result
 from rbn.conformance.comparison import Deviation
-from rbn.conformance.report import coverage, progress_row, render, seconds_left, write_json
+from rbn.conformance.report import (
+    CASES,
+    TYPICAL,
+    coverage,
+    progress_row,
+    render,
+    seconds_left,
+    write_json,
+)
 from rbn.conformance.suite import all_cases
 from rbn.progress import Progress
 
@@ -152,18 +160,35 @@ def played(name, stage, finished, total, seconds):
 
 
 def test_the_time_left_follows_from_the_pace_so_far():
-    waiting = runner.Run("torch", ("a:B",), all_cases())
+    waiting = runner.Run("theirs", ("a:B",), all_cases())
     assert seconds_left([waiting], 2) is None
-    assert seconds_left([played("torch", "importing", 0, 0, 1.0)], 2) is None
-    assert seconds_left([played("jittor", "checking", 4, 100, 20.0)], 2) is None
-    assert seconds_left([played("jittor", "checking", 5, 100, 20.0)], 2) == pytest.approx(380, rel=0.01)
-    done, half = played("flax", "done", 100, 100, 10.0), played("jittor", "checking", 50, 100, 20.0)
+    assert seconds_left([played("theirs", "importing", 0, 0, 1.0)], 2) is None
+    assert seconds_left([played("other", "checking", 4, 100, 20.0)], 2) is None
+    assert seconds_left([played("other", "checking", 5, 100, 20.0)], 2) == pytest.approx(380, rel=0.01)
+    done, half = played("mine", "done", 100, 100, 10.0), played("other", "checking", 50, 100, 20.0)
     assert seconds_left([done], 2) == 0
     assert seconds_left([done, half], 2) == pytest.approx(20, rel=0.01)
     # What waits goes on as all did: 30 s for 150 cases. Two run at a time, and none is faster than alone.
     waiting.total = 300
     assert seconds_left([done, half, waiting], 2) == pytest.approx(60, rel=0.01)
     assert seconds_left([done, half, waiting], 1) == pytest.approx(80, rel=0.01)
+
+
+def test_the_time_left_of_a_known_run_follows_from_what_is_typical_of_it():
+    assert TYPICAL.keys() == runner.SUBJECTS.keys()
+    typical = TYPICAL["jittor"]
+    waiting = runner.Run("torch", ("a:B",), all_cases(), total=CASES)
+    # A quarter of the cases has taken half of the time: the first ones compile most.
+    slow_start = played("jittor", "checking", CASES // 4, CASES, typical / 2)
+    expected = typical / 2 + TYPICAL["torch"]
+    assert seconds_left([slow_start, waiting], 1) == pytest.approx(expected, rel=0.01)
+    # On a machine half as fast as the one that was measured.
+    done = played("numpy", "done", CASES, CASES, 2 * TYPICAL["numpy"])
+    expected = 1.5 * typical + 2 * TYPICAL["torch"]
+    assert seconds_left([done, slow_start, waiting], 1) == pytest.approx(expected, rel=0.01)
+    # One that has taken longer than that goes on as it has.
+    late = played("jittor", "checking", CASES // 2, CASES, 2 * typical)
+    assert seconds_left([late], 1) == pytest.approx(2 * typical, rel=0.01)
 
 
 @pytest.mark.parametrize(
