@@ -85,7 +85,9 @@ INSTALL_NEWEST = [
     "python -m pip install --no-build-isolation -e .[cli,test,flax]",
 ]
 UPGRADE = "python -m pip install --upgrade --upgrade-strategy eager pip setuptools "
-TESTS_NEWEST = "pytest --framework {0} tests/{0} --ignore tests/{0}/test_zoos.py"
+TESTS_NEWEST = (
+    "pytest -n 2 --dist loadfile --framework {0} tests/{0} --ignore tests/{0}/test_zoos.py -m not long"
+)
 NEWEST = ["python -m pip list --format freeze", "rbn conform flax", TESTS_NEWEST.format("flax")]
 
 
