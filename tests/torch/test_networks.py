@@ -181,7 +181,9 @@ def test_a_network_compiles_into_one_graph():
     x = torch.from_numpy(images(32))
     compiled = torch.compile(other, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
-    assert torch.equal(other.bn1.running_var, model.bn1.running_var)
+    # Eq. 3 in PyTorch's operators and in the loops: at most a rounding apart in each of its two operations.
+    epsilon = torch.finfo(torch.float32).eps
+    torch.testing.assert_close(other.bn1.running_var, model.bn1.running_var, rtol=2 * epsilon, atol=0)
 
 
 def test_a_network_survives_a_copy_and_a_pickle(tmp_path):
