@@ -11,8 +11,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-# On a CPU JAX has several devices only if it is told so before it first runs something.
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
+# On a CPU JAX has several devices only if told so before it first runs something; flags of the user stay.
+FLAGS = os.environ.get("XLA_FLAGS", "")
+if "--xla_force_host_platform_device_count" not in FLAGS:
+    os.environ["XLA_FLAGS"] = f"{FLAGS} --xla_force_host_platform_device_count=4"
 
 Step = Callable[..., Any]
 """(layer, stored, x, cotangent, training) to ((y, dx), the parameters' gradients, stored): all it stores."""
