@@ -15,8 +15,8 @@ from pathlib import Path
 
 BIN = Path(".venv", "bin")
 LOGS = Path("reports", "tests")
-PARTS = ("jittor", "mindspore", "none", "torch", "flax")
-"""The longest first, so that none runs alone in the end."""
+PARTS = ("jittor", "mindspore", "torch", "flax", "none")
+"""That of several processes last, so that no processor is idle in the end."""
 
 FOLD = 2
 """Into how many processes the tests without a framework are dealt, whole files each."""
