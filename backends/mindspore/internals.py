@@ -65,6 +65,12 @@ no_grad: Any = (
 )
 """A context that records nothing."""
 
+_executor: Any = _found(
+    "mindspore.common.api",
+    "_pynative_executor",
+    "After an exception inside of a gradient, the first gradient of a graph in the suite is refused.",
+)
+
 AS_GIVEN: Any = _no_casts()
 """A cell's `mixed_precision_type` inside of which operators get what they are given."""
 
@@ -88,6 +94,12 @@ def is_recorded() -> bool:
     What MindSpore says itself is also so after an exception inside of a gradient.
     """
     return _recorded is not None and _is_running(_recorded)
+
+
+def end_gradient() -> None:
+    """End the gradient inside of which an exception was raised: MindSpore itself goes on recording."""
+    if _executor is not None:
+        _executor.clear_res()
 
 
 def is_exported() -> bool:

@@ -20,10 +20,10 @@ import mindspore as ms
 import ml_dtypes
 import numpy as np
 from mindspore import Parameter, Tensor, amp, nn, ops
-from mindspore.common.api import _pynative_executor
 from mindspore.communication import get_rank, init
 
 from rbn.backends.mindspore import BNET, IEBN, RBN, from_numpy, to_numpy
+from rbn.backends.mindspore.internals import end_gradient
 from rbn.backends.mindspore.weights import stored
 from rbn.conformance.cases import LAYERS, PRECISIONS_OF, SHARED_WITH
 from rbn.conformance.shares import Devices, processes, start
@@ -72,8 +72,8 @@ class MindSporeCell(LayerSubject):
         try:
             return (self.run_cast if self.precision else self.run_uncast)(x, training, cotangent)
         except Exception:
-            # MindSpore goes on as if inside of the gradient that raised, and takes a graph's gradient of it.
-            _pynative_executor.clear_res()
+            # Else the next case's graph would be compiled as the gradient of a gradient.
+            end_gradient()
             raise
 
     def run_uncast(self, x: Array, training: bool, cotangent: Array) -> Outcome:

@@ -84,6 +84,7 @@ print("right")
     [
         ("mindspore.common._Function", "keep Y beside X"),
         ("mindspore.common._no_grad", "no weights can be loaded"),
+        ("mindspore.common.api._pynative_executor", "in the suite is refused"),
         ("mindspore.ops.composite.base._pynative_forward_run", "no longer refused"),
         ("mindspore.ops.signature", "in several operations"),
         ("mindspore.MixedPrecisionType.NOTSET", "compute half precision in float32"),
