@@ -329,7 +329,7 @@ def check_count(name: str, value: object, layer: str = "RBN") -> None:
 
 
 def check_eps(eps: object, layer: str = "RBN") -> None:
-    """Refuse what is not a positive number."""
+    """Refuse what is not a positive, finite number."""
     if not isinstance(eps, int | float | np.number) or isinstance(eps, bool):
         raise RBNTypeError(
             f"{layer}: expected eps to be a positive number, got {eps!r}. Pass a float such as 1e-5."

@@ -8,12 +8,6 @@ import shlex
 import subprocess
 from pathlib import Path
 
-import rbn.backends.jittor  # noqa: F401 # it prepares what Jittor reads at its import
-
-# After the backend.
-# isort: split
-import jittor as jt
-
 HEADERS = (
     "var.h",
     "fused_op.h",
@@ -37,19 +31,27 @@ TEXT = "".join(f"#define {name} 1\n" for name in ("JIT", "JIT_cpu")) + "".join(
 )
 
 
+def without_linking(flags: str) -> list[str]:
+    """A compiler's flags but for those of its linker."""
+    return [flag for flag in shlex.split(flags) if not re.match("-[lL]|-shared", flag)]
+
+
 def precompile() -> Path | None:
     """Have operators compiled with precompiled headers from now on, in half of the time.
 
-    They are kept where Jittor keeps operators. A compiler that cannot use them reads the headers themselves.
+    For after the import of the backend, which prepares what Jittor reads at its own. The headers are kept
+    where Jittor keeps operators. A compiler that cannot use them reads the headers themselves.
 
     Returns:
         What every operator then includes; `None` where the compiler makes no such file.
     """
+    import jittor as jt
+
     header = Path(jt.flags.cache_path, "suite.h")
     made = header.with_suffix(".h.gch")
     if not made.exists() or header.read_text() != TEXT:
         header.write_text(TEXT)
-        flags = [flag for flag in shlex.split(jt.flags.cc_flags) if not re.match("-[lL]|-shared", flag)]
+        flags = without_linking(jt.flags.cc_flags)
         mine = made.with_suffix(f".{os.getpid()}")  # another process may do the same
         # Jittor adds -g to what it compiles, and headers are taken only with the same.
         command = [jt.flags.cc_path, *flags, "-g", "-x", "c++-header", str(header), "-o", str(mine)]
