@@ -62,7 +62,8 @@ conform: $(STAMP)
 	.venv/bin/rbn conform $(FRAMEWORKS)
 
 # Installed again when the project changes; upgraded each time, so that what a new release breaks shows by itself. The
-# model zoos are left out: each of their releases is for one of the frameworks'.
+# model zoos are left out: each of their releases is for one of the frameworks'. The tests do without XLA's optimizer, as in
+# make test; the suite has it.
 newest: $(NEWEST_STAMP)
 	@echo "newest: upgrading $(NEWEST)"
 	@$(RUN_NEWEST) $(NEWEST)/bin/python -m pip install --upgrade --upgrade-strategy eager pip setuptools \
