@@ -29,7 +29,7 @@ class Framework:
 FRAMEWORKS: dict[str, Framework] = {
     framework.name: framework
     for framework in (
-        Framework("torch", ("torch",), "torch", {"torch": ("2.7.0", "2.14.1")}),
+        Framework("torch", ("torch",), "torch", {"torch": ("2.7.0", "2.15.0")}),
         Framework(
             "flax",
             ("flax", "jax", "jaxlib"),  # jaxlib's version is jax's

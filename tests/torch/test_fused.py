@@ -14,7 +14,7 @@ from rbn_core.names import NAMES
 pytestmark = [
     pytest.mark.skipif(not fused.AVAILABLE["cpu"], reason="the loops were not compiled: no C++ compiler"),
     # PyTorch's own rules for forward-mode derivatives are scripted.
-    pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated"),
 ]
 
 OPTIONS = [
@@ -104,6 +104,7 @@ def test_without_compiled_loops_the_layers_take_the_frameworks_own_operations(mo
     assert "rbn::forward" not in operators(RBN(4), images(2, 4, 3, 3).requires_grad_())
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # opcheck's own, of its copies
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("training", [True, False])
 def test_the_operators_keep_the_rules_of_the_library(options, training):
@@ -293,7 +294,7 @@ def test_a_profile_names_the_operators(gradients):
     assert names >= ({"rbn::forward", "rbn::backward"} if gradients else {"rbn::forward"})
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace")
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("gradients", [True, False])
 def test_a_trace_knows_the_operator(gradients):

@@ -134,7 +134,7 @@ def test_torch_fx_of_a_layer_alone_is_an_error():
         torch.fx.symbolic_trace(RBN(8))
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit")
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # the checks of shapes are not in the program
 @LAYERS
 def test_a_traced_model_runs_where_the_package_is_not(make, options, tmp_path):
