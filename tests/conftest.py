@@ -27,6 +27,9 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "framework(*names): runs with --framework NAME, once per name")
+    config.addinivalue_line(
+        "markers", "meeting(name, shows, example, packages=()): a row of docs/integrations.md"
+    )
     config.addinivalue_line("markers", "long: one search over very many cases, which make test leaves out")
     if config.option.framework == "mindspore":  # what it rewrites at level O1 lies in folders that it forgets
         config.addinivalue_line("filterwarnings", "ignore:Implicitly cleaning up:ResourceWarning")
@@ -157,6 +160,8 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if (name := _folder(item.path)) in FRAMEWORKS:
             item.add_marker(pytest.mark.framework(name))
+        for meeting in item.iter_markers("meeting"):  # for the report that tools/integrations.py reads
+            item.user_properties.append(("meeting", meeting.args[0]))
         mark = item.get_closest_marker("framework")
         names = mark.args if mark else (None,)
         if unknown := set(names) - {None, *FRAMEWORKS}:

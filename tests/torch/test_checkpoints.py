@@ -244,7 +244,7 @@ BESIDE = {
     "argparse.Namespace": argparse.Namespace(lr=0.1),
     "an array of shape ()": np.float64(0.9),
     "a scalar of numpy.dtype M8": np.datetime64("2020"),
-    "pathlib.PosixPath": pathlib.PosixPath("/somewhere"),
+    f"{pathlib.PosixPath.__module__}.PosixPath": pathlib.PosixPath("/somewhere"),
     "datetime.datetime": datetime.datetime(2020, 1, 1),
     "builtins.set": {1, 2},
     "a dict of 1": defaultdict(list, a=[1]),
