@@ -71,6 +71,9 @@ REFUSED_SPOILS = ("short", "one", "long", "empty", "elsewhere")
 """What is stored is no vector of the layer's: C - 1 values, a single one, which would broadcast, 2 C of them,
 or none; or it is on another device."""
 
+SHARED_SPOILS = ("shared", "shared_compiled")
+"""What is stored lies in the memory of another stored array, and the step may be compiled."""
+
 SPOILS = (
     *REFUSED_SPOILS,
     "missing",
@@ -78,13 +81,13 @@ SPOILS = (
     "double",
     "integer",
     "read_only",
-    "shared",
+    *SHARED_SPOILS,
     "subclass",
     "strided",
 )
 """What can happen to an array that a layer stores. Beside the above: it is gone; it is float16, float64 or
-integers; it is not to be written to; it lies in the memory of another stored array; it is of a subclass that
-wraps another array; it is every second value of a larger array."""
+integers; it is not to be written to; it shares its memory; it is of a subclass that wraps another array; it
+is every second value of a larger array."""
 
 SHARED_WITH = {
     "gamma": ("running_var",),
@@ -193,7 +196,9 @@ class Case:
         """The name in whose memory the spoilt array lies, if it is shared; else empty."""
         name, kind = self.spoil
         there = self.config.state_shapes()
-        return next((other for other in SHARED_WITH[name] if other in there), "") if kind == "shared" else ""
+        if kind not in SHARED_SPOILS:
+            return ""
+        return next((other for other in SHARED_WITH[name] if other in there), "")
 
     @property
     def group(self) -> str:
@@ -306,7 +311,7 @@ class Case:
             values[name] = values[name].astype(np.float16)
         elif kind == "integer" and name != "num_batches_tracked":
             values[name] = np.copysign(np.maximum(np.rint(np.abs(values[name])), 1.0), values[name])
-        elif kind == "shared":  # a variance is positive: it decides
+        elif kind in SHARED_SPOILS:  # a variance is positive: it decides
             values |= {self.partner: values[name]} if name == "running_var" else {name: values[self.partner]}
         exact = self.dtype if self.precision else np.float64
         stored = np.promote_types(self.dtype, np.float32)
@@ -385,7 +390,7 @@ def _can_be_spoilt(case: Case) -> bool:
         return True
     if name not in case.config.state_shapes() or kind not in SPOILS:
         return False
-    if kind == "shared":
+    if kind in SHARED_SPOILS:
         return name in SHARED_WITH and bool(case.partner)
     return kind == "missing" or name != "num_batches_tracked"
 

@@ -144,7 +144,8 @@ class Subject(ABC):
 
         Args:
             name: The canonical name of what is spoilt.
-            kind: One of `spoils`; where it is "shared", `cases.SHARED_WITH` says with what.
+            kind: One of `spoils`; where it is one of `cases.SHARED_SPOILS`, `cases.SHARED_WITH` says with
+                what, and where it is "shared_compiled", `run` compiles the step.
         """
         raise NotImplementedError
 

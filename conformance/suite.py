@@ -14,6 +14,7 @@ from rbn.conformance.cases import (
     LAYOUTS,
     PRECISIONS,
     PRECISIONS_OF,
+    SHARED_SPOILS,
     SHARED_WITH,
     SPOILS,
     WAYS,
@@ -342,7 +343,7 @@ def _spoilt() -> Iterator[Case]:
     """Everything that can happen to what is stored."""
     for (layer, training), names in SPOILT_NAMES.items():
         for name, kind in itertools.product(names, SPOILS):
-            if kind != "shared" or name in SHARED_WITH:
+            if kind not in SHARED_SPOILS or name in SHARED_WITH:
                 yield _case(layer, training, "offset0", OPTION_SHAPE, "float32", spoilt=f"{name}:{kind}")
     for layer in LAYERS:
         yield _case(layer, True, "offset0", OPTION_SHAPE, "float32", spoilt="num_batches_tracked:missing")

@@ -8,6 +8,7 @@ results, Y included. A graph takes such operators, and knows by itself what is n
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -34,6 +35,7 @@ KEPT = (ms.float32, ms.float64)
 """What statistics are accumulated in."""
 STATED = ("moving_mean", "moving_variance")
 CONVOLUTION = ("conv.weight", "conv.bias")
+NUMBERED: weakref.WeakValueDictionary[int, nn.Cell] = weakref.WeakValueDictionary()
 
 
 def check_layer(
@@ -65,18 +67,31 @@ def check_layer(
     _check_layer(layer, num_features, centering, scaling, restrict, options, accumulates, stored)
 
 
-def check_memory(layer: Any) -> None:
-    """Refuse to accumulate statistics in the memory of a parameter, which the backward pass still reads.
+class Number:
+    """As an attribute, a number by which a layer is found: a graph hands no cell to Python, but numbers.
 
-    In PyNative mode, and only when a layer is trained for the first time or has other parameters than before:
-    MindSpore tells an address when everything before is computed.
+    Not stored in the layer, whose copies would have it, too.
+    """
+
+    def __get__(self, layer: nn.Cell, owner: type) -> int:
+        """The layer's number, by which it is in `NUMBERED` as long as it lives."""
+        NUMBERED[id(layer)] = layer
+        return id(layer)
+
+
+def check_memory(number: int) -> None:
+    """Refuse to accumulate statistics in the memory of a parameter, which is still read afterwards.
+
+    While a graph is compiled, and in PyNative mode when a layer is trained for the first time or has other
+    parameters than before: MindSpore tells an address when everything before is computed.
+
+    Args:
+        number: The layer's `Number`.
 
     Raises:
         RBNValueError: A statistic lies in the memory of a parameter or of the other statistic.
     """
-    if is_compiled(check_memory):  # @jit.cond: True
-        return None
-    return _check_memory(layer)
+    _check_memory(number, is_compiled(check_memory))
 
 
 def takes(x: Tensor, centering: Statistic | None, scaling: Statistic | None, restrict: str) -> bool:
@@ -361,16 +376,20 @@ def _check_layer(*facts: Any) -> None:
         _checked.__wrapped__(*facts)
 
 
-def _check_memory(layer: nn.Cell) -> None:
+@ops.constexpr(reuse_result=False)
+def _check_memory(number: int, compiled: bool) -> None:
+    layer = NUMBERED[number]
     stored: dict[str, Any] = {name: getattr(layer, name, None) for name in (*PARAMETERS, *STATED)}
+    conv = getattr(layer, "conv", None)
+    stored |= {name: getattr(conv, name.partition(".")[2], None) for name in CONVOLUTION}
     stored = {name: value for name, value in stored.items() if value is not None}
     known = tuple(map(id, stored.values()))
-    if vars(layer).get("_apart") == known:
+    if vars(layer).get("_apart") == known and not compiled:  # a Parameter can have got other memory
         return
     places = {name: value.data_ptr() for name, value in stored.items()}
     for name in STATED:
         for other, place in places.items():
-            if other != name and place == places[name]:
+            if other != name and place == places[name] != 0:  # before its first value is read, a place is 0
                 raise RBNValueError(
                     f"{layer.layer}: expected {name} in memory of its own, got that of {other}. "
                     f"Assign a copy to one of them."

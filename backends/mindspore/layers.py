@@ -33,6 +33,7 @@ class CalibratedNorm(nn.Cell):
     """
 
     spatial_dims: int | None = None
+    number = fused.Number()
 
     def __init__(
         self,
@@ -99,7 +100,7 @@ class CalibratedNorm(nn.Cell):
             self._described(),
         )
         if batch_statistics:
-            fused.check_memory(self)
+            fused.check_memory(self.number)
         channels_last = self.data_format == "NHWC"
         own_values = x.size // self.num_features
         total, average, enough, empty = own_values, functional.batch_average, own_values, False

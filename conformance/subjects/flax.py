@@ -137,7 +137,8 @@ class Family(FlaxModule):
     devices = 4
     ways = WAYS
     precisions = tuple(PRECISIONS_OF["flax"])
-    spoils = tuple(kind for kind in SPOILS if kind != "elsewhere")  # a CPU is one device
+    # A CPU is one device, and nothing is written to, so that a compiled step knows no memory either.
+    spoils = tuple(kind for kind in SPOILS if kind not in ("elsewhere", "shared_compiled"))
     takes_axis = True
     usual: str
 

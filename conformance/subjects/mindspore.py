@@ -25,7 +25,7 @@ from mindspore.communication import get_rank, init
 from rbn.backends.mindspore import BNET, IEBN, RBN, from_numpy, to_numpy
 from rbn.backends.mindspore.internals import end_gradient
 from rbn.backends.mindspore.weights import stored
-from rbn.conformance.cases import LAYERS, PRECISIONS_OF, SHARED_WITH
+from rbn.conformance.cases import LAYERS, PRECISIONS_OF, SHARED_SPOILS, SHARED_WITH
 from rbn.conformance.shares import Devices, processes, start
 from rbn.conformance.subject import Array, LayerSubject, Outcome, Subject
 from rbn_core.config import Config
@@ -50,8 +50,10 @@ class MindSporeCell(LayerSubject):
     def build(self, config: Config, state: State, dtype: str, layout: str = "channels_first") -> None:
         """Make the cell, with parameters in at least float32."""
         self.layout = layout
+        self.compiled = False
         self.layer: nn.Cell = self.make_layer(config, ms.float64 if dtype == "float64" else ms.float32)
         self.load(state)
+        self.entry = self.layer
         if self.precision:
             self.folder = tempfile.TemporaryDirectory()  # level O1 writes code, which a graph reads
             with contextlib.chdir(self.folder.name):
@@ -70,14 +72,15 @@ class MindSporeCell(LayerSubject):
     def run(self, x: Array, training: bool, cotangent: Array) -> Outcome:
         """Forward and backward through MindSpore's functional gradient."""
         try:
-            return (self.run_cast if self.precision else self.run_uncast)(x, training, cotangent)
+            through_loss = self.precision or self.compiled
+            return (self.run_loss if through_loss else self.run_vjp)(x, training, cotangent)
         except Exception:
             # Else the next case's graph would be compiled as the gradient of a gradient.
             end_gradient()
             raise
 
-    def run_uncast(self, x: Array, training: bool, cotangent: Array) -> Outcome:
-        """Forward and backward through the cell as it was made."""
+    def run_vjp(self, x: Array, training: bool, cotangent: Array) -> Outcome:
+        """Forward and backward through the cell as it was made, in PyNative mode."""
         self.layer.set_train(training)
         leaf = tensor(x, self.layout)
         learned = {self.names[name] for name in PARAMETERS if name in self.names}
@@ -91,8 +94,8 @@ class MindSporeCell(LayerSubject):
         y, dx, leaf = (array(value, self.layout) for value in (y, dx, leaf))
         return Outcome(y, dx, named, self.state(), leaf)
 
-    def run_cast(self, x: Array, training: bool, cotangent: Array) -> Outcome:
-        """Forward and backward through the cast cell."""
+    def run_loss(self, x: Array, training: bool, cotangent: Array) -> Outcome:
+        """Forward and backward through a loss, in which the cell may be cast, in either mode."""
         self.entry.set_train(training)
         leaf, dy = tensor(x, self.layout), Tensor(cotangent.astype("float32"))
         learned = {self.names[name] for name in PARAMETERS if name in self.names}
@@ -102,7 +105,8 @@ class MindSporeCell(LayerSubject):
             y = self.entry(x)
             return (y.astype(ms.float32) * dy).sum(), y
 
-        ms.set_context(mode=ms.GRAPH_MODE if self.precision.endswith(".graph") else ms.PYNATIVE_MODE)
+        graph = self.compiled or self.precision.endswith(".graph")
+        ms.set_context(mode=ms.GRAPH_MODE if graph else ms.PYNATIVE_MODE)
         try:
             step = ms.value_and_grad(loss, 0, list(weights.values()), has_aux=True)
             (_, y), (dx, gradients) = step(leaf)
@@ -138,7 +142,8 @@ class MindSporeCell(LayerSubject):
             parameter.set_dtype(dtypes[kind])
         elif kind in lengths:
             parameter.set_data(Tensor(np.ascontiguousarray(lengths[kind]())), slice_shape=True)
-        elif kind == "shared":
+        elif kind in SHARED_SPOILS:
+            self.compiled = kind == "shared_compiled"
             partners = (self.names.get(other) for other in SHARED_WITH[name])
             parameter.set_data(next(stored[partner] for partner in partners if partner in stored))
         else:
@@ -169,7 +174,10 @@ class MindSpore(MindSporeCell):
 
     devices = 2
     precisions = tuple(PRECISIONS_OF["mindspore"])
-    spoils = ("short", "one", "long", "empty", "missing", "half", "double", "integer", "shared", "strided")
+    spoils = (
+        *("short", "one", "long", "empty", "missing", "half", "double", "integer"),
+        *("shared", "shared_compiled", "strided"),
+    )
 
     def __init__(self, sync: bool = False, fused: bool = True) -> None:
         super().__init__(

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from rbn.conformance.cases import LAYERS, PRECISIONS_OF, SHARED_WITH, SPOILS, WAYS
+from rbn.conformance.cases import LAYERS, PRECISIONS_OF, SHARED_SPOILS, SHARED_WITH, SPOILS, WAYS
 from rbn.conformance.subject import Array, Momentum, Outcome, Subject, in_convention
 from rbn_core.config import Config
 from rbn_core.fused import TwoPass
@@ -165,7 +165,7 @@ def spoilt(state: Mapping[str, Any], name: str, kind: str) -> dict[str, Any]:
     rest = {other: value for other, value in state.items() if other != name}
     if kind == "missing":
         return rest
-    if kind == "shared":
+    if kind in SHARED_SPOILS:
         return rest | {name: next(rest[other] for other in SHARED_WITH[name] if other in rest)}
     value = state[name]
     larger = np.full((*value.shape[:-1], 2 * value.shape[-1]), np.nan, value.dtype)

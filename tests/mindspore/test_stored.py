@@ -4,10 +4,13 @@ import os
 
 os.environ.setdefault("GLOG_v", "4")
 
+import copy
+
 import mindspore as ms
 import numpy as np
 import pytest
-from mindspore import Tensor, ops
+from mindspore import Tensor, nn, ops
+from mindspore.nn.utils import no_init_parameters
 
 from rbn.backends.mindspore import BNET, IEBN, RBN
 from rbn_core import RBNTypeError, RBNValueError
@@ -161,6 +164,48 @@ def test_a_statistic_in_the_memory_of_a_parameter_is_refused_in_training(name, o
         layer = fresh
     assert_refused(layer, RBNValueError, f"expected {name} in memory of its own, got that of {other}")
     assert np.isfinite(layer.set_train(False)(X).asnumpy()).all()
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "other"),
+    [
+        (RBN, "moving_variance", "gamma"),
+        (RBN, "moving_mean", "center_weight"),
+        (RBN, "moving_mean", "moving_variance"),
+        (BNET, "moving_mean", "conv.bias"),
+    ],
+)
+@pytest.mark.parametrize("compile_", ["jit", "graph"])
+def test_the_same_is_refused_while_a_graph_is_compiled(kind, name, other, form, compile_) -> None:
+    layer = kind(3, fused=form).set_train()
+    layer(X)  # in memory of its own
+    parameter(layer, name).set_data(parameter(layer, other))
+    network = nn.SequentialCell(layer).set_train()
+    ms.set_context(mode=ms.GRAPH_MODE if compile_ == "graph" else ms.PYNATIVE_MODE)
+    try:
+        call = ms.jit(network) if compile_ == "jit" else network
+        match = f"{kind.__name__}: expected {name} in memory of its own, got that of {other}"
+        assert_refused(layer, RBNValueError, match, call)
+        assert np.isfinite(network.set_train(False)(X).asnumpy()).all()
+        parameter(layer, name).set_data(Tensor(parameter(layer, name).asnumpy().copy()))
+        network.set_train()(X)
+    finally:
+        ms.set_context(mode=ms.PYNATIVE_MODE)
+
+
+def test_a_copy_of_a_layer_is_not_taken_for_the_layer(form) -> None:
+    layer = RBN(3, fused=form).set_train()
+    wrong = copy.deepcopy(layer)
+    wrong.moving_mean.set_data(wrong.beta)
+    ms.jit(layer)(X)
+    assert_refused(wrong, RBNValueError, "expected moving_mean in memory of its own", ms.jit(wrong))
+
+
+def test_parameters_without_values_yet_lie_nowhere(form) -> None:
+    with no_init_parameters():
+        layer = RBN(3, fused=form).set_train()
+    assert layer.gamma.has_init
+    assert ms.jit(layer)(X).shape == X.shape  # of what numbers is MindSpore's business, as BatchNorm's
 
 
 @pytest.mark.parametrize(
