@@ -285,3 +285,19 @@ def test_without_a_counter_a_layer_trains_unless_it_averages_all_batches(make):
     with pytest.raises(RBNValueError, match="RBN: expected num_batches_tracked with momentum=None"):
         layer.forward(x, True)
     layer.forward(x, False)
+
+
+@pytest.mark.parametrize("layer_class", [Layer, TwoPass])
+def test_after_an_exception_the_layer_goes_on_as_a_new_one_that_was_given_the_same_steps(layer_class):
+    config = Config(2, centering="channel_std")
+    layer, fresh = (filled(layer_class(config)) for _ in range(2))
+    x, dy = plain_numbers((4, 2, 3, 3))
+    for each in (layer, fresh):
+        each.forward(x, training=True)
+    with pytest.raises(RBNValueError, match="expected 2 channels"):
+        layer.forward(x[:, :1], training=True)
+    with pytest.raises(ValueError, match="broadcast"):
+        layer.backward(dy[:3])
+    np.testing.assert_equal(layer.backward(dy), fresh.backward(dy))
+    np.testing.assert_array_equal(layer.forward(x + 1, training=True), fresh.forward(x + 1, training=True))
+    np.testing.assert_equal(layer.state(), fresh.state())
