@@ -344,6 +344,12 @@ def test_the_content_tells_and_the_suffix_does_not(tmp_path, canonical):
         port(tmp_path / "a.pth.ckpt", tmp_path / "c.pkl", source_format="mindspore")
 
 
+def test_a_folder_is_flax_whatever_its_name_ends_in(tmp_path):
+    for name in ("run", "run.1"):
+        (tmp_path / name).mkdir()
+        assert porting.told_format(tmp_path / name, None, writes=True) == "flax"
+
+
 @pytest.mark.parametrize("options", [{}, {"source_format": "torch"}])
 @pytest.mark.parametrize(
     ("name", "content", "message"),
