@@ -24,7 +24,17 @@ from numpy.typing import NDArray
 
 import rbn.backends
 from rbn.backends.frameworks import FRAMEWORKS, missing_message
-from rbn_core import architectures, conversion, pickles, published, renaming, training, weights, zoos
+from rbn_core import (
+    architectures,
+    conversion,
+    pickles,
+    published,
+    renaming,
+    stored_optimizers,
+    training,
+    weights,
+    zoos,
+)
 from rbn_core.config import check_choice
 from rbn_core.counting import PIECE, Meter
 from rbn_core.errors import RBNTypeError, RBNValueError
@@ -171,7 +181,7 @@ def port(
     if layout is not None:
         check_choice("--layout", layout, LAYOUTS.get(writer, ()), f"port to {writer}")
     progress(f"reading {source} ({reader})")
-    content = read(source, reader, kinds, key)
+    content = read(source, reader, kinds, key, trained=writer == CANONICAL)
     if zoo_map is not None and zoo_map.startswith("from-"):
         rename = dict(rename or {}) | zoos.table(zoo_map, content.state)
     content, table = fitted(content, rename, network, norm, num_classes)
@@ -334,7 +344,12 @@ def check_weights(path: Path) -> None:
 
 
 def read(
-    path: Path, framework: str, kinds: Mapping[str, str] | None = None, key: str | None = None
+    path: Path,
+    framework: str,
+    kinds: Mapping[str, str] | None = None,
+    key: str | None = None,
+    *,
+    trained: bool = False,
 ) -> Content:
     """What a file holds, under canonical names.
 
@@ -343,6 +358,7 @@ def read(
         framework: One of `FORMATS`.
         kinds: Patterns of paths with what the layers are, as `port` takes them.
         key: Under what name the network is in it, as `port` takes it.
+        trained: Whether the optimizer beside the network is wanted, too, of a file of PyTorch or Jittor.
 
     Raises:
         RBNError: The file is damaged or hostile, holds nothing, or a pattern or the key is wrong.
@@ -362,8 +378,13 @@ def read(
         content = Content(state, told | said, known.layers, known.network, known.training)
     else:
         beside: dict[str, str] = {}
+        reader = checkpoints(framework)
+        stored: Training | None = None
         with os_errors_explained(path):
-            own = checkpoints(framework).read(path, key, lambda name, what: beside.setdefault(name, what))
+            if trained and framework in stored_optimizers.SLOTS:
+                own, stored = reader.read_trained(path, key, beside.setdefault)
+            else:
+                own = reader.read(path, key, beside.setdefault)
         said = said_kinds(kinds, from_own(framework, own)[1])
         state, told = from_own(framework, own, said)
         if len(state) < len(own):
@@ -373,9 +394,10 @@ def read(
             )
         names = {name: stored for name, stored in zip(state, own, strict=True) if name != stored}
         left_out = tuple(Row(name, "left out", detail=what) for name, what in beside.items())
-        content = Content(
-            state, told, {}, names=names, left_out=left_out, notes=guessed(framework, own, told, said)
-        )
+        notes = guessed(framework, own, told, said)
+        if stored is not None:
+            stored, _ = training.renamed(stored, dict(zip(own, state, strict=True)))
+        content = Content(state, told, {}, None, stored, names=names, left_out=left_out, notes=notes)
     if not content.state:
         raise RBNValueError(f"port: expected arrays, got none in {path}. Write it again.")
     return content
@@ -454,6 +476,7 @@ def fitted(
     state = {name: taken.get(name, np.zeros((), np.int64)) for name in described.state_shapes()}
     layers = described.layers()
     kinds = {path: cast("Kind", layer["kind"]) for path, layer in layers.items()}
+    content = trained_alone(content, {row.source or row.name: row.name for row in matched.rows})
     return replace(content, state=state, kinds=kinds, layers=layers, network=described), Table(rows)
 
 

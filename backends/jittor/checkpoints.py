@@ -16,13 +16,15 @@ from typing import Any, BinaryIO, ClassVar, Literal
 
 import numpy as np
 
-from rbn_core import pickles, published
+from rbn_core import pickles, published, stored_optimizers
 from rbn_core.bfloat16 import bfloat16
 from rbn_core.config import check_choice
 from rbn_core.counting import Counted, Meter, writing
 from rbn_core.errors import RBNError, RBNTypeError, RBNValueError
 from rbn_core.files import replacing
 from rbn_core.matching import COUNTER, State
+from rbn_core.stored_optimizers import Sketch
+from rbn_core.training import Training
 from rbn_core.weights import Layers
 
 LAYOUTS = ("own", "published")
@@ -50,6 +52,28 @@ def read(path: str | PathLike[str], key: str | None = None, note: pickles.Note =
     Raises:
         RBNValueError: The file is not there, is damaged, or holds anything else.
     """
+    return _read(path, key, note, trained=False)[0]
+
+
+def read_trained(
+    path: str | PathLike[str], key: str | None = None, note: pickles.Note = pickles.no_note
+) -> tuple[State, Training | None]:
+    """The arrays of a checkpoint, and where the optimizer beside the network stands, as in PyTorch's.
+
+    Jittor's optimizers hold the arrays that they train: the same in the file as the network's, or another
+    network's.
+    """
+    return _read(path, key, note, trained=True)
+
+
+def _read(
+    path: str | PathLike[str], key: str | None, note: pickles.Note, trained: bool
+) -> tuple[State, Training | None]:
+    left_out: list[tuple[str, str]] = []
+
+    def keep(name: str, what: str) -> None:
+        left_out.append((name, what))
+
     if not Path(path).is_file():
         raise RBNValueError(
             f"RBN: expected a Jittor checkpoint, got {path}, which is no file. Check the path."
@@ -59,7 +83,7 @@ def read(path: str | PathLike[str], key: str | None = None, note: pickles.Note =
             program = _pickle(file)
             with Meter("read", program.whole) as program.meter:
                 loaded = _Machine(program).run()
-        found = pickles.chosen(loaded, _is_array, key, note)
+        found = pickles.chosen(loaded, _is_array, key, keep)
     except (ValueError, OverflowError) as error:
         if isinstance(error, RBNError):
             raise
@@ -67,11 +91,21 @@ def read(path: str | PathLike[str], key: str | None = None, note: pickles.Note =
             f"RBN: expected a Jittor checkpoint, got {path} ({error}). "
             "Write it with jittor.save or Module.save."
         ) from error
-    state = pickles.without_prefix({name: value.array for name, value in found.items()}, note=note)
+    beside = (
+        stored_optimizers.beside(loaded, found, _sketch, stored_optimizers.of_jittor)
+        if trained
+        else stored_optimizers.unwanted(loaded)
+    )
+    if beside.stored is not None:
+        beside.arrays = {place: value.array for place, value in beside.stored.arrays.items()}
+    state = pickles.without_prefix({name: value.array for name, value in found.items()}, note=keep)
     for name, array in state.items():
         if name.rpartition(".")[2] == COUNTER and array.size == 1:
             state[name] = array.reshape(())  # of a number Jittor makes a variable of shape (1,)
-    return published.to_ours(state)
+    state = published.to_ours(state)
+    training = beside.training(dict(zip(found, state, strict=True)), state)
+    stored_optimizers.tell(left_out, beside.told, note)
+    return state, training
 
 
 def write(
@@ -191,6 +225,10 @@ def _pickle(file: BinaryIO) -> _Program:
 
 def _is_array(value: Any) -> bool:
     return isinstance(value, pickles.Array) and value.array is not None
+
+
+def _sketch(value: Any) -> Sketch | None:
+    return Sketch(value.array.shape, value.array.dtype, id(value)) if _is_array(value) else None
 
 
 class _Machine(pickles.Machine):

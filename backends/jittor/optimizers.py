@@ -12,12 +12,10 @@ from rbn.backends.jittor.weights import array, assign, fitting, variables
 from rbn_core.errors import RBNTypeError, RBNValueError
 from rbn_core.matching import State
 from rbn_core.names import STATISTICS
+from rbn_core.stored_optimizers import SLOTS as ALL_SLOTS
 from rbn_core.training import Option, Training, check, check_decay, grouped, needed
 
-SLOTS: dict[str, dict[str, str]] = {
-    "sgd": {"momentum": "values"},
-    "adam": {"first_moment": "m", "second_moment": "values"},
-}
+SLOTS = ALL_SLOTS["jittor"]
 """What an optimizer keeps for every parameter, and what Jittor calls it."""
 
 OPTIONS: dict[str, Option] = {"lr": "learning_rate", "weight_decay": "weight_decay"}

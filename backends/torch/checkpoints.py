@@ -22,13 +22,15 @@ from typing import Any, BinaryIO, ClassVar, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from rbn_core import pickles, published, weights
+from rbn_core import pickles, published, stored_optimizers, weights
 from rbn_core.bfloat16 import bfloat16
 from rbn_core.config import check_choice
 from rbn_core.counting import Meter, part_of, read_into, telling, writing
 from rbn_core.errors import RBNError, RBNValueError
 from rbn_core.files import replacing
 from rbn_core.matching import State
+from rbn_core.stored_optimizers import Beside, Sketch
+from rbn_core.training import Training
 from rbn_core.weights import Layers
 
 INDEX = ".index.json"
@@ -77,12 +79,35 @@ def read(path: str | PathLike[str], key: str | None = None, note: pickles.Note =
         RBNValueError: There is no such file, or it is damaged, claims what it does not hold, or holds what is
             no plain tensor.
     """
+    return _read(path, key, note, trained=False)[0]
+
+
+def read_trained(
+    path: str | PathLike[str], key: str | None = None, note: pickles.Note = pickles.no_note
+) -> tuple[State, Training | None]:
+    """The arrays of a checkpoint as `read` gives them, and where the optimizer beside the network stands.
+
+    That is nothing where there is none, or where it is not certain to be SGD, Adam or AdamW and whose its
+    arrays are: see `rbn_core.stored_optimizers`. `note` is then told why, and else what of it is left out.
+    Parameters have the names of the arrays, and the errors are those of `read`.
+    """
+    return _read(path, key, note, trained=True)
+
+
+def _read(
+    path: str | PathLike[str], key: str | None, note: pickles.Note, trained: bool
+) -> tuple[State, Training | None]:
     path = Path(path)
+    left_out: list[tuple[str, str]] = []
+
+    def keep(name: str, what: str) -> None:
+        left_out.append((name, what))
+
     try:
         if path.is_dir() or path.name.endswith(INDEX):
-            state = _read_parts(path, key, note)
+            stored, beside = _read_parts(path, key, keep)
         elif path.is_file():
-            state = _read_file(path, key, note)
+            stored, beside = _read_file(path, key, keep, trained)
         else:
             raise RBNValueError(
                 f"RBN: expected a PyTorch checkpoint, got {path}, which is no file. Check the path."
@@ -96,25 +121,28 @@ def read(path: str | PathLike[str], key: str | None = None, note: pickles.Note =
             f"RBN: expected a PyTorch checkpoint of plain tensors, got {path} ({_short(reason)}). "
             "Where it was made, save the network alone: torch.save(model.state_dict(), path)."
         ) from error
-    return published.to_ours(_unwrapped(state, note))
+    state = published.to_ours(_unwrapped(stored, keep))
+    training = beside.training(dict(zip(stored, state, strict=False)), state)
+    stored_optimizers.tell(left_out, beside.told, note)
+    return state, training
 
 
-def _read_file(path: Path, key: str | None, note: pickles.Note) -> State:
-    """The arrays of a file, whichever form it has."""
+def _read_file(path: Path, key: str | None, note: pickles.Note, trained: bool) -> tuple[State, Beside]:
+    """The arrays of a file, whichever form it has, and the optimizers beside them."""
     with path.open("rb") as file:
         start = file.read(32)
         file.seek(0)
         if start[8:9] == b"{":
-            return pickles.chosen(weights.read_safetensors(path)[0], _is_array, key, note)
+            return pickles.chosen(weights.read_safetensors(path)[0], _is_array, key, note), Beside()
         size = path.stat().st_size
         if start.startswith(b"PK\x03\x04"):
-            return _read_zip(file, size, key, note)
+            return _read_zip(file, size, key, note, trained)
         if start[:1] == b"\x80" and LEGACY in start:
-            return _read_legacy(file, size, key, note)
+            return _read_legacy(file, size, key, note, trained)
     raise ValueError("its first bytes are those of no file of torch.save")
 
 
-def _read_parts(path: Path, key: str | None, note: pickles.Note) -> State:
+def _read_parts(path: Path, key: str | None, note: pickles.Note) -> tuple[State, Beside]:
     """The arrays of several files: those of an index of Hugging Face, or of a distributed checkpoint."""
     if path.is_dir() and (path / METADATA).is_file():
         return _read_distributed(path, key, note)
@@ -132,12 +160,12 @@ def _read_parts(path: Path, key: str | None, note: pickles.Note) -> State:
     before = 0
     for file, names in wanted.items():
         with part_of(sum(sizes.values()), before):
-            state = _read_file(indexes[0].parent / file, None, note)
+            state, _ = _read_file(indexes[0].parent / file, None, note, trained=False)
         before += sizes[file]
         if lacking := names - state.keys():
             raise ValueError(f"whose part {file} lacks {sorted(lacking)[0][:60]}")
         found |= {name: state[name] for name in names}
-    return pickles.chosen({name: found[name] for name in files}, _is_array, key, note)
+    return pickles.chosen({name: found[name] for name in files}, _is_array, key, note), Beside()
 
 
 def _size(part: Path) -> int:
@@ -146,7 +174,7 @@ def _size(part: Path) -> int:
     return part.stat().st_size
 
 
-def _read_distributed(folder: Path, key: str | None, note: pickles.Note) -> State:
+def _read_distributed(folder: Path, key: str | None, note: pickles.Note) -> tuple[State, Beside]:
     """The arrays of a folder of `torch.distributed.checkpoint`, put together from their parts.
 
     Its metadata is a pickle of objects, of which nothing but the attributes is looked at.
@@ -177,8 +205,9 @@ def _read_distributed(folder: Path, key: str | None, note: pickles.Note) -> Stat
     most = MOST_SHARING * (sum(sizes.values()) + len(content))
     if sum(math.prod(tensor.shape) for tensor in chosen.values()) > most:
         raise ValueError("whose arrays are far more than its files")
+    beside = stored_optimizers.of_distributed(loaded)
     with Meter("read", sum(sizes.values())) as meter:
-        return {name: _put_together(folder, tensor, meter) for name, tensor in chosen.items()}
+        return {name: _put_together(folder, tensor, meter) for name, tensor in chosen.items()}, beside
 
 
 class _Distributed(NamedTuple):
@@ -204,7 +233,7 @@ def _put_together(folder: Path, tensor: _Distributed, meter: Meter) -> NDArray[A
             file.seek(start)
             part = file.read(length)
         with telling(None):
-            loaded = _read_zip(io.BytesIO(part), len(part), None, pickles.no_note)[""]
+            loaded = _read_zip(io.BytesIO(part), len(part), None, pickles.no_note, trained=False)[0][""]
         meter(len(part))
         if whole is None:
             whole = np.empty(tensor.shape, loaded.dtype)
@@ -390,8 +419,10 @@ class _Machine(pickles.Machine):
         return made
 
 
-def _read_zip(file: BinaryIO, size: int, key: str | None, note: pickles.Note) -> State:
-    """The arrays of a zip, once its directory and its sums are held against the file."""
+def _read_zip(
+    file: BinaryIO, size: int, key: str | None, note: pickles.Note, trained: bool
+) -> tuple[State, Beside]:
+    """What is wanted of a zip, once its directory and its sums are held against the file."""
     start = _directory(file, size)
     with zipfile.ZipFile(file) as opened:
         members = opened.infolist()
@@ -423,9 +454,8 @@ def _read_zip(file: BinaryIO, size: int, key: str | None, note: pickles.Note) ->
         lengths = struct.unpack("<HH", file.read(4))
         places[name] = entry.header_offset + 30 + sum(lengths)
     loaded = {"": loaded} if _is_tensor(loaded) else loaded  # a part of a distributed checkpoint
-    tensors = _named(loaded, key, note)
-    _check_sharing(tensors.values(), size)
-    return _arrays(file, size, tensors, places, ">" if order == b"big" else "<")
+    content = _Content(file, size, places, ">" if order == b"big" else "<")
+    return _wanted(content, loaded, key, note, trained)
 
 
 def _directory(file: BinaryIO, size: int) -> int:
@@ -455,8 +485,10 @@ def _check_sum(opened: zipfile.ZipFile, member: zipfile.ZipInfo, meter: Meter) -
             meter(len(piece))
 
 
-def _read_legacy(file: BinaryIO, size: int, key: str | None, note: pickles.Note) -> State:
-    """The arrays of the form before the zip, once the storages are held against the rest of the file."""
+def _read_legacy(
+    file: BinaryIO, size: int, key: str | None, note: pickles.Note, trained: bool
+) -> tuple[State, Beside]:
+    """What is wanted of the form before the zip, once the storages are held against the rest of the file."""
     try:
         machines, objects, end = _legacy_pickles(file.read(min(LEGACY_START, size)), size)
     except pickles.CutError:
@@ -478,9 +510,7 @@ def _read_legacy(file: BinaryIO, size: int, key: str | None, note: pickles.Note)
             raise ValueError(f"storage {name[:20]!r} is not as long as it should be")
         places[name] = file.tell()
         file.seek(length, io.SEEK_CUR)
-    tensors = _named(objects[3], key, note)
-    _check_sharing(tensors.values(), size)
-    return _arrays(file, size, tensors, places, "<")
+    return _wanted(_Content(file, size, places, "<"), objects[3], key, note, trained)
 
 
 def _legacy_pickles(start: bytes, size: int) -> tuple[list[_Machine], list[Any], int]:
@@ -491,6 +521,63 @@ def _legacy_pickles(start: bytes, size: int) -> tuple[list[_Machine], list[Any],
         objects.append(machines[-1].run(whole=False))
         end += machines[-1].position
     return machines, objects, end
+
+
+class _Content(NamedTuple):
+    """Where the numbers of a file are.
+
+    Args:
+        file: The file.
+        size: How many bytes it has.
+        places: Where in it each storage begins.
+        order: Its order of bytes.
+    """
+
+    file: BinaryIO
+    size: int
+    places: Mapping[str, int]
+    order: Literal["<", ">"]
+
+
+def _wanted(
+    content: _Content, loaded: Any, key: str | None, note: pickles.Note, trained: bool
+) -> tuple[State, Beside]:
+    """The network's arrays, and the optimizers beside them, with the arrays of the one that goes along.
+
+    Args:
+        content: The file.
+        loaded: All that it holds.
+        key: Under what name the network is.
+        note: Told of what is left out.
+        trained: Whether an optimizer is wanted.
+    """
+    tensors = _named(loaded, key, note)
+    beside = _optimizers(loaded, tensors, key) if trained else stored_optimizers.unwanted(loaded)
+    network = {("", name): tensor for name, tensor in tensors.items()}
+    all_tensors = network | (beside.stored.arrays if beside.stored else {})
+    _check_sharing(all_tensors.values(), content.size)
+    arrays = _arrays(content, all_tensors)
+    beside.arrays = {place: array for place, array in arrays.items() if place not in network}
+    return {name: arrays["", name] for name in tensors}, beside
+
+
+def _optimizers(loaded: Any, tensors: Mapping[str, _Tensor], key: str | None) -> Beside:
+    """The optimizers beside a network, of which one may be certain to have trained it."""
+    unlike = ""
+    if AVERAGED in tensors:
+        unlike = "the network is an average, which it has not trained"
+    elif key is not None:
+        try:
+            first = pickles.chosen(loaded, _is_tensor)
+        except ValueError:
+            first = {}
+        if [*first.values()] != [*tensors.values()]:
+            unlike = "nothing tells whether it has trained the network that --key names"
+    return stored_optimizers.beside(loaded, tensors, _sketch, stored_optimizers.of_torch, unlike)
+
+
+def _sketch(value: Any) -> Sketch | None:
+    return Sketch(value.size, value.storage.dtype, value) if _is_tensor(value) else None
 
 
 def _named(loaded: Any, key: str | None, note: pickles.Note) -> dict[str, _Tensor]:
@@ -516,26 +603,15 @@ def _check_sharing(tensors: Iterable[_Tensor], size: int) -> None:
 
 
 def _arrays(
-    file: BinaryIO,
-    size: int,
-    tensors: Mapping[str, _Tensor],
-    places: Mapping[str, int],
-    order: Literal["<", ">"],
-) -> State:
-    """Copies of the tensors, one for all names of the same numbers.
-
-    Args:
-        file: Where the storages are.
-        size: How many bytes it has.
-        tensors: The tensors, by name.
-        places: Where in the file each storage begins.
-        order: Its order of bytes.
-    """
+    content: _Content, tensors: Mapping[tuple[str, str], _Tensor]
+) -> dict[tuple[str, str], NDArray[Any]]:
+    """Copies of the tensors, one for all names of the same numbers."""
     copies: dict[_Tensor, NDArray[Any]] = {}
-    with Meter("read", size) as meter:
+    with Meter("read", content.size) as meter:
         for tensor in tensors.values():
             if tensor not in copies:
-                copies[tensor] = _array(file, tensor, places[tensor.storage.key], order, meter)
+                place = content.places[tensor.storage.key]
+                copies[tensor] = _array(content.file, tensor, place, content.order, meter)
     return {name: copies[tensor] for name, tensor in tensors.items()}
 
 

@@ -12,20 +12,12 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from rbn.backends.torch.weights import places, to_array, to_tensor
 from rbn_core.errors import RBNTypeError, RBNValueError
 from rbn_core.matching import match
+from rbn_core.stored_optimizers import REFUSED
+from rbn_core.stored_optimizers import SLOTS as ALL_SLOTS
 from rbn_core.training import Training, check, check_decay, grouped, needed
 
-SLOTS: dict[str, dict[str, str]] = {
-    "sgd": {"momentum": "momentum_buffer"},
-    "adam": {"first_moment": "exp_avg", "second_moment": "exp_avg_sq"},
-}
+SLOTS = ALL_SLOTS["torch"]
 """What an optimizer keeps for every parameter, and what PyTorch calls it."""
-
-REFUSED = {
-    "maximize": "its arrays are those of the negated gradient",
-    "dampening": "its momentum leaves a part of every gradient out",
-    "amsgrad": "it goes by the largest second moment so far, which has no place elsewhere",
-}
-"""Options that give the arrays another meaning, and which."""
 
 
 def optimizer_to_numpy(optimizer: Optimizer, model: nn.Module, *, step: int = 0) -> Training:

@@ -40,6 +40,9 @@ FORMATS = {
 }
 """Whose format it is, and what a file is called."""
 
+TRAINED = ("pth", "pkl")
+"""Whose files hold an optimizer, too, in some of their forms."""
+
 SECONDS = 1.0
 """How long reading a file may compute: other processes on the machine do not count."""
 
@@ -112,6 +115,35 @@ BESIDE = {
 """What stands beside the weights."""
 
 
+def optimizer(name, arrays):
+    """What stands beside them, too: an Adam of two groups as PyTorch stores one, an SGD as Jittor does."""
+    trained = [key for key in arrays if not key.startswith("bn1.running") and not key.endswith("tracked")]
+    groups = [[key for key in trained if (arrays[key].ndim > 1) == kernels] for kernels in (True, False)]
+    if name == "pkl":
+        parts = [
+            {"params": [arrays[key] for key in own], "values": [arrays[key] * 2 for key in own], "lr": 0.1}
+            for own in groups
+        ]
+        options = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4, "dampening": 0, "nesterov": False}
+        return {"defaults": options | {"n_step": 3, "param_groups": parts}}
+    order = [key for own in groups for key in own]
+    options = {"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.01, "amsgrad": False}
+    return {
+        "state": {
+            number: {
+                "step": arrays[key].sum() * 0 + 3,
+                "exp_avg": arrays[key] * 2,
+                "exp_avg_sq": arrays[key] ** 2,
+            }
+            for number, key in enumerate(order)
+        },
+        "param_groups": [
+            options | {"decoupled_weight_decay": True, "params": [order.index(key) for key in own]}
+            for own in groups
+        ],
+    }
+
+
 def whole(name, path, seed):
     """Write an undamaged file, in one of the forms that the format has."""
     framework = FORMATS[name][0]
@@ -129,19 +161,22 @@ def whole(name, path, seed):
         import torch
 
         entries = {"state_dict": {key: torch.tensor(value.astype(np.float32)) for key, value in own.items()}}
+        entries["optimizer"] = optimizer(name, entries["state_dict"])
         torch.save(entries | BESIDE, path, _use_new_zipfile_serialization=False)
         return
     if name == "pth" and seed % 3 == 2:  # what a training script writes
         import torch
 
         entries = {key: torch.tensor(value.astype(np.float32)) for key, value in own.items()}
-        torch.save({"state_dict": entries, "state_dict_ema": entries} | BESIDE, path)
+        beside = {"state_dict_ema": entries, "optimizer": optimizer(name, entries)}
+        torch.save({"state_dict": entries} | beside | BESIDE, path)
         return
     if name == "pkl" and seed % 3 == 1:  # as a Python without Jittor would
-        path.write_bytes(pickle.dumps({"model": own} | BESIDE, protocol=2))
+        path.write_bytes(pickle.dumps({"model": own, "optimizer": optimizer(name, own)} | BESIDE, protocol=2))
         return
     if name == "pkl" and seed % 3 == 2:
-        path.write_bytes(pickle.dumps({"model": own, "ema": own} | BESIDE, protocol=4))
+        beside = {"ema": own, "optimizer": optimizer(name, own)}
+        path.write_bytes(pickle.dumps({"model": own} | beside | BESIDE, protocol=4))
         return
     options = {"layout": "nnx"} if framework == "flax" and seed % 3 == 1 else {}
     porting.checkpoints(framework).write(path, own, **options)
@@ -221,7 +256,10 @@ def main(name, count, seed, folder):
     for number in range(4):
         whole(name, path, number)
         originals.append(contents(path))
-        read(path, framework)  # must be readable as it is
+        content, _ = read(path, framework)  # must be readable as it is
+        assert (content.training is not None) == (
+            name == "canonical" or (name in TRAINED and number in (1, 2))
+        )
         remove(path)
     signal.signal(signal.SIGPROF, lambda *_: (_ for _ in ()).throw(HangError()))
     tracemalloc.start()
@@ -268,8 +306,8 @@ def main(name, count, seed, folder):
 
 
 def read(path, framework):
-    """What `port` does before it writes."""
-    return porting.fitted(porting.read(path, framework), None, None, None, None)
+    """What `port` to a canonical file does before it writes."""
+    return porting.fitted(porting.read(path, framework, trained=True), None, None, None, None)
 
 
 def contents(path):
