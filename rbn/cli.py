@@ -352,7 +352,13 @@ def port(
             "rename": rename,
             "kinds": kinds,
         }
-        steps = Steps(_console(stderr=True))
+        count = porting.STEPS
+        if verify:
+            from rbn import verification
+
+            count += verification.STEPS
+        difference = None
+        steps = Steps(_console(stderr=True), count)
         with steps.progress, counting.telling(steps.bytes):
             found = porting.port(
                 source,
@@ -364,14 +370,8 @@ def port(
                 preserve=preserve,
                 progress=steps.step,
             )
-        difference = None
-        if verify:
-            from rbn import verification
-
-            with console.status("") as status:
-                difference = verification.verify(
-                    source, destination, **choices, progress=lambda step: status.update(escape(step))
-                )
+            if verify:
+                difference = verification.verify(source, destination, **choices, progress=steps.step)
     except RBNError as error:
         Console(stderr=True).print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(2) from None

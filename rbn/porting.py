@@ -47,6 +47,9 @@ from rbn_core.weights import Layers
 
 FilePath = str | PathLike[str]
 
+STEPS = 4
+"""How many steps `port` tells of: reading, hashing, writing, and reading back."""
+
 CANONICAL = "canonical"
 FORMATS = (CANONICAL, *FRAMEWORKS)
 
@@ -194,8 +197,6 @@ def port(
     content = trained_alone(content)
     if note := told_against_suffix(source, source_format, reader):
         content = replace(content, notes=(note, *content.notes))
-    if content.network is not None:
-        progress(f"the arrays are those of {summary(content.network)}")
     return_memory()
     rows = planned(table, content, reader, writer, layout)
     written = content.state if writer == CANONICAL else own_state(content, writer, layout)
@@ -205,7 +206,8 @@ def port(
         for slot, arrays in slots.items()
         for name, array in arrays.items()
     }
-    progress("hashing the arrays, to know them when they are read back")
+    whose = "" if content.network is None else f" of {summary(content.network)}"
+    progress(f"hashing the arrays{whose}, to know them when they are read back")
     expected = fingerprints("hashed", written | trained)
     named, left_out, notes = content.names, content.left_out, content.notes
     with placed(destination, writer) as temporary:

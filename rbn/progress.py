@@ -83,7 +83,8 @@ class Progress(Generic[Run]):
         elif time.monotonic() >= self.next_line:
             self.wait = min(2 * self.wait, self.interval)
             self.next_line += self.wait
-            texts = [*(f"{row.name}: {row.stage}" for row in rows if row.busy), self.time_left(runs)]
+            told = (": ".join(filter(None, (row.name, row.stage))) for row in rows if row.busy)
+            texts = [*told, self.time_left(runs)]
             self.console.print(" | ".join(filter(None, texts)), soft_wrap=True, highlight=False)
 
     def time_left(self, runs: Sequence[Run]) -> str:

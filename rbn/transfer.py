@@ -45,7 +45,7 @@ def row(transfer: Transfer) -> Row:
     places = 1 if name == "GB" else 0
     amounts = f"{transfer.done / size:.{places}f} of {transfer.total / size:.{places}f} {name}"
     stage = f"{amounts} {transfer.what}" if transfer.what else ""
-    return Row(escape(transfer.step), transfer.done, transfer.total or 1, stage, bool(transfer.what))
+    return Row(escape(transfer.step), transfer.done, transfer.total or 1, stage, bool(transfer.step))
 
 
 def seconds_left(transfers: Sequence[Transfer]) -> float | None:
@@ -62,16 +62,19 @@ class Steps:
 
     Args:
         console: Where to.
+        count: How many steps there will be.
     """
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, count: int) -> None:
+        self.count, self.number = count, 0
         self.progress = Progress(console, row, left=seconds_left, first=1.0)
         self.transfer = Transfer()
         self.shown = 0.0
 
     def step(self, step: str) -> None:
-        """A step begins: `progress` of `rbn.porting.port`."""
-        self.transfer = Transfer(step)
+        """A step begins: `progress` of `rbn.porting.port` and `rbn.verification.verify`."""
+        self.number += 1
+        self.transfer = Transfer(f"step {self.number} of {self.count}: {step}")
         self.show()
 
     def bytes(self, what: str, done: int, total: int) -> None:

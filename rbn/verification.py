@@ -24,6 +24,9 @@ from rbn_core.errors import RBNError, RBNValueError
 from rbn_core.matching import State
 from rbn_core.networks import Network
 
+STEPS = 3
+"""How many steps `verify` tells of: reading, and two runs."""
+
 ALLOWED = 1e-4
 """How far a logit may be off, relative to the largest: frameworks round differently, layer after layer."""
 
@@ -90,6 +93,7 @@ def verify(
     source, destination = Path(source), Path(destination)
     reader = told_format(source, source_format, writes=False)
     writer = told_format(destination, destination_format, writes=True)
+    progress(f"reading {source} again, for its network")
     content, _ = fitted(read(source, reader, kinds, key), rename, network, norm, num_classes)
     if content.network is None:
         raise RBNValueError(

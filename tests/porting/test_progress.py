@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import re
 import time
 
 import ml_dtypes  # noqa: F401  (NumPy then knows bfloat16 by name)
@@ -12,10 +13,11 @@ import safetensors.numpy
 from rich.console import Console
 from typer.testing import CliRunner
 
-from rbn import cli
+from rbn import cli, verification
 from rbn.porting import port, stored_arrays
 from rbn.transfer import Steps
-from rbn_core import RBNError, counting, weights
+from rbn_core import RBNError, architectures, counting, weights
+from rbn_core.execution import initial_state
 
 READS = {
     "a.safetensors": ["read"],
@@ -109,29 +111,29 @@ def clock(monkeypatch):
 
 
 def test_lines_where_there_is_no_terminal(clock):
-    steps = Steps(Console(file=io.StringIO(), width=120))
+    steps = Steps(Console(file=io.StringIO(), width=120), 4)
     with steps.progress:
         steps.step("reading a.pth (torch)")
         for second in range(16):
             clock[0] = second + 0.5
             steps.bytes("read", second * 10**8, 5 * 10**9)
     assert steps.progress.console.file.getvalue().splitlines() == [
-        "reading a.pth (torch): 100 of 5000 MB read | about 49 s left",
-        "reading a.pth (torch): 300 of 5000 MB read | about 47 s left",
-        "reading a.pth (torch): 700 of 5000 MB read | about 43 s left",
-        "reading a.pth (torch): 1500 of 5000 MB read | about 35 s left",
+        "step 1 of 4: reading a.pth (torch): 100 of 5000 MB read | about 49 s left",
+        "step 1 of 4: reading a.pth (torch): 300 of 5000 MB read | about 47 s left",
+        "step 1 of 4: reading a.pth (torch): 700 of 5000 MB read | about 43 s left",
+        "step 1 of 4: reading a.pth (torch): 1500 of 5000 MB read | about 35 s left",
     ]
 
 
 def test_a_bar_on_a_terminal(clock):
-    steps = Steps(Console(file=io.StringIO(), force_terminal=True, width=100))
+    steps = Steps(Console(file=io.StringIO(), force_terminal=True, width=120), 4)
     with steps.progress:
         steps.step("writing [b] (flax)")
         steps.bytes("written", 0, 20 * 10**9)
         clock[0] = 3.0
         steps.bytes("written", 5 * 10**9, 20 * 10**9)
     shown = steps.progress.console.file.getvalue()
-    assert "writing [b] (flax)" in shown
+    assert "step 1 of 4: writing [b] (flax)" in shown
     assert "━" in shown
     assert "5.0 of 20.0 GB written" in shown
     assert "about 9 s left" in shown
@@ -144,6 +146,22 @@ def test_the_command_shows_it_beside_what_it_prints(tmp_path, source, monkeypatc
     assert done.exit_code == 0
     assert "MB written" in done.stderr
     assert "MB" not in done.stdout
+
+
+def test_the_command_counts_its_steps_and_those_that_verify(tmp_path, monkeypatch):
+    described = architectures.network("cifar_resnet164", num_classes=3)
+    weights.save(tmp_path / "a.safetensors", initial_state(described), network=described)
+    seconds = itertools.count()
+    monkeypatch.setattr(time, "monotonic", lambda: 100.0 * next(seconds))
+    monkeypatch.setattr(verification, "_logits_in_a_process", lambda *_: np.ones((2, 3)))
+    for options, count in (([], 4), (["--verify"], 7)):
+        files = [str(tmp_path / "a.safetensors"), str(tmp_path / "b.safetensors")]
+        done = CliRunner().invoke(cli.app, ["port", *files, *options])
+        assert done.exit_code == 0, done.stderr
+        told = re.findall(r"^step (\d+) of (\d+): (\w+)", done.stderr, flags=re.MULTILINE)
+        steps = dict.fromkeys(told)
+        expected = ["reading", "hashing", "writing", "reading", "reading", "running", "running"][:count]
+        assert [*steps] == [(str(i), str(count), step) for i, step in enumerate(expected, 1)]
 
 
 @pytest.mark.parametrize("dtype", weights.DTYPES)
