@@ -287,11 +287,13 @@ def of_torch(entry: Mapping[str, Any], network: Mapping[str, Any], sketch: Sketc
             raise LeftOutError(f"it keeps {few(strange)}, which neither SGD nor Adam does")
         for key, value in own.items():
             found = sketch(value)
-            if found is not None and key != STEP:
-                if shapes.setdefault(number, found.shape) != found.shape:
-                    raise LeftOutError("what it keeps for a parameter has several shapes")
-            elif found.shape != () if found else value is not None and not _is_number(value):
+            counts = key == STEP and (_is_number(value) or (found is not None and found.shape == ()))
+            if value is None or counts:
+                continue
+            if found is None or key == STEP:
                 raise LeftOutError(f"it keeps {said(value)} as {key}")
+            if shapes.setdefault(number, found.shape) != found.shape:
+                raise LeftOutError("what it keeps for a parameter has several shapes")
     if kind == "adam" and any(own and own.keys() != {*slots.values(), STEP} for own in state.values()):
         raise LeftOutError("it does not keep all that Adam does")
     trained = _trained(network, sketch)
@@ -310,10 +312,13 @@ def of_torch(entry: Mapping[str, Any], network: Mapping[str, Any], sketch: Sketc
     }
     steps = tuple(own[STEP] for own in state.values() if _is_number(own.get(STEP)))
     members = [[names[number] for number in group["params"]] for group in groups]
-    forms = [None if kind == "adam" else False]
+    forms: list[bool | None] = [None if kind == "adam" else False]
     if any("decoupled_weight_decay" in group for group in groups):
         decaying = [group for group in groups if group["weight_decay"]] or groups
-        forms = [group.get("decoupled_weight_decay") for group in decaying]
+        stored = [group.get("decoupled_weight_decay") for group in decaying]
+        forms = [form if isinstance(form, bool) else None for form in stored]
+    if kind == "sgd" and any(forms):
+        raise LeftOutError("its weight decay is decoupled, as that of SGD is not")
     return _stored(kind, slots, groups, members, arrays, steps, forms, counts=kind == "adam")
 
 
@@ -356,7 +361,7 @@ def of_jittor(entry: Mapping[str, Any], network: Mapping[str, Any], sketch: Sket
     step = defaults.get("n_step")
     if not _is_number(step):
         raise LeftOutError("it does not say how many steps it has made")
-    forms = [None if kind == "adam" else False]
+    forms: list[bool | None] = [None if kind == "adam" else False]
     return _stored(kind, slots, groups, members, arrays, (step,), forms, counts=True)
 
 
@@ -529,7 +534,7 @@ def _stored(
     members: list[list[str]],
     arrays: dict[tuple[str, str], Any],
     steps: tuple[Any, ...],
-    forms: list[Any],
+    forms: list[bool | None],
     *,
     counts: bool,
 ) -> Stored:

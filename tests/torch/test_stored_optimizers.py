@@ -258,6 +258,16 @@ def test_what_is_not_certain_stays_behind_and_is_said(tmp_path, case):
         raise AssertionError(rows["optimizer"].detail)
 
 
+def test_a_decay_that_is_no_sgds_stays_behind(tmp_path):
+    net = model()
+    optimizer = OPTIMIZERS["sgd"](net)
+    content = checkpoint(net, optimizer)
+    content["optimizer"]["param_groups"][0]["decoupled_weight_decay"] = True
+    found, rows = ported(tmp_path, content)
+    assert found.training is None
+    assert "decoupled, as that of SGD is not" in rows["optimizer"].detail
+
+
 def test_groups_that_nothing_tells_apart_stay_behind(tmp_path):
     net = model()
     found, rows = ported(tmp_path, checkpoint(net, OPTIMIZERS["sgd by rank"](net)))
@@ -283,6 +293,7 @@ DAMAGED = {
     "another shape": (("state", 3, "exp_avg"), torch.ones(3, 3), "several shapes"),
     "no moment": (("state", 3, "exp_avg"), None, "does not keep all that Adam does"),
     "a text": (("state", 3, "exp_avg"), "x", "it keeps 'x' as exp_avg"),
+    "a number": (("state", 3, "exp_avg"), 0.5, "it keeps 0.5 as exp_avg"),
     "something more": (("state", 3, "more"), torch.ones(3), "it keeps more, which"),
     "no groups": (("param_groups",), [], "no groups of parameters"),
     "no parameters": (("param_groups", 0, "params"), 3, "a group of it has no parameters"),
