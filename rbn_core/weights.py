@@ -271,7 +271,13 @@ def _header(path: str | PathLike[str]) -> dict[str, Any]:
         described = json.loads(file.read(length), object_pairs_hook=_refuse_twice)
     if not isinstance(described, dict):
         raise ValueError("its header describes nothing")
-    ends = [entry["data_offsets"][1] for name, entry in described.items() if name != "__metadata__"]
+    ends = []
+    for name, entry in described.items():
+        if name != "__metadata__":
+            offsets = entry["data_offsets"]
+            if len(offsets) != 2:
+                raise ValueError(f"{name[:60]!r} lies between {len(offsets)} offsets, and not two")
+            ends.append(offsets[1])
     needed = 8 + length + max(ends, default=0)
     if needed > size:
         raise ValueError(f"it has {size} bytes of {needed}, as half of a download")

@@ -173,6 +173,8 @@ HOSTILE = {
     "a shape that is not the data's": ONE.join(['{"a":', "}"]).replace("[1]", "[2]"),
     "data beyond the file": ONE.join(['{"a":', "}"]).replace("[0,4]", "[4,8]"),
     "two arrays in one place": f'{{"a":{ONE},"b":{ONE}}}',
+    "an array between no offsets": ONE.join(['{"a":', "}"]).replace("[0,4]", "[]"),
+    "an array between one offset": ONE.join(['{"a":', "}"]).replace("[0,4]", "[4]"),
     "an unknown dtype": ONE.join(['{"a":', "}"]).replace("F32", "F31"),
     "a dtype of no NumPy": '{"a":{"dtype":"F8_E4M3","shape":[4],"data_offsets":[0,4]}}',
     "too many axes": ONE.join(['{"a":', "}"]).replace("[1]", f"[{','.join('1' * 70)}]"),
