@@ -29,6 +29,7 @@ Status = Literal[
     "replaced",
     "kept",
     "left out",
+    "frozen",
 ]
 
 FAULTS: tuple[Status, ...] = ("missing", "unexpected", "wrong shape", "wrong dtype")

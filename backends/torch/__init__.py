@@ -4,6 +4,7 @@ from rbn.backends.torch.activations import activations
 from rbn.backends.torch.layers import BNET, IEBN, RBN
 from rbn.backends.torch.networks import Network, network
 from rbn.backends.torch.optimizers import optimizer_from_numpy, optimizer_to_numpy
+from rbn.backends.torch.recipes import fold, freeze, parameter_groups, update_rbn
 from rbn.backends.torch.surgery import convert, convert_sync_rbn
 from rbn.backends.torch.weights import describe, from_numpy, to_numpy
 
@@ -16,9 +17,13 @@ __all__ = [
     "convert",
     "convert_sync_rbn",
     "describe",
+    "fold",
+    "freeze",
     "from_numpy",
     "network",
     "optimizer_from_numpy",
     "optimizer_to_numpy",
+    "parameter_groups",
     "to_numpy",
+    "update_rbn",
 ]

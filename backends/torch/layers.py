@@ -42,20 +42,23 @@ Device: TypeAlias = torch.device | str | int | None
 HALVES = (torch.float16, torch.bfloat16)
 
 
-class CalibratedNorm(nn.Module):
+class CalibratedNorm(nn.BatchNorm2d):
     """What the three layers share: BatchNorm's parameters and statistics, and the forward pass.
 
-    No subclass of PyTorch's `_BatchNorm`: `SyncBatchNorm.convert_sync_batchnorm` would replace it by a plain
-    `SyncBatchNorm`, calibration and all.
+    A `torch.nn.BatchNorm2d`, for any number of spatial axes, so that what updates, freezes or groups the
+    BatchNorms of a model does so with these layers. What builds a BatchNorm anew, or folds one, reads its
+    `eps`, and would leave the calibration out: here that is an error, and the value is `epsilon`.
 
     Attributes:
+        epsilon: The number that is added to a variance under its root.
         starts: Where the parameters beyond BatchNorm's start.
         stored: The canonical names of the (C,) parameters, and what they are called here; pairs, as not every
             PyTorch exports a module that has a dictionary.
         spatial_dims: How many spatial axes an input must have; any number where `None`.
     """
 
-    _version = 2  # as BatchNorm's: checkpoints of version 1 have no num_batches_tracked
+    # What torch.jit reads of a layer; eps is none of it.
+    __constants__ = tuple(name for name in nn.BatchNorm2d.__constants__ if name != "eps")
 
     starts: ClassVar[Mapping[str, float]] = {}
     stored: ClassVar[tuple[tuple[str, str], ...]]
@@ -80,9 +83,9 @@ class CalibratedNorm(nn.Module):
         process_group: ProcessGroup | None,
         fused: bool,
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         self.num_features = config.num_features
-        self.eps = config.eps
+        self.epsilon = config.eps
         self.momentum = momentum
         self.affine = config.gamma
         self.track_running_stats = config.track_running_stats
@@ -109,6 +112,38 @@ class CalibratedNorm(nn.Module):
             self.register_buffer(name, statistic)
         self.reset_parameters()
 
+    @property
+    def eps(self) -> float:
+        """The epsilon of a plain BatchNorm, to set; the layer's own is read as `epsilon`.
+
+        Raises:
+            RBNTypeError: It is read, which is what a tool does that builds or folds a BatchNorm.
+        """
+        raise RBNTypeError(
+            f"{self.layer}: expected a plain BatchNorm where a tool reads eps, got {self.layer}. A tool that "
+            "rebuilds or folds a BatchNorm would drop the calibration. Use convert_sync_rbn, freeze, fold or "
+            "convert of rbn.backends.torch; the value itself is layer.epsilon."
+        )
+
+    @eps.setter
+    def eps(self, value: float) -> None:
+        self.epsilon = value
+
+    def __dir__(self) -> list[str]:
+        """Without `eps`: torch.jit and `inspect` read all of these."""
+        return [name for name in super().__dir__() if name != "eps"]
+
+    def __prepare_scriptable__(self) -> None:
+        """What `torch.jit.script` asks for first.
+
+        Raises:
+            RBNTypeError: Always: its language has not what the layer is written in.
+        """
+        raise RBNTypeError(
+            f"{self.layer}: expected torch.jit.trace or torch.export, got torch.jit.script, which cannot "
+            "compile this layer. Use torch.jit.trace(model.eval(), images): what it saves runs without rbn."
+        )
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CalibratedNorm:
         """Move or cast the layer, but never its statistics to half precision, which would wear them down."""
         before = {name: self._buffers.get(name) for name in ("running_mean", "running_var")}
@@ -119,16 +154,6 @@ class CalibratedNorm(nn.Module):
                 source = after if exact.is_meta else exact
                 self._buffers[name] = source.to(after.device, torch.promote_types(exact.dtype, torch.float32))
         return self
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, local_metadata: Mapping[str, Any], *others: Any
-    ) -> None:
-        """Load this layer's own state; that of an old BatchNorm does not count batches."""
-        counter = f"{prefix}num_batches_tracked"
-        old = (local_metadata.get("version") or 1) < 2
-        if old and self.num_batches_tracked is not None and counter not in state_dict:
-            state_dict[counter] = torch.zeros((), dtype=torch.long)
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *others)
 
     def reset_running_stats(self) -> None:
         """Start the statistics as BatchNorm does."""
@@ -184,7 +209,7 @@ class CalibratedNorm(nn.Module):
             input,
             parameters,
             None if batch_statistics else running,
-            eps=self.eps,
+            eps=self.epsilon,
             centering=self.centering,
             scaling=self.scaling,
             restrict=self.restrict,
@@ -245,8 +270,8 @@ class CalibratedNorm(nn.Module):
             known = False
         if not known:
             check_options(*chosen, self.layer)
-        if type(self.eps) is not float:
-            check_eps(self.eps, self.layer)
+        if type(self.epsilon) is not float:
+            check_eps(self.epsilon, self.layer)
         if tracks:
             if type(self.momentum) is not float:
                 check_momentum(self.momentum, self.layer)
@@ -283,7 +308,7 @@ class CalibratedNorm(nn.Module):
     def extra_repr(self) -> str:
         """The options, as `print(model)` shows them."""
         return (
-            f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}, "
+            f"{self.num_features}, eps={self.epsilon}, momentum={self.momentum}, affine={self.affine}, "
             f"bias={self.bias is not None}, track_running_stats={self.track_running_stats}, "
             f"running_var={self.variance_estimator!r}, sync={self.sync}"
         )

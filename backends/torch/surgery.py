@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +20,6 @@ from rbn_core.config import check_choice
 from rbn_core.errors import RBNTypeError
 from rbn_core.matching import Row, State, Table
 from rbn_core.names import NAMES, STATISTICS
-
-Model = TypeVar("Model", bound=nn.Module)
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 """PyTorch's own, by the number of spatial axes minus one."""
@@ -70,9 +68,8 @@ def convert(
     """
     chosen = conversion.chooser(to, where)
     model = unwrapped(model)
-    replaceable = CalibratedNorm if to == "bn" else _BatchNorm
     _check_options(to, options)
-    if isinstance(model, replaceable):
+    if _is_replaceable(model, to):
         raise RBNTypeError(
             f"convert: expected a model with layers inside, got a {type(model).__name__} itself, which "
             "cannot be replaced in place. Put it into nn.Sequential."
@@ -80,7 +77,7 @@ def convert(
     found = [
         (path, module)
         for path, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, replaceable)
+        if _is_replaceable(module, to)
     ]
     hit = {id(module) for path, module in found if chosen.fullmatch(path)}
     planned: dict[int, _Replacement | str] = {}
@@ -99,22 +96,29 @@ def convert(
     return Table(tuple(rows))
 
 
-def convert_sync_rbn(model: Model, process_group: ProcessGroup | None = None) -> Model:
-    """Let every RBN, IEBN and BNET of a model take its batch statistics over all processes, in place.
+def convert_sync_rbn(model: nn.Module, process_group: ProcessGroup | None = None) -> nn.Module:
+    """Let RBN, IEBN, BNET and BatchNorm take their batch statistics over all processes, in place.
 
-    As `torch.nn.SyncBatchNorm.convert_sync_batchnorm` does for BatchNorm; the two go together on a model that
-    has both kinds.
+    PyTorch's own BatchNorms become `torch.nn.SyncBatchNorm`, which runs on GPUs alone; our layers stay, with
+    `sync=True`. `torch.nn.SyncBatchNorm.convert_sync_batchnorm` refuses a model with our layers.
+
+        model = convert_sync_rbn(nn.Sequential(nn.Conv2d(3, 8, 3), RBN(8)))
 
     Args:
-        model: The model; its layers keep their parameters, statistics, hooks and mode.
+        model: The model; its layers keep their parameters, statistics and mode, and ours their hooks.
         process_group: The processes; all by default.
 
     Returns:
-        The model.
+        The model; of a BatchNorm itself the `SyncBatchNorm` in its place.
     """
-    for module in model.modules():
-        if isinstance(module, CalibratedNorm):
-            module.sync, module.process_group = True, process_group
+    if isinstance(model, CalibratedNorm):
+        model.sync, model.process_group = True, process_group
+    elif type(model) in BATCH_NORMS:
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model, process_group)
+    for name, module in model.named_children():
+        converted = convert_sync_rbn(module, process_group)
+        if converted is not module:
+            setattr(model, name, converted)
     return model
 
 
@@ -148,6 +152,12 @@ def _check_options(to: str, options: Mapping[str, Any]) -> None:
             "Leave it out."
         )
     check_choice("spatial_dims", options.get("spatial_dims", 2), (1, 2, 3), "convert")
+
+
+def _is_replaceable(module: nn.Module, to: str) -> bool:
+    """Whether a module is one of the layers before: ours for "bn", and else PyTorch's."""
+    ours = isinstance(module, CalibratedNorm)
+    return ours if to == "bn" else isinstance(module, _BatchNorm) and not ours
 
 
 def _plan(module: nn.Module, to: str, preserve: bool, options: Mapping[str, Any]) -> _Replacement | str:
@@ -206,7 +216,7 @@ def _common(old: nn.Module) -> dict[str, Any]:
     """The options that are the same in a layer and in the one that takes its place."""
     tensors = [tensor for tensor in (*old.parameters(), *old.buffers()) if tensor.is_floating_point()]
     return {
-        "eps": old.eps,
+        "eps": old.epsilon if isinstance(old, CalibratedNorm) else old.eps,
         "momentum": old.momentum,
         "track_running_stats": old.running_mean is not None,
         "device": tensors[0].device if tensors else None,

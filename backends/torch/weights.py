@@ -125,7 +125,7 @@ def config_of(layer: CalibratedNorm) -> Config:
     bnet = isinstance(layer, BNET)
     return Config(
         layer.num_features,
-        layer.eps,
+        layer.epsilon,
         None if layer.momentum is None else round(1.0 - layer.momentum, 15),  # 0.3, and not 1 - (1 - 0.3)
         layer.centering,
         layer.scaling,

@@ -134,7 +134,7 @@ def test_what_is_frozen_gets_no_gradient(layer, training, frozen):
 def test_parameters_may_have_gaps(layer):
     x = torch.randn(3, 5, 4, 4)
     wide = [torch.randn(5, 2)[:, 0] for _ in range(5)]
-    options = (layer.eps, "channel_mean", "channel_std", "sigmoid")
+    options = (layer.epsilon, "channel_mean", "channel_std", "sigmoid")
     found, expected = (
         triton_kernels.forward(x, values, (values[0], values[1].square()), *options)[0]
         for values in (wide, [value.clone() for value in wide])
@@ -147,7 +147,7 @@ def test_an_empty_batch_has_no_statistics_and_gives_no_gradient(layer, running):
     x = torch.randn(0, 5, 4, 4)
     values = list(layer.parameters())
     running = (layer.running_mean, layer.running_var) if running else None
-    options = (layer.eps, "channel_mean", "channel_mean", "sigmoid")
+    options = (layer.epsilon, "channel_mean", "channel_mean", "sigmoid")
     y, mu, v, mean, var = triton_kernels.forward(x, values, running, *options)
     assert y.shape == x.shape
     assert mu.shape == v.shape == (0, 5)

@@ -40,7 +40,7 @@ def test_every_batch_norm_is_replaced_and_keeps_what_it_has(to):
     kind = {"rbn": RBN, "iebn": IEBN, "bnet": BNET}[to]
     assert table.rows == tuple(Row(p, "replaced", "BatchNorm2d", kind.__name__) for p in ("1", "4"))
     assert type(model[1]) is type(model[4]) is kind
-    assert (model[1].eps, model[1].momentum, model[4].momentum) == (1e-3, 0.3, 0.1)
+    assert (model[1].epsilon, model[1].momentum, model[4].momentum) == (1e-3, 0.3, 0.1)
     own = to_numpy(before)
     for name, array in to_numpy(model).items():
         if name in own:
