@@ -51,6 +51,7 @@ def torchvision():
 @pytest.fixture(scope="session")
 def timm(torchvision):
     """The package."""
+    pytest.importorskip("timm.optim")
     return pytest.importorskip("timm")
 
 
@@ -146,6 +147,16 @@ def test_base_finetuning_of_lightning_freezes(kind):
 
 
 @KINDS
+def test_base_finetuning_of_lightning_leaves_batch_norms_to_train(kind):
+    """With `train_bn=True` it frees a BatchNorm's own parameters and freezes every other layer's."""
+    model = model_of(kind)
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            parameter.requires_grad_(isinstance(module, _BatchNorm))
+    assert all(p.requires_grad for p in model[1].parameters()) == (kind is not BNET)
+
+
+@KINDS
 @pytest.mark.parametrize("base", [nn.BatchNorm2d, _BatchNorm])
 def test_loops_that_evaluate_what_is_a_batch_norm(kind, base):
     model = model_of(kind).train()
@@ -179,11 +190,13 @@ def test_split_normalization_params_of_torchvision(kind, torchvision):
     assert {id(p) for p in other} == {id(p) for p in model[0].parameters()}
 
 
-def test_bnets_convolution_is_none_of_a_norm_to_torchvision(torchvision):
-    """The documented exception: it takes layers without children. `parameter_groups` does it right."""
+def test_bnets_convolution_is_none_of_a_norm_to_torchvision_and_timm(torchvision, timm):
+    """The documented exception: they go by layers without children, and by axes; ours does it right."""
     model = model_of(BNET)
     norm, _ = torchvision.ops._utils.split_normalization_params(model)
     assert norm == []
+    _, timms = timm.optim.param_groups_weight_decay(model, 0.1)
+    assert [id(p) for p in timms["params"]] == [id(model[0].weight), id(model[1].conv.weight)]
     decays, rests = parameter_groups(model, 0.1)
     assert [id(p) for p in decays["params"]] == [id(model[0].weight)]
     assert len(rests["params"]) == 3
@@ -261,6 +274,17 @@ def test_what_would_drop_the_calibration_is_refused(kind, tool):
 def test_what_would_drop_the_calibration_in_timm_is_refused(kind, tool, timm):
     with pytest.raises(RBNTypeError, match=REFUSED):
         operator.attrgetter(tool)(timm)(model_of(kind).eval())
+
+
+@pytest.mark.parametrize("kind", [RBN, IEBN])
+def test_what_rebuilds_a_batch_norm_without_its_eps_drops_the_calibration(kind):
+    """The documented exception: DETR's `replace_batch_norm` in transformers, in a few lines."""
+    norm = model_of(kind)[1]
+    frozen = nn.BatchNorm2d(norm.num_features).eval()
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        getattr(frozen, name).data.copy_(getattr(norm, name).data)
+    x = torch.randn(2, 4, 5, 5)
+    assert not torch.allclose(frozen(x), norm.eval()(x))
 
 
 def test_fuse_linear_bn_eval_is_refused():
