@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -41,6 +41,26 @@ def chooser(to: str, where: str | None) -> re.Pattern[str]:
             f"convert: expected where to be a regular expression, got {where!r} ({error}). "
             "See Python's re module; a dot in a path is \\."
         ) from error
+
+
+def check_hits(where: str | None, paths: Collection[str], hits: Collection[Any]) -> None:
+    """Refuse a pattern that matches no layer.
+
+    Args:
+        where: The pattern, if there is one.
+        paths: Those of all layers that could be converted.
+        hits: What of these it matches.
+
+    Raises:
+        RBNValueError: It matches nothing.
+    """
+    if where is not None and not hits:
+        shown = ", ".join([*list(paths)[:6], *(["..."] if len(paths) > 6 else [])]) or "none"
+        raise RBNValueError(
+            f"convert: expected where to match the whole path of a layer, got {where!r}, "
+            f"which matches none of these {len(paths)}: {shown}. "
+            r"Pass for example r'layer1\..*' for all layers below layer1."
+        )
 
 
 def from_batch_norm(config: Config, state: Mapping[str, Any], preserve: bool) -> State | str:

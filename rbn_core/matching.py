@@ -80,7 +80,7 @@ class Table:
             for cell in cells
         ]
         counted = ", ".join(f"{count} {status}" for status, count in counts.items())
-        return "\n".join([*lines, counted, *self.notes])
+        return "\n".join([*lines, *([counted] if counted else []), *self.notes])
 
 
 def match(

@@ -192,7 +192,8 @@ class CalibratedNorm(nn.BatchNorm2d):
         tracks = self.training and self.track_running_stats and running is not None
         share = distributed.Share(input, self.process_group) if batch_statistics and self.sync else None
         values = input.numel() // self.num_features if share is None else share.values
-        self._check(input, training=batch_statistics, values=values)
+        empty = batch_statistics and share is None and values == 0 and input.dim() > 1 and input.shape[0] == 0
+        self._check(input, training=batch_statistics and not empty, values=values)
         self._check_options(tracks)
         ordinary = self._check_stored(input, parameters, running, tracks)
         if tracks and ordinary and running is not None and fused.share_memory(running, parameters):
@@ -215,7 +216,9 @@ class CalibratedNorm(nn.BatchNorm2d):
             restrict=self.restrict,
         )
         y = self.transform(y)
-        if tracks:
+        if tracks and empty:  # such as a head's for images without objects; BatchNorm counts it, too
+            self._count()
+        elif tracks:
             self._track(mean, var, values, accumulate)
         return y if y.dtype is input.dtype else y.to(input.dtype)
 
@@ -313,6 +316,13 @@ class CalibratedNorm(nn.BatchNorm2d):
             f"running_var={self.variance_estimator!r}, sync={self.sync}"
         )
 
+    def _count(self) -> Tensor | None:
+        """Count a batch, where batches are counted."""
+        counter: Tensor | None = getattr(self, "num_batches_tracked", None)
+        if counter is not None:
+            counter.add_(1)
+        return counter
+
     def _track(self, mean: Tensor, var: Tensor, values: int, accumulate: Callable[..., None]) -> None:
         transformed = not torch.compiler.is_compiling() and internals.functorch_is_active()
         if transformed and internals.is_batched(mean) and not internals.is_batched(self.running_mean):
@@ -323,9 +333,7 @@ class CalibratedNorm(nn.BatchNorm2d):
                 stacklevel=2,
             )
             return
-        counter = getattr(self, "num_batches_tracked", None)
-        if counter is not None:
-            counter.add_(1)
+        counter = self._count()
         new_weight = self.momentum
         if new_weight is None and counter is not None:  # in their dtype: 1 / an integer tensor is float32
             new_weight = counter.to(self.running_mean).reciprocal()
@@ -348,6 +356,7 @@ class RBN(CalibratedNorm):
     Inputs are (N, C, *spatial) with any number of spatial axes and any memory format, in float64, float32,
     bfloat16 or float16; statistics are taken in at least float32 and the output has the input's dtype.
     In training E and Var are the batch's, in evaluation the running ones; K_m and K_s are always the input's.
+    An empty batch passes through and leaves the running statistics alone, as in BatchNorm.
 
     State: `weight` (gamma), `bias` (beta), `running_mean`, `running_var` and `num_batches_tracked` as in
     BatchNorm, and `center_weight` (w_m, from 0), `scale_weight` (w_v, from 0) and `scale_bias` (w_b, from 1),

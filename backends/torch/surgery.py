@@ -60,11 +60,12 @@ def convert(
             `spatial_dims`, 2 by default, of layers that never were a BatchNorm.
 
     Returns:
-        A row for each layer that was "replaced", or "kept" and why.
+        A row for each layer that was "replaced", or "kept" and why: a `FrozenBatchNorm2d`, such as
+        torchvision's, is kept.
 
     Raises:
-        RBNError: `to`, `where` or an option is refused, or the model itself is what is to be replaced;
-            nothing has changed.
+        RBNError: `to`, `where` or an option is refused, `where` matches no layer, or the model itself is what
+            is to be replaced; nothing has changed.
     """
     chosen = conversion.chooser(to, where)
     model = unwrapped(model)
@@ -77,9 +78,10 @@ def convert(
     found = [
         (path, module)
         for path, module in model.named_modules(remove_duplicate=False)
-        if _is_replaceable(module, to)
+        if _is_replaceable(module, to) or (to != "bn" and _is_frozen_batch_norm(module))
     ]
     hit = {id(module) for path, module in found if chosen.fullmatch(path)}
+    conversion.check_hits(where, [path for path, _ in found], hit)
     planned: dict[int, _Replacement | str] = {}
     for _, module in found:
         if id(module) in hit and id(module) not in planned:
@@ -93,7 +95,7 @@ def convert(
             rows.append(Row(path, "replaced", type(module).__name__, type(plan.layer).__name__))
         elif plan is not None:
             rows.append(Row(path, "kept", type(module).__name__, plan))
-    return Table(tuple(rows))
+    return Table(tuple(rows), () if any(row.status == "replaced" for row in rows) else ("0 replaced",))
 
 
 def convert_sync_rbn(model: nn.Module, process_group: ProcessGroup | None = None) -> nn.Module:
@@ -160,8 +162,15 @@ def _is_replaceable(module: nn.Module, to: str) -> bool:
     return ours if to == "bn" else isinstance(module, _BatchNorm) and not ours
 
 
+def _is_frozen_batch_norm(module: nn.Module) -> bool:
+    """Whether a module is what torchvision, timm, detectron2 or transformers have for frozen BatchNorms."""
+    return "FrozenBatchNorm" in type(module).__name__
+
+
 def _plan(module: nn.Module, to: str, preserve: bool, options: Mapping[str, Any]) -> _Replacement | str:
     """What takes a module's place, or why nothing does; nothing changes yet."""
+    if _is_frozen_batch_norm(module):
+        return "is frozen: build the model with nn.BatchNorm2d, convert that, and call freeze"
     if parametrize.is_parametrized(module):
         return "has parametrizations: remove them first"
     if isinstance(module, LazyModuleMixin):

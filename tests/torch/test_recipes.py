@@ -381,6 +381,22 @@ def test_distributed_wrappers_train_the_same(kind, group):
     torch.testing.assert_close(sharded(images()), expected)
 
 
+@pytest.mark.parametrize("options", [{}, {"momentum": None}, {"track_running_stats": False}])
+@pytest.mark.parametrize("kind", [RBN, IEBN, BNET, nn.BatchNorm2d])
+def test_an_empty_batch_passes_through_and_is_counted(kind, options):
+    layer = layer_of(kind, **options)
+    before = {name: value.clone() for name, value in layer.state_dict().items()}
+    x = torch.zeros(0, 4, 5, 5, requires_grad=True)
+    y = layer(x)
+    assert y.shape == x.shape
+    y.sum().backward()
+    assert not any(p.grad.any() for p in layer.parameters())
+    if "num_batches_tracked" in before:
+        before["num_batches_tracked"] += 1
+    for name, value in layer.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
 # ---- what leaves PyTorch, or looks into a model ----
 
 

@@ -208,7 +208,8 @@ def test_hooks_go_on_and_their_handles_still_remove_them():
 
 def test_where_chooses_by_whole_paths():
     model = network("resnet18", "bn", 4)
-    assert convert(model, where="layer1").rows == ()
+    with pytest.raises(RBNValueError, match=r"got 'layer1', which matches none of these 20: bn1, layer1"):
+        convert(model, where="layer1")
     table = convert(model, "iebn", where=r"layer[14]\..*|bn1")
     chosen = {name for name, module in model.named_modules() if isinstance(module, IEBN)}
     assert chosen == {row.name for row in table.rows}
@@ -313,4 +314,15 @@ def test_a_layer_itself_cannot_be_replaced():
         convert(nn.BatchNorm2d(3))
     with pytest.raises(RBNTypeError, match="expected a model with layers inside, got a RBN itself"):
         convert(nn.DataParallel(RBN(3)), "bn")
-    assert convert(RBN(3)).rows == ()
+    table = convert(RBN(3))
+    assert (table.rows, str(table)) == ((), "0 replaced")
+
+
+def test_frozen_batch_norms_are_kept_and_the_table_says_why():
+    class FrozenBatchNorm2d(nn.Module):
+        pass
+
+    table = convert(nn.Sequential(FrozenBatchNorm2d(), nn.ReLU()))
+    reason = "is frozen: build the model with nn.BatchNorm2d, convert that, and call freeze"
+    assert table.rows == (Row("0", "kept", "FrozenBatchNorm2d", reason),)
+    assert str(table).endswith("1 kept\n0 replaced")
