@@ -146,6 +146,20 @@ def own_group(process_groups: Groups | None, layer: str) -> str:
     return _created(mine) if len(mine) > 1 else ""
 
 
+@ops.constexpr
+def check_shape(shape: tuple[int | None, ...] | None, layer: str) -> None:
+    """Refuse a graph for batches of several shapes: each process must know how large its share is.
+
+    Raises:
+        RBNValueError: An extent is not known.
+    """
+    if shape is None or None in shape:
+        raise RBNValueError(
+            f"{layer}: expected a known shape to train with sync=True in a graph, got {shape}. "
+            "Leave set_inputs out, or train in PyNative mode."
+        )
+
+
 @functools.cache
 def _created(ranks: tuple[int, ...]) -> str:
     name = "rbn_" + hashlib.sha256(repr(ranks).encode()).hexdigest()  # MindSpore takes 127 characters at most

@@ -293,6 +293,12 @@ def as_planes(x: Tensor) -> Tensor:
     return x.reshape((x.shape[0], x.shape[1], -1))
 
 
+@ops.constexpr(check=False)
+def is_known(shape: tuple[int | None, ...] | None) -> bool:
+    """Whether every extent is known; in a graph for inputs of several shapes some are `None`."""
+    return shape is not None and None not in shape
+
+
 def described(values: tuple[Tensor | None, ...]) -> tuple[tuple[tuple[int, ...], ms.Type] | None, ...]:
     """The shape and dtype of each, as constants of a graph; `None` for what is missing."""
     return tuple([None if value is None else (value.shape, value.dtype) for value in values])

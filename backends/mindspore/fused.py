@@ -358,10 +358,11 @@ def _takes(
 ) -> bool:
     return (
         AVAILABLE
-        and not internals.is_exported()
+        and not internals.is_for_plain_operations()
         and ms.get_context("device_target") == "CPU"
         and dtype in DTYPES
         and 0 not in shape
+        and None not in shape  # MindSpore cannot tell its own operators' results then
         and centering in (None, *CHANNEL_STATISTICS)
         and scaling in STATISTICS
         and restrict in RESTRICTIONS

@@ -102,19 +102,21 @@ def end_gradient() -> None:
         _executor.clear_res()
 
 
-def is_exported() -> bool:
-    """Whether a graph is being compiled for a file: `mindspore.export` is further up the stack.
+def is_for_plain_operations() -> bool:
+    """Whether `mindspore.export` or `mindspore.jvp` is compiling a graph: it is further up the stack.
 
-    It runs where this package is not installed.
+    A file of the former runs where this package is not installed, and the latter takes the gradient of a
+    gradient, which only MindSpore's own operations have.
     """
-    return _is_running(ms.export)
+    return _is_running(ms.export, ms.jvp)
 
 
-def _is_running(function: FunctionType) -> bool:
-    """Whether a function is further up the stack."""
+def _is_running(*functions: FunctionType) -> bool:
+    """Whether one of some functions is further up the stack."""
+    codes = {function.__code__ for function in functions}
     frame = inspect.currentframe()
     while frame:
-        if frame.f_code is function.__code__:
+        if frame.f_code in codes:
             return True
         frame = frame.f_back
     return False

@@ -17,6 +17,7 @@ from rbn_core.config import (
     check_input,
     refuse_unknown_options,
 )
+from rbn_core.errors import RBNValueError
 
 Start: TypeAlias = Initializer | str | float | Tensor
 """What MindSpore's BatchNorm takes as a parameter's start."""
@@ -102,12 +103,20 @@ class CalibratedNorm(nn.Cell):
         if batch_statistics:
             fused.check_memory(self.number)
         channels_last = self.data_format == "NHWC"
-        own_values = x.size // self.num_features
-        total, average, enough, empty = own_values, functional.batch_average, own_values, False
+        if functional.is_known(x.shape):
+            own_values = x.size // self.num_features
+            enough = own_values
+        else:  # how many there are shows when the graph runs, and then nothing can be refused
+            own_values = functional.cast(
+                ops.scalar_to_tensor(ops.size(x) // self.num_features), functional.at_least_float32(x.dtype)
+            )
+            enough = 2
+        total, average, empty = own_values, functional.batch_average, False
         group = ""
         if batch_statistics and self.sync:
             group = distributed.own_group(self.process_groups, self.layer)
         if group != "":
+            distributed.check_shape(x.shape, self.layer)
             empty = own_values == 0
             share = distributed.Share(own_values, group)
             total = share.values(functional.at_least_float32(x.dtype))
@@ -578,7 +587,18 @@ def _check_input(
     spatial_dims: int | None,
     layer: str,
 ) -> None:
-    """Run `check_input` while a graph is compiled, when shapes are known; in PyNative on every call."""
+    """Run `check_input` while a graph is compiled, when shapes are known; in PyNative on every call.
+
+    Raises:
+        RBNError: As of `check_input`; or a graph is compiled for any number of axes or of channels, which
+            nothing could check, and one channel would be taken for all.
+    """
+    if shape is None or shape[axis] is None:
+        raise RBNValueError(
+            f"{layer}: expected the number of axes and of channels to be known in a graph, got shape "
+            f"{shape}. Leave only other extents open: "
+            f"set_inputs(Tensor(shape=[None, {num_features}, None, None], dtype=mindspore.float32))."
+        )
     check_input(
         shape,
         str(dtype).lower(),
