@@ -124,7 +124,7 @@ class _Replacement(NamedTuple):
         from_numpy(layer, self.state, strict=False)  # a BatchNorm does not count, a new BNET has its kernel
         _take_modes_and_hooks(layer, old)
         for cell in cells:
-            _exchange(cell, old, layer)
+            exchange(cell, old, layer)
 
 
 def _check_options(to: str, options: Mapping[str, Any]) -> None:
@@ -246,7 +246,7 @@ def _no_hook(*gradients: Any) -> None:
     """Leave gradients as they are."""
 
 
-def _exchange(cell: nn.Cell, old: nn.Cell, new: nn.Cell) -> None:
+def exchange(cell: nn.Cell, old: nn.Cell, new: nn.Cell) -> None:
     """Let a cell hold a new layer for an old one, also in lists such as a SequentialCell's."""
     for name, child in cell._cells.items():
         if child is old:
