@@ -29,6 +29,9 @@ CASTS = {"fp32": ms.float32, "fp16": ms.float16, "bf16": ms.bfloat16}
 class CalibratedNorm(nn.Cell):
     """What the three layers share: BatchNorm's parameters and statistics, and the forward pass.
 
+    No subclass of `nn.BatchNorm2d`: mixed precision, export and evaluation are right without it, and what
+    else asks for the class, mindcv's folding and `nn.thor`, would take these layers for plain BatchNorms.
+
     Attributes:
         spatial_dims: How many spatial axes an input must have; any number where `None`.
     """

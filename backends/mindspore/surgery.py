@@ -68,11 +68,11 @@ def convert(
             `spatial_dims`, 2 by default, of layers that never were a BatchNorm.
 
     Returns:
-        A row for each layer that was "replaced", or "kept" and why.
+        A row for each layer that was "replaced", or "kept" and why. Where there is none, a note says so.
 
     Raises:
-        RBNError: `to`, `where` or an option is refused, or the model itself is what is to be replaced;
-            nothing has changed.
+        RBNError: `to`, `where` or an option is refused, `where` matches no such layer, or the model itself is
+            what is to be replaced; nothing has changed.
     """
     chosen = conversion.chooser(to, where)
     replaceable = CalibratedNorm if to == "bn" else (*BATCH_NORMS, *MINT_BATCH_NORMS)
@@ -85,6 +85,7 @@ def convert(
     cells = list(layers(model))
     found = [(path, cell) for path, cell in cells if isinstance(cell, replaceable)]
     hit = {id(cell) for path, cell in found if chosen.fullmatch(path)}
+    conversion.check_hits(where, [path for path, _ in found], hit)
     planned: dict[int, _Replacement | str] = {}
     rows = []
     for path, cell in found:
@@ -102,6 +103,8 @@ def convert(
         plan.carry_out([cell for _, cell in cells])
     if replacements:
         ms.ms_memory_recycle()
+    if not rows:
+        return Table((), (f"0 replaced: there is no {'RBN, IEBN or BNET' if to == 'bn' else 'BatchNorm'}",))
     return Table(tuple(rows))
 
 

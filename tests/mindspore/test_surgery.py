@@ -181,7 +181,16 @@ def test_where_chooses_by_whole_paths(where):
     assert [row.name for row in rows] == (["head", "again"] if where == "head" else PATHS[1:3])
     assert sum(isinstance(cell, RBN) for _, cell in net.cells_and_names()) == (1 if where == "head" else 2)
     assert type(net.stem[0]) is nn.BatchNorm2d
-    assert convert(Net(), where="bn1").rows == ()
+
+
+def test_where_that_matches_nothing_is_an_error_and_a_model_without_any_says_so():
+    net = Net()
+    for to, where in (("rbn", "bn1"), ("bn", "head")):
+        with pytest.raises(RBNValueError, match=f"got '{where}', which matches none"):
+            convert(net, to, where=where)
+    assert type(net.stem[0]) is nn.BatchNorm2d
+    assert str(convert(nn.SequentialCell(nn.ReLU()))) == "0 replaced: there is no BatchNorm"
+    assert str(convert(net, "bn")) == "0 replaced: there is no RBN, IEBN or BNET"
 
 
 def test_names_follow_so_that_checkpoints_and_optimizers_work(tmp_path):
