@@ -10,7 +10,7 @@ import pytest
 from mindspore import Tensor, nn
 
 import rbn_core
-from rbn.backends.mindspore import BNET, IEBN, RBN, from_numpy, to_numpy
+from rbn.backends.mindspore import BNET, IEBN, RBN, distributed, from_numpy, to_numpy
 
 LAYERS = {
     "BatchNorm2d": lambda fused: nn.BatchNorm2d(3),
@@ -118,3 +118,16 @@ def test_a_graph_for_any_number_of_channels_is_refused(shape, graph_mode) -> Non
     layer.set_inputs(Tensor(shape=shape, dtype=ms.float32))
     with pytest.raises(rbn_core.RBNValueError, match=r"number of axes and of channels to be known"):
         layer(IMAGES[0])
+
+
+def test_one_value_for_a_channel_makes_the_variance_nan_as_batch_norms(graph_mode) -> None:
+    for layer in (nn.BatchNorm2d(3), RBN(3)):
+        layer.set_train().set_inputs(Tensor(shape=[None, 3, None, None], dtype=ms.float32))
+        layer(Tensor(np.ones((1, 3, 1, 1), np.float32)))
+        assert np.isnan(layer.moving_variance.asnumpy()).all()
+
+
+def test_processes_that_share_a_batch_must_know_its_shape() -> None:
+    distributed.check_shape((4, 3, 5, 5), "RBN")
+    with pytest.raises(rbn_core.RBNValueError, match="expected a known shape to train with sync=True"):
+        distributed.check_shape((None, 3, 5, 5), "RBN")
