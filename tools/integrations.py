@@ -1,0 +1,98 @@
+"""Write docs/integrations.md from what the tests marked `meeting` give: python tools/integrations.py.
+
+The tests of one framework after another run, and nothing is written unless every one of them passes. A row is
+one meeting; what it says is in the mark, and the versions are those that the tests ran with.
+"""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+TESTS, PAGE, REPORTS = Path("tests"), Path("docs", "integrations.md"), Path("reports", "integrations")
+TITLES = {"torch": "PyTorch", "flax": "JAX and Flax", "mindspore": "MindSpore", "jittor": "Jittor"}
+
+HEAD = """# Integrations
+
+What happens where the layers meet a tool, and a short example of each. Every row stands for tests that passed
+with the versions beside it: `python tools/integrations.py` runs them and writes this page. What to do where a
+tool looks for BatchNorm is told in [Recipes that look for BatchNorm](recipes.md).
+"""
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """A row: the arguments of a mark `meeting`.
+
+    Attributes:
+        name: What the layers meet.
+        shows: What the tests show.
+        example: Code, on one line.
+        packages: The distributions that take part, beside the framework.
+    """
+
+    name: str
+    shows: str
+    example: str
+    packages: tuple[str, ...] = ()
+
+
+def meetings(framework: str) -> dict[str, Meeting]:
+    """The rows of a framework, in the order of its tests, as they are written there."""
+    found: dict[str, Meeting] = {}
+    for path in sorted((TESTS / framework).glob("test_*.py")):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "pytest.mark.meeting":
+                given = [ast.literal_eval(argument) for argument in node.args]
+                named = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in node.keywords}
+                meeting = Meeting(*given, **named)
+                if found.setdefault(meeting.name, meeting) != meeting:
+                    raise SystemExit(f"{path}: two marks describe {meeting.name!r} differently")
+    return found
+
+
+def run(framework: str) -> dict[str, set[str]]:
+    """Run the tests of a framework that are meetings; returns the outcomes of each meeting."""
+    REPORTS.mkdir(parents=True, exist_ok=True)
+    report = REPORTS / f"{framework}.xml"
+    report.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "pytest", "--framework", framework, TESTS / framework]
+    subprocess.run([*command, "-m", "meeting and not long", "--junitxml", report], check=True)
+    outcomes: dict[str, set[str]] = {}
+    for case in ElementTree.parse(report).iter("testcase"):
+        outcome = "skipped" if case.find("skipped") is not None else "passed"
+        for entry in case.iter("property"):
+            if entry.get("name") == "meeting":
+                outcomes.setdefault(str(entry.get("value")), set()).add(outcome)
+    return outcomes
+
+
+def table(framework: str, rows: dict[str, Meeting]) -> list[str]:
+    """A framework's part of the page."""
+    lines = [f"## {TITLES[framework]}", ""]
+    lines += ["| meeting | what happens | example | tested with |", "|---|---|---|---|"]
+    for row in rows.values():
+        versions = ", ".join(f"{name} {metadata.version(name)}" for name in (framework, *row.packages))
+        lines.append(f"| {row.name} | {row.shows} | `{row.example}` | {versions} |")
+    return [*lines, ""]
+
+
+def main() -> None:
+    """Run the tests and write the page."""
+    lines = [HEAD]
+    for framework in TITLES:
+        rows = meetings(framework)
+        outcomes = run(framework)
+        if missing := [name for name in rows if outcomes.get(name) != {"passed"}]:
+            raise SystemExit(f"{framework}: no page is written, as these did not run: {', '.join(missing)}")
+        lines += table(framework, rows)
+    PAGE.write_text("\n".join(lines), "utf-8")
+
+
+if __name__ == "__main__":
+    main()
