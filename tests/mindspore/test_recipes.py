@@ -165,7 +165,7 @@ def test_nothing_changes_where_a_layer_did_not_run_or_failed() -> None:
 def test_frozen_layers_evaluate_in_training_and_get_no_gradient(mode) -> None:
     ms.set_context(mode=mode)
     try:
-        for name in ("BatchNorm2d", "RBN", "BNET") if mode == ms.GRAPH_MODE else NORMS:
+        for name in ("BatchNorm2d", "RBN") if mode == ms.GRAPH_MODE else NORMS:
             layer = spoil(NORMS[name](3))
             model = nn.SequentialCell(layer).set_train()
             model(BATCHES[0])  # a graph in training is compiled
