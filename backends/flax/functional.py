@@ -313,6 +313,18 @@ def track(
     return accumulate(running, mean, var, new_weight)
 
 
+def one_more(num_batches_tracked: Any) -> Array:
+    """The counter after one more batch.
+
+    `lax.pmean` and the averages of optax make floats of integers: such a count is rounded to whole batches,
+    and stays a float, of at least 32 bits, so that a step gives back the dtype it took.
+    """
+    count = jnp.asarray(num_batches_tracked)
+    if jnp.issubdtype(count.dtype, jnp.floating):
+        count = jnp.round(count).astype(statistics_dtype(count.dtype))
+    return count + jnp.ones((), count.dtype)
+
+
 def centre_tap(gamma: Array | None, beta: Array | None, kernel: Array) -> tuple[Array, Array]:
     """The kernel and bias of BNET's convolution that do what BatchNorm's gamma and beta did.
 

@@ -32,6 +32,9 @@ NAMES = (
 )
 """What an operation of our own is made of."""
 
+TAYLOR = "jax.experimental.jet"
+"""Where Taylor mode is, with its rules for operations; a JAX without it has no Taylor mode at all."""
+
 DEVICES = "module_context.axis_context.num_devices"
 MAPPED = ("module_context.axis_context.mesh", "module_context.axis_context.axis_env.names")
 EXPORTED = "module_context.lowering_parameters.for_export"
@@ -160,6 +163,13 @@ def operation(
         linear = tuple(map(known["is_undefined_primal"], arrays))
         return transposed(layer, tuple(map(known["instantiate_zeros"], cotangents)), arrays, linear)
 
+    def as_polynomial(primals: Sequence[Any], series: Sequence[Any], *, layer: Any) -> tuple[Any, Any]:
+        unscaled: Any = {"factorial_scaled": False}  # as the rules have it
+        return taylor.jet(functools.partial(in_operations, layer), tuple(primals), tuple(series), **unscaled)
+
+    taylor = taylor_mode()
+    if taylor:
+        taylor.jet_rules[primitive] = as_polynomial
     known["register_lowering"](primitive, known["lower_fun"](anywhere))
     known["register_lowering"](primitive, on_cpu, platform="cpu")
     known["primitive_batchers"][primitive] = batched
@@ -167,6 +177,15 @@ def operation(
     if transposed:
         known["primitive_transposes"][primitive] = backwards
     return primitive
+
+
+def taylor_mode() -> Any:
+    """The module of Taylor mode; `None` where JAX has none, or none that takes rules."""
+    try:
+        module = importlib.import_module(TAYLOR)
+    except ImportError:
+        return None
+    return module if hasattr(module, "jet") and hasattr(module, "jet_rules") else None
 
 
 def is_for_one_device(context: Any) -> bool:

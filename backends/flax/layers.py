@@ -103,7 +103,7 @@ class CalibratedNorm(nn.Module):
             in_loops=self.fused,
         )
         if training:
-            count = jnp.asarray(tracked.value) + 1
+            count = functional.one_more(tracked.value)
             stored_mean.value, stored_var.value = functional.track(
                 running,
                 mean,

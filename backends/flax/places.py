@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from rbn_core.config import Config
 from rbn_core.errors import RBNValueError
-from rbn_core.matching import State, Table, match
+from rbn_core.matching import COUNTER, State, Table, match
 from rbn_core.names import NAMES, PARAMETERS, Kind, from_own, to_layout
 
 Stored = dict[str, Any]
@@ -52,6 +52,10 @@ def canonical(stored: Mapping[str, Any], kinds: Mapping[str, Kind] | None) -> tu
             (own.partition("/")[2].rpartition("/")[0].replace("/", ".") for own in stored), OTHER
         ) | dict(kinds)
     state, found = from_own("flax", stored, kinds)
+    state = {
+        name: _counted(array) if name.rpartition(".")[2] == COUNTER else array
+        for name, array in state.items()
+    }
     if len(state) < len(stored):
         dotted = [name.partition("/")[2].replace("/", ".") for name in stored]
         twice = sorted({name for name in dotted if dotted.count(name) > 1})
@@ -60,6 +64,13 @@ def canonical(stored: Mapping[str, Any], kinds: Mapping[str, Kind] | None) -> tu
             "Rename one of the layers."
         )
     return state, found
+
+
+def _counted(count: Any) -> Any:
+    """A counter as whole batches, which `lax.pmean` or an average of optax may have made a float."""
+    if np.asarray(count).dtype.kind in "iu":
+        return count
+    return np.rint(np.asarray(count, np.float64)).astype(np.int32)
 
 
 def is_one_norm(stored: Mapping[str, Any]) -> bool:

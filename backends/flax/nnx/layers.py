@@ -171,7 +171,7 @@ class CalibratedNorm(nnx.Module):
         """One more batch; without a counter nobody counts it."""
         counter, count = getattr(self, "num_batches_tracked", None), jnp.zeros((), jnp.int32)
         if counter is not None:
-            count = jnp.asarray(counter[...]) + 1
+            count = functional.one_more(counter[...])
         new = functional.track(
             running, mean, var, count, momentum=self.momentum, running_var=self.running_var, values=values
         )
