@@ -30,6 +30,7 @@ Status = Literal[
     "kept",
     "left out",
     "frozen",
+    "folded",
 ]
 
 FAULTS: tuple[Status, ...] = ("missing", "unexpected", "wrong shape", "wrong dtype")

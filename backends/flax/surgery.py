@@ -99,7 +99,7 @@ def convert(
     for path, found in _layers(model, stored, init).items():
         if found.is_batch_norm == (to == "bn") or not pattern.fullmatch(".".join(path)):
             continue
-        state = _below(stored, path)
+        state = below(stored, path)
         if np.ndim(found.common.get("axis", -1)) == 0 or len(found.common["axis"]) == 1:
             places.refuse_stack(".".join(path), state)
         new = _converted(found, state, to, preserve, options)
@@ -252,7 +252,7 @@ def _layers(model: nn.Module, stored: Mapping[str, Any], init: Init | None) -> d
     for own in stored:
         collection, *path, last = own.split("/")
         if (collection, last) == ("batch_stats", "mean"):
-            names = set(_below(stored, tuple(path)))
+            names = set(below(stored, tuple(path)))
             plain = names <= {"gamma", "beta", "running_mean", "running_var"}
             found[tuple(path)] = known.get(tuple(path)) or Found(
                 "BatchNorm" if plain else "RBN", {}, None if plain else _unknown
@@ -267,7 +267,7 @@ def _unknown(num_features: int) -> Config:
     )
 
 
-def _below(stored: Mapping[str, Any], path: Path) -> dict[str, Any]:
+def below(stored: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """A normalization's arrays under canonical names."""
     own = {}
     for name, leaf in stored.items():

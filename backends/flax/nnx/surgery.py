@@ -90,10 +90,10 @@ def convert(
                 setattr(new, name, getattr(old, name))
         from_numpy(new, state, strict=False)
         for path in paths:
-            _put(model, path, new)
+            put(model, path, new)
     if isinstance(model, Network):
         converted = {
-            ".".join(map(str, path)): (to, _config(new)) for _, new, _, paths in planned for path in paths
+            ".".join(map(str, path)): (to, config_of(new)) for _, new, _, paths in planned for path in paths
         }
         model.description = redescribed(model.description, converted)
     return Table(tuple(rows))
@@ -135,7 +135,7 @@ def _converted(
     return new, conversion.from_batch_norm(config(new), state, preserve)
 
 
-def _config(layer: Any) -> Config:
+def config_of(layer: Any) -> Config:
     """The options of a layer, of Flax's BatchNorm, too."""
     if isinstance(layer, CalibratedNorm):
         return config(layer)
@@ -152,7 +152,8 @@ def _check_holders(model: nnx.Module, paths: list[Path]) -> None:
             )
 
 
-def _put(model: nnx.Module, path: Path, new: nnx.Module) -> None:
+def put(model: nnx.Module, path: Path, new: nnx.Module) -> None:
+    """Put a module in the place of another."""
     holder = _at(model, path[:-1])
     if isinstance(holder, nnx.List | nnx.Dict | list | dict):
         holder[path[-1]] = new
