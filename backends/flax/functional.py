@@ -47,7 +47,7 @@ def rbn(
     average: Average = batch_average,
     whole: Whole = whole_plane,
 ) -> tuple[Array, Array, Array]:
-    """Representative Batch Normalization, eq. 12 of the paper.
+    """Representative Batch Normalization, eq. 12 of the paper: a pure function, also for Equinox and Haiku.
 
     Args:
         x: (N, *spatial) with the channels at `axis`; not changed.
@@ -70,6 +70,23 @@ def rbn(
     Returns:
         Y, and the E and biased Var it was normalized with, all in at least float32 and in what x and the
         parameters promote to.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from rbn.backends.flax import functional
+        >>> options = dict(axis=-1, eps=1e-5, restrict="sigmoid", dtype=None)
+        >>> options |= dict(centering="channel_mean", scaling="channel_mean")
+        >>> zeros, ones, x = jnp.zeros(3), jnp.ones(3), jax.random.normal(jax.random.key(0), (4, 8, 8, 3))
+        >>> parameters = dict(gamma=ones, beta=zeros, center_weight=zeros, scale_weight=zeros, scale_bias=ones)
+        >>> @jax.jit
+        ... def loss(parameters, x):
+        ...     y, mean, var = functional.rbn(x, parameters, None, **options)
+        ...     return jnp.square(y - 1).mean(), (mean, var)
+        >>> gradients, (mean, var) = jax.grad(loss, has_aux=True)(parameters, x)
+        >>> running = functional.accumulate((zeros, ones), mean, var, 0.1)
+        >>> y, _, _ = functional.rbn(x, parameters, running, **options)
+        >>> y.shape, sorted(gradients)
+        ((4, 8, 8, 3), ['beta', 'center_weight', 'gamma', 'scale_bias', 'scale_weight'])
     """
     axis %= x.ndim
     x = jnp.asarray(x, widest(x, *parameters.values(), jnp.float32, dtype or jnp.float32))
