@@ -77,7 +77,8 @@ def rbn(
         >>> options = dict(axis=-1, eps=1e-5, restrict="sigmoid", dtype=None)
         >>> options |= dict(centering="channel_mean", scaling="channel_mean")
         >>> zeros, ones, x = jnp.zeros(3), jnp.ones(3), jax.random.normal(jax.random.key(0), (4, 8, 8, 3))
-        >>> parameters = dict(gamma=ones, beta=zeros, center_weight=zeros, scale_weight=zeros, scale_bias=ones)
+        >>> parameters = dict(gamma=ones, beta=zeros, center_weight=zeros)
+        >>> parameters |= dict(scale_weight=zeros, scale_bias=ones)
         >>> @jax.jit
         ... def loss(parameters, x):
         ...     y, mean, var = functional.rbn(x, parameters, None, **options)

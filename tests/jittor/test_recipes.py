@@ -135,6 +135,8 @@ def test_only_kernels_decay():
     parameters = {name for group in listed for name in group}
     moved = {name for name in parameters & after.keys() if np.any(after[name] != before[name])}
     assert moved == listed[0]
+    jt.optim.SGD(model.parameters(), 0.1, weight_decay=0.5).step(model(image()).sum() * 0)
+    assert np.any(to_numpy(model)["body.3.scale_bias"] != after["body.3.scale_bias"])
 
 
 def test_folding_leaves_what_a_model_gives():
