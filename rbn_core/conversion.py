@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ import numpy as np
 from rbn_core import reference
 from rbn_core.config import Config, check_choice
 from rbn_core.errors import RBNTypeError, RBNValueError
-from rbn_core.matching import State
+from rbn_core.matching import Row, State, Table
 from rbn_core.networks import Norm
 
 LAYERS = ("bn", "rbn", "iebn", "bnet")
@@ -61,6 +61,19 @@ def check_hits(where: str | None, paths: Collection[str], hits: Collection[Any])
             f"which matches none of these {len(paths)}: {shown}. "
             r"Pass for example r'layer1\..*' for all layers below layer1."
         )
+
+
+def report(rows: Sequence[Row], to: str) -> Table:
+    """The rows of a conversion as a table, which says so where nothing was replaced.
+
+    Args:
+        rows: One for each layer that was "replaced" or "kept".
+        to: What the layers were to become.
+    """
+    if any(row.status == "replaced" for row in rows):
+        return Table(tuple(rows))
+    absent = "RBN, IEBN or BNET" if to == "bn" else "BatchNorm"
+    return Table(tuple(rows), ("0 replaced" if rows else f"0 replaced: there is no {absent}",))
 
 
 def from_batch_norm(config: Config, state: Mapping[str, Any], preserve: bool) -> State | str:

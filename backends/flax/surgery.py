@@ -96,9 +96,15 @@ def convert(
     stored = flat(core.unfreeze(variables))
     key = jax.random.key(0) if key is None else key
     rows, converted = [], {}
-    for path, found in _layers(model, stored, init).items():
-        if found.is_batch_norm == (to == "bn") or not pattern.fullmatch(".".join(path)):
-            continue
+    sources = {
+        path: found
+        for path, found in _layers(model, stored, init).items()
+        if found.is_batch_norm != (to == "bn")
+    }
+    hit = [path for path in sources if pattern.fullmatch(".".join(path))]
+    conversion.check_hits(where, [".".join(path) for path in sources], hit)
+    for path in hit:
+        found = sources[path]
         state = below(stored, path)
         if np.ndim(found.common.get("axis", -1)) == 0 or len(found.common["axis"]) == 1:
             places.refuse_stack(".".join(path), state)
@@ -113,7 +119,7 @@ def convert(
     return (
         _model(model, to, converted),
         traverse_util.unflatten_dict(stored, sep="/"),
-        Table(tuple(rows)),
+        conversion.report(rows, to),
     )
 
 

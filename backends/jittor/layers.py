@@ -20,6 +20,7 @@ from rbn_core.config import (
     old_value_weight,
     refuse_unknown_options,
 )
+from rbn_core.errors import RBNTypeError
 from rbn_core.matching import COUNTER
 from rbn_core.names import NAMES
 
@@ -58,10 +59,15 @@ _known_config = lru_cache(maxsize=1024, typed=True)(_config)
 """The same, of what was checked before: at every call of a layer."""
 
 
-class CalibratedNorm(Module):
+class CalibratedNorm(nn.BatchNorm):
     """What the three layers share: BatchNorm's parameters and statistics, and the forward pass.
 
+    A `jittor.nn.BatchNorm`, so that what freezes or starts the BatchNorms of a model does so with these
+    layers. What builds a BatchNorm anew, or folds one, reads its `eps`, and would leave the calibration out:
+    here that is an error, and the value is `epsilon`.
+
     Attributes:
+        epsilon: The number that is added to a variance under its root.
         starts: Where the parameters beyond BatchNorm's start.
         spatial_dims: How many spatial axes an input must have; any number where `None`.
         kernel_size: The extent of the convolution that follows, if one does.
@@ -74,11 +80,11 @@ class CalibratedNorm(Module):
     def __init__(
         self, config: Config, momentum: float | None, is_train: bool, sync: bool, fused: bool
     ) -> None:
-        super().__init__()
+        Module.__init__(self)
         shape = (config.num_features,)
         self.layer = config.layer
         self.num_features = config.num_features
-        self.eps = config.eps
+        self.epsilon = config.eps
         self.momentum = momentum
         self.affine = config.gamma
         self.is_train = is_train
@@ -97,6 +103,23 @@ class CalibratedNorm(Module):
         self.running_var = init.constant(shape, "float32", 1.0).stop_grad()
         self.num_batches_tracked = init.constant((1,), "int32", 0).stop_grad()
 
+    @property
+    def eps(self) -> float:
+        """The epsilon of a plain BatchNorm, to set; the layer's own is read as `epsilon`.
+
+        Raises:
+            RBNTypeError: It is read, which is what a tool does that builds or folds a BatchNorm.
+        """
+        raise RBNTypeError(
+            f"{self.layer}: expected a plain BatchNorm where a tool reads eps, got {self.layer}. A tool that "
+            "rebuilds or folds a BatchNorm would drop the calibration. Use freeze, fold or convert of "
+            "rbn.backends.jittor; the value itself is layer.epsilon."
+        )
+
+    @eps.setter
+    def eps(self, value: float) -> None:
+        self.epsilon = value
+
     def execute(self, x: Var) -> Var:
         """Y, of the shape and dtype of `x`, (N, C, *spatial)."""
         parameters = fused.check_layer(self.config(), self._stored(), self.is_train)
@@ -112,7 +135,7 @@ class CalibratedNorm(Module):
         )
         running = None if self.is_train else (self.running_mean, self.running_var)
         options: dict[str, Any] = {
-            "eps": self.eps,
+            "eps": self.epsilon,
             "centering": self.centering,
             "scaling": self.scaling,
             "restrict": self.restrict,
@@ -137,7 +160,7 @@ class CalibratedNorm(Module):
         """The options as they are now, each of which can have changed since construction."""
         options = (
             self.num_features,
-            self.eps,
+            self.epsilon,
             self.momentum,
             self.centering,
             self.scaling,
@@ -156,7 +179,7 @@ class CalibratedNorm(Module):
     def extra_repr(self) -> str:
         """The options, as `print(model)` shows them."""
         return (
-            f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}, "
+            f"{self.num_features}, eps={self.epsilon}, momentum={self.momentum}, affine={self.affine}, "
             f"is_train={self.is_train}, running_var={self.variance_estimator!r}, sync={self.sync}"
         )
 

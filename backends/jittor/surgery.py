@@ -56,20 +56,20 @@ def convert(
         A row for each layer that was "replaced", or "kept" and why.
 
     Raises:
-        RBNError: `to`, `where` or an option is refused, or the model itself is what is to be replaced;
-            nothing has changed.
+        RBNError: `to`, `where` or an option is refused, `where` matches no layer, or the model itself is what
+            is to be replaced; nothing has changed.
     """
     chosen = conversion.chooser(to, where)
     _check_options(to, options)
-    replaceable = CalibratedNorm if to == "bn" else nn.BatchNorm
-    if isinstance(model, replaceable):
+    if _is_replaceable(model, to):
         raise RBNTypeError(
             f"convert: expected a model with layers inside, got a {type(model).__name__} itself, which "
             "cannot be replaced in place. Put it into nn.Sequential, or build the other layer and load its "
             "state."
         )
-    found = [(path, module) for path, module in layers(model) if isinstance(module, replaceable)]
+    found = [(path, module) for path, module in layers(model) if _is_replaceable(module, to)]
     hit = {id(module) for path, module in found if chosen.fullmatch(path)}
+    conversion.check_hits(where, [path for path, _ in found], hit)
     planned: dict[int, _Replacement | str] = {}
     for _, module in found:
         if id(module) in hit and id(module) not in planned:
@@ -85,7 +85,13 @@ def convert(
     for plan in planned.values():
         if isinstance(plan, _Replacement):
             plan.carry_out(modules)
-    return Table(tuple(rows))
+    return conversion.report(rows, to)
+
+
+def _is_replaceable(module: Module, to: str) -> bool:
+    """Whether it is what becomes something else; our layers are BatchNorms, too."""
+    ours = isinstance(module, CalibratedNorm)
+    return ours if to == "bn" else isinstance(module, nn.BatchNorm) and not ours
 
 
 class _Replacement(NamedTuple):
@@ -163,7 +169,8 @@ def _batch_norm(module: CalibratedNorm) -> _Replacement | str:
 
 def _common(old: Module) -> dict[str, Any]:
     """The options that are the same in a layer and in the one that takes its place."""
-    return {name: getattr(old, name) for name in ("eps", "momentum", "is_train", "sync")}
+    eps = old.epsilon if isinstance(old, CalibratedNorm) else old.eps
+    return {"eps": eps} | {name: getattr(old, name) for name in ("momentum", "is_train", "sync")}
 
 
 def _taking_over(layer: Module, old: Module, state: State) -> _Replacement:

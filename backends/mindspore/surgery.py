@@ -103,9 +103,7 @@ def convert(
         plan.carry_out([cell for _, cell in cells])
     if replacements:
         ms.ms_memory_recycle()
-    if not rows:
-        return Table((), (f"0 replaced: there is no {'RBN, IEBN or BNET' if to == 'bn' else 'BatchNorm'}",))
-    return Table(tuple(rows))
+    return conversion.report(rows, to)
 
 
 class _Replacement(NamedTuple):

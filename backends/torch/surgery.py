@@ -95,7 +95,7 @@ def convert(
             rows.append(Row(path, "replaced", type(module).__name__, type(plan.layer).__name__))
         elif plan is not None:
             rows.append(Row(path, "kept", type(module).__name__, plan))
-    return Table(tuple(rows), () if any(row.status == "replaced" for row in rows) else ("0 replaced",))
+    return conversion.report(rows, to)
 
 
 def convert_sync_rbn(model: nn.Module, process_group: ProcessGroup | None = None) -> nn.Module:

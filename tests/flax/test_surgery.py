@@ -125,7 +125,9 @@ def test_preserved_outputs_are_exact_to_rounding() -> None:
 
 def test_where_chooses_by_the_whole_path() -> None:
     model = module()
-    assert rbn_flax.nnx.convert(model, where=r"blocks").rows == ()
+    with pytest.raises(RBNValueError, match="got 'blocks', which matches none of these 3: "):
+        rbn_flax.nnx.convert(model, where=r"blocks")
+    assert str(rbn_flax.nnx.convert(model, "bn")) == "0 replaced: there is no RBN, IEBN or BNET"
     table = rbn_flax.nnx.convert(model, where=r"blocks\.0")
     assert table.rows == rows(("blocks.0", "replaced", "BatchNorm", "RBN"))
     assert type(model.norm) is nnx.BatchNorm
@@ -277,6 +279,8 @@ def test_a_converted_linen_model_gives_what_it_gave(to: str, options: dict[str, 
 
 
 def test_a_converted_linen_model_is_like_one_that_was_built_so() -> None:
+    with pytest.raises(RBNValueError, match="got 'block', which matches none of these"):
+        convert(Net(), VARIABLES, "rbn", where="block")
     model, variables, _ = convert(Net(), VARIABLES, "rbn", where="block.*", scaling="channel_std")
     made = jax.eval_shape(lambda: model.init(jax.random.key(0), images(), train=False))
     assert jax.tree.map(jnp.shape, made) == jax.tree.map(jnp.shape, variables)

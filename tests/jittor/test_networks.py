@@ -196,7 +196,7 @@ def test_options_reach_the_layers():
     built = network("resnet18", options)
     layer = built.layer1._modules["0"].bn1
     assert isinstance(layer, RBN)
-    assert (layer.scaling, layer.eps, layer.restrict) == (None, 0.1, "hard_sigmoid")
+    assert (layer.scaling, layer.epsilon, layer.restrict) == (None, 0.1, "hard_sigmoid")
     assert layer.momentum == pytest.approx(0.3)
     assert type(built.bn1) is nn.BatchNorm
     assert describe(built)["layer1.0.bn1"]["restrict"] == "hard_sigmoid"

@@ -181,13 +181,32 @@ def test_folding_keeps_what_is_not_only_behind_one_convolution_and_refuses_what_
         fold(calibrated, x)
 
 
-def test_a_loop_over_batch_norms_leaves_the_layers_alone_as_they_derive_from_none():
-    """Jittor's models look for BatchNorm to start weight at 1 and bias at 0, where the layers start."""
-    for layer in (RBN(3), IEBN(3), BNET(3)):
-        assert not isinstance(layer, nn.BatchNorm)
-        if layer.kernel_size is None:
-            assert (layer.weight.numpy() == 1).all()
-            assert (layer.bias.numpy() == 0).all()
+@pytest.mark.parametrize("kind", [RBN, IEBN, BNET])
+def test_a_loop_over_batch_norms_finds_the_layers(kind):
+    model = nn.Sequential(nn.Conv(3, 4, 3), kind(4))
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm):
+            module.eval()
+    before = model[1].running_mean.numpy()
+    model(image()).sync()
+    assert (model[1].running_mean.numpy() == before).all()
+
+
+@pytest.mark.parametrize("kind", [RBN, IEBN, BNET])
+def test_what_rebuilds_or_folds_a_batch_norm_is_refused(kind):
+    layer = kind(4)
+    assert "eps=1e-05" in layer.extra_repr()
+    layer.eps = 0.5
+    assert layer.epsilon == 0.5
+    with pytest.raises(RBNTypeError, match=r"where a tool reads eps, got .*layer\.epsilon"):
+        layer.weight / jt.sqrt(layer.running_var + layer.eps)
+
+
+def test_jittors_own_models_start_what_they_find_where_the_layers_start():
+    for layer in (RBN(3), IEBN(3)):
+        assert (layer.weight.numpy() == 1).all()
+        assert (layer.bias.numpy() == 0).all()
     for models in (densenet, res2net):
         text = inspect.getsource(models)
         lines = text.splitlines()

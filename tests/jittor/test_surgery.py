@@ -60,8 +60,8 @@ def test_every_batch_norm_is_replaced_and_keeps_what_it_has(to):
     )
     assert {type(module).__name__ for module in model.modules()} >= {"Model", "Sequential", "Conv", new}
     assert model.body[1] is model.again
-    assert (model.again.eps, model.again.momentum, model.again.sync) == (0.01, 0.3, True)
-    assert (model.norm.eps, model.norm.momentum, model.norm.sync) == (1e-5, 0.1, False)
+    assert (model.again.epsilon, model.again.momentum, model.again.sync) == (0.01, 0.3, True)
+    assert (model.norm.epsilon, model.norm.momentum, model.norm.sync) == (1e-5, 0.1, False)
     assert (model.again.is_train, model.norm.is_train) == (True, False)
     assert model.norm.affine is False
     after = to_numpy(model)
@@ -101,6 +101,9 @@ def test_what_cannot_be_preserved_is_kept():
 
 def test_options_and_places_are_chosen():
     model = trained()
+    with pytest.raises(RBNValueError, match=r"got 'no', which matches none of these 3: body.1, norm, again"):
+        convert(model, where="no")
+    assert str(convert(model, "bn")) == "0 replaced: there is no RBN, IEBN or BNET"
     table = convert(model, where=r"nor.", scaling="channel_std", running_var="biased")
     assert [row.name for row in table.rows] == ["norm"]
     assert type(model.again) is nn.BatchNorm

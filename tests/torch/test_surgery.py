@@ -315,7 +315,7 @@ def test_a_layer_itself_cannot_be_replaced():
     with pytest.raises(RBNTypeError, match="expected a model with layers inside, got a RBN itself"):
         convert(nn.DataParallel(RBN(3)), "bn")
     table = convert(RBN(3))
-    assert (table.rows, str(table)) == ((), "0 replaced")
+    assert (table.rows, str(table)) == ((), "0 replaced: there is no BatchNorm")
 
 
 def test_frozen_batch_norms_are_kept_and_the_table_says_why():

@@ -73,10 +73,11 @@ def convert(
         if isinstance(module, source):
             found.setdefault(id(module), (module, []))[1].append(path)
     rows, planned = [], []
-    for old, paths in found.values():
-        names = [".".join(map(str, path)) for path in paths]
-        if not any(pattern.fullmatch(name) for name in names):
-            continue
+    named = {key: [".".join(map(str, path)) for path in paths] for key, (_, paths) in found.items()}
+    hit = [key for key, names in named.items() if any(pattern.fullmatch(name) for name in names)]
+    conversion.check_hits(where, [name for names in named.values() for name in names], hit)
+    for key in hit:
+        (old, paths), names = found[key], named[key]
         new, state = _converted(old, names[0], to, preserve, options, rngs)
         if isinstance(state, str):
             rows += [Row(name, "kept", type(old).__name__, state) for name in names]
@@ -96,7 +97,7 @@ def convert(
             ".".join(map(str, path)): (to, config_of(new)) for _, new, _, paths in planned for path in paths
         }
         model.description = redescribed(model.description, converted)
-    return Table(tuple(rows))
+    return conversion.report(rows, to)
 
 
 def _converted(
