@@ -16,6 +16,8 @@ from pathlib import Path
 
 TESTS, PAGE, REPORTS = Path("tests"), Path("docs", "integrations.md"), Path("reports", "integrations")
 TITLES = {"torch": "PyTorch", "flax": "JAX and Flax", "mindspore": "MindSpore", "jittor": "Jittor"}
+PACKAGES = {"flax": ("jax", "flax")}
+"""What a framework is made of, where that is not one distribution of its name."""
 
 HEAD = """# Integrations
 
@@ -77,7 +79,9 @@ def table(framework: str, rows: dict[str, Meeting]) -> list[str]:
     lines = [f"## {TITLES[framework]}", ""]
     lines += ["| meeting | what happens | example | tested with |", "|---|---|---|---|"]
     for row in rows.values():
-        versions = ", ".join(f"{name} {metadata.version(name)}" for name in (framework, *row.packages))
+        taking_part = (*PACKAGES.get(framework, (framework,)), *row.packages)
+        # Without what follows a +, which is how a version was built.
+        versions = ", ".join(f"{name} {metadata.version(name).partition('+')[0]}" for name in taking_part)
         lines.append(f"| {row.name} | {row.shows} | `{row.example}` | {versions} |")
     return [*lines, ""]
 

@@ -64,6 +64,11 @@ def derivatives(function: Any, orders: int) -> list[Any]:
     return found
 
 
+@pytest.mark.meeting(
+    "`jax.experimental.jet`",
+    "works",
+    "jet(f, (x,), ((v, zeros),))",
+)
 @pytest.mark.parametrize(
     ("name", "training"), [("BatchNorm", True), ("RBN", True), ("RBN", False), ("BNET", True)]
 )
@@ -127,6 +132,11 @@ def test_the_plain_form_exports_with_symbols_for_every_size() -> None:
     close(program.call(x), run(x))
 
 
+@pytest.mark.meeting(
+    "`jax.export`",
+    "works, with symbols for every size, and runs where `rbn` is not installed",
+    "jax.export.export(jax.jit(f))(x)",
+)
 def test_an_exported_program_calls_nothing_of_this_package() -> None:
     """So that it runs where rbn is not installed."""
     x = normal(2, 4, 4, 3)
@@ -140,6 +150,11 @@ def test_an_exported_program_calls_nothing_of_this_package() -> None:
 # Costs
 
 
+@pytest.mark.meeting(
+    "`compiled.cost_analysis()`",
+    "XLA knows no custom call's cost: count with `fused=False`",
+    "jax.jit(f).lower(x).compile().cost_analysis()",
+)
 @pytest.mark.skipif(not fused.AVAILABLE, reason="without custom calls")
 def test_xla_counts_a_layer_in_operations_and_knows_no_custom_call() -> None:
     x = normal(2, 4, 4, 3)
@@ -158,6 +173,11 @@ def test_xla_counts_a_layer_in_operations_and_knows_no_custom_call() -> None:
 # The counter among the variables
 
 
+@pytest.mark.meeting(
+    "`jax.grad` over all variables",
+    "works with `allow_int=True`",
+    "jax.grad(loss, allow_int=True)(variables)",
+)
 def test_gradients_of_all_variables_are_batch_norms_where_integers_are_allowed() -> None:
     x = normal(2, 4, 4, 3)
     variables = variables_of(RBN(), x)
@@ -188,6 +208,12 @@ def averaged(way: str, variables: Any) -> Any:
     return optax.incremental_update(variables, variables, 0.1)
 
 
+@pytest.mark.meeting(
+    "`lax.pmean`, `optax.ema` and `optax.incremental_update` over the statistics",
+    "works",
+    "optax.incremental_update(new, old, 0.1)",
+    packages=("optax",),
+)
 @pytest.mark.parametrize("way", ["pmean", "optax.ema", "incremental_update", "half"])
 @pytest.mark.parametrize("momentum", [0.9, None])
 def test_averaged_variables_go_on_and_are_whole_batches(way: str, momentum: float | None) -> None:
@@ -248,6 +274,11 @@ HOW_A_VARIANCE_IS_COMPUTED = {"use_fast_variance", "force_float32_reductions"}
 """What the layers need not be told: always from X - E, and in at least float32."""
 
 
+@pytest.mark.meeting(
+    "the options of Flax's BatchNorm",
+    "the same, but for how a variance is computed",
+    "RBN(use_running_average=False, axis_name='batch')",
+)
 @pytest.mark.parametrize("name", ["RBN", "IEBN", "BNET"])
 def test_the_layers_have_the_options_of_batch_norm(name: str) -> None:
     in_the_place_of_affine = {"use_bias", "use_scale", "scale_init"} if name == "BNET" else set()
@@ -272,6 +303,11 @@ def test_how_a_variance_is_computed_is_no_option() -> None:
             RBN(**{option: False})
 
 
+@pytest.mark.meeting(
+    "`nn.with_partitioning`",
+    "gamma and beta are partitioned, the calibration is whole",
+    "RBN(scale_init=nn.with_partitioning(ones, ('x',)))",
+)
 def test_parameters_of_a_partitioned_layer_are_boxed_or_whole() -> None:
     """gamma and beta by their initializers, as BatchNorm's; what the layers add is on every device."""
     sharded = {name: nn.with_partitioning(nn.initializers.ones, ("model",)) for name in ("scale_init",)}

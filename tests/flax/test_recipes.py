@@ -120,6 +120,12 @@ def test_statistics_are_not_taken_where_nothing_trains() -> None:
             update_rbn(model, variables, batches, **call)
 
 
+@pytest.mark.meeting(
+    "fine-tuning with `optax.multi_transform`",
+    "works with `freeze`",
+    "model, labels, table = freeze(model, variables)",
+    packages=("optax",),
+)
 def test_a_frozen_model_evaluates_and_its_labels_hold_its_parameters() -> None:
     model, x = Net(), normal(4, 6, 6, 3)
     variables = variables_of(model, x)
@@ -162,6 +168,12 @@ def test_only_kernels_decay() -> None:
         parameter_groups(params)
 
 
+@pytest.mark.meeting(
+    "masks for weight decay by name",
+    "decay w_m, w_v and w_b: use `parameter_groups`",
+    "optax.adamw(rate, mask=parameter_groups(variables))",
+    packages=("optax",),
+)
 def test_a_mask_by_the_names_of_batch_norm_decays_what_the_layers_add() -> None:
     x = normal(4, 6, 6, 3)
     params = RBN().init(jax.random.key(0), x, use_running_average=True)["params"]

@@ -101,6 +101,11 @@ def check(zoo, name, init, run):
     jax.tree.map(np.testing.assert_array_equal, again, theirs)
 
 
+@pytest.mark.meeting(
+    "the ResNets of Flax's example",
+    "the same logits with ported weights",
+    "rbn port resnet50.pth resnet50.msgpack --map to-flax-example",
+)
 @pytest.mark.parametrize(
     ("name", "depths", "bottleneck"),
     [
@@ -117,6 +122,12 @@ def test_flaxs_example(name, depths, bottleneck):
     check("flax-example", name, init, net.apply)
 
 
+@pytest.mark.meeting(
+    "transformers' `FlaxResNetModel`",
+    "the same logits with ported weights",
+    "rbn port resnet50.pth resnet50.msgpack --map to-transformers-flax",
+    packages=("transformers",),
+)
 @pytest.mark.parametrize(
     ("name", "layers"),
     [

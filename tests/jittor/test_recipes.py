@@ -118,6 +118,11 @@ def test_a_frozen_model_evaluates_and_keeps_its_parameters():
         update_rbn(model, [x])
 
 
+@pytest.mark.meeting(
+    "`weight_decay` of Jittor's optimizers",
+    "works with `parameter_groups`",
+    "jt.optim.SGD(parameter_groups(model, 1e-4), 0.1)",
+)
 def test_only_kernels_decay():
     model = Net()
     before = to_numpy(model)
@@ -181,6 +186,11 @@ def test_folding_keeps_what_is_not_only_behind_one_convolution_and_refuses_what_
         fold(calibrated, x)
 
 
+@pytest.mark.meeting(
+    "loops over `isinstance(m, nn.BatchNorm)`",
+    "works",
+    "[m.eval() for m in model.modules() if isinstance(m, nn.BatchNorm)]",
+)
 @pytest.mark.parametrize("kind", [RBN, IEBN, BNET])
 def test_a_loop_over_batch_norms_finds_the_layers(kind):
     model = nn.Sequential(nn.Conv(3, 4, 3), kind(4))
@@ -193,6 +203,11 @@ def test_a_loop_over_batch_norms_finds_the_layers(kind):
     assert (model[1].running_mean.numpy() == before).all()
 
 
+@pytest.mark.meeting(
+    "code that rebuilds or folds a BatchNorm",
+    "an error that names the way out",
+    "layer.eps",
+)
 @pytest.mark.parametrize("kind", [RBN, IEBN, BNET])
 def test_what_rebuilds_or_folds_a_batch_norm_is_refused(kind):
     layer = kind(4)

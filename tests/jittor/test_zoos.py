@@ -11,6 +11,11 @@ import jittor as jt
 from jittor import models
 
 
+@pytest.mark.meeting(
+    "`jittor.models`",
+    "the same logits with ported weights",
+    "rbn port resnet18.pth resnet18.pkl",
+)
 @pytest.mark.parametrize("name", ["resnet18", "resnet50", "mobilenet_v2"])
 def test_jittors_models_have_our_names_and_results(name):
     theirs, ours = getattr(models, name)(), network(name)

@@ -90,6 +90,11 @@ def flat(result):
     return [tensor.asnumpy() for tensor in (loss, dx, *gradients)]
 
 
+@pytest.mark.meeting(
+    "`set_inputs` with open shapes",
+    "works",
+    "net.set_inputs(ms.Tensor(shape=[None, 8, None, None], dtype=ms.float32))",
+)
 @pytest.mark.parametrize(
     ("name", "fused", "training"),
     [

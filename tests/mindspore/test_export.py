@@ -70,6 +70,11 @@ assert "rbn" not in sys.modules
 """
 
 
+@pytest.mark.meeting(
+    "MINDIR",
+    "works, also with an open batch, and loads where `rbn` is not installed",
+    "ms.export(net, images, file_name='net', file_format='MINDIR')",
+)
 def test_mindir_runs_in_a_process_without_this_package_and_names_nothing_here(tmp_path) -> None:
     open_batch = Tensor(shape=[None, 3, 6, 6], dtype=ms.float32)
     for name in LAYERS:
@@ -97,6 +102,12 @@ for path in sorted(pathlib.Path().glob("*.onnx")):
 """
 
 
+@pytest.mark.meeting(
+    "ONNX, run in onnxruntime",
+    "works",
+    "ms.export(net, images, file_name='net', file_format='ONNX')",
+    packages=("onnxruntime",),
+)
 def test_onnx_is_written_as_of_batch_norm_and_runs(tmp_path) -> None:
     for name in LAYERS:
         model = network(name)
@@ -108,6 +119,11 @@ def test_onnx_is_written_as_of_batch_norm_and_runs(tmp_path) -> None:
     run(RUN_ONNX, tmp_path)
 
 
+@pytest.mark.meeting(
+    "ONNX with an open batch",
+    "MindSpore refuses it, of BatchNorm, too",
+    "ms.export(net, ms.Tensor(shape=[None, 3, 8, 8], dtype=ms.float32), file_name='net', file_format='ONNX')",
+)
 def test_onnx_of_an_open_batch_is_refused_by_mindspore_as_of_batch_norm() -> None:
     open_batch = Tensor(shape=[None, 3, 6, 6], dtype=ms.float32)
     for name in ("BatchNorm2d", "RBN"):

@@ -23,6 +23,11 @@ def _folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.mark.meeting(
+    "`mindspore.jvp`",
+    "works",
+    "ms.jvp(net, x, v)",
+)
 @pytest.mark.parametrize(("name", "training"), [("RBN", True), ("IEBN", False), ("BNET", True)])
 def test_the_directional_derivative_is_that_of_finite_differences(name, training) -> None:
     kind, reference_kind = LAYERS[name]

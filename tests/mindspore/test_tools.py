@@ -43,6 +43,12 @@ def small(kind):
     )
 
 
+@pytest.mark.meeting(
+    "mindcv's mixed precision, O1 to O3",
+    "works; BNET at O1 is refused",
+    "mindcv.utils.amp.auto_mixed_precision(model, 'O2')",
+    packages=("mindcv",),
+)
 @pytest.mark.parametrize(
     ("name", "level"),
     [(name, level) for name in NORMS for level in ("O1", "O2", "O3") if (name, level) != ("BNET", "O1")],
@@ -87,6 +93,11 @@ def filled(kind):
     return model
 
 
+@pytest.mark.meeting(
+    "`weight_decay=` of MindSpore's optimizers",
+    "decays w_m, w_v and w_b: use `parameter_groups`",
+    "nn.Momentum(parameter_groups(model, 1e-4), 0.1, 0.9)",
+)
 def test_an_optimizers_own_weight_decay_leaves_gamma_and_beta_alone_and_decays_ours() -> None:
     kernels = {"0.weight", "3.weight", "3.bias"}
 
@@ -98,6 +109,12 @@ def test_an_optimizers_own_weight_decay_leaves_gamma_and_beta_alone_and_decays_o
     assert decayed(filled(BNET), build) == kernels | {"1.conv_weight", "1.conv_bias"}
 
 
+@pytest.mark.meeting(
+    "mindcv's `create_optimizer`",
+    "its own filter decays w_m and w_v: use `parameter_groups`",
+    "create_optimizer(parameter_groups(model, 1e-4), weight_decay_filter='auto')",
+    packages=("mindcv",),
+)
 def test_mindcvs_groups_decay_ours_too_and_parameter_groups_does_not() -> None:
     groups = init_group_params(filled(RBN).trainable_params(), 0.5, "norm_and_bias", ())
     names = {parameter.name for parameter in groups[0]["params"]}
@@ -111,6 +128,11 @@ def test_mindcvs_groups_decay_ours_too_and_parameter_groups_does_not() -> None:
     assert decayed(filled(RBN), build) == {"0.weight", "3.weight"}
 
 
+@pytest.mark.meeting(
+    "loops over `isinstance(cell, nn.BatchNorm2d)`",
+    "find none of the layers: use `freeze`",
+    "freeze(model)",
+)
 def test_a_search_for_the_class_finds_none_of_ours_and_freeze_does() -> None:
     model = small(RBN)
     assert not [cell for _, cell in model.cells_and_names() if isinstance(cell, nn.BatchNorm2d)]
@@ -131,6 +153,11 @@ def test_mindcvs_repvgg_folds_no_layer_of_ours() -> None:
             block.switch_to_deploy()
 
 
+@pytest.mark.meeting(
+    "`Model.eval`",
+    "works",
+    "Model(network, loss, metrics={'accuracy'}).eval(dataset)",
+)
 def test_model_eval_evaluates_and_leaves_the_statistics_alone() -> None:
     net = small(RBN)
     data = ms.dataset.NumpySlicesDataset((X.asnumpy(), np.zeros(4, np.int32)), shuffle=False).batch(4)
@@ -173,6 +200,12 @@ def test_mindcvs_average_of_the_weights_refuses_the_counter_and_takes_a_layer_wi
         np.testing.assert_allclose(found, (1 - decay) * mean, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.meeting(
+    "mindcv's ResNet and MobileNet v2",
+    "works with `convert`",
+    "convert(mindcv.models.resnet18())",
+    packages=("mindcv",),
+)
 @pytest.mark.parametrize(("name", "count"), [("resnet18", 20), ("mobilenet_v2_100", 52)])
 def test_mindcvs_models_are_converted_whole(name, count) -> None:
     model = getattr(models, name)()

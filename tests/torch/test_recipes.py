@@ -112,6 +112,11 @@ def test_the_layers_are_batch_norms(kind):
         _ = layer.eps
 
 
+@pytest.mark.meeting(
+    "`torch.optim.swa_utils.update_bn`",
+    "works",
+    "update_bn(batches, model)",
+)
 @KINDS
 def test_update_bn_of_torch(kind):
     model, batches = model_of(kind), [images(), images(5.0)]
@@ -156,6 +161,11 @@ def test_base_finetuning_of_lightning_leaves_batch_norms_to_train(kind):
     assert all(p.requires_grad for p in model[1].parameters()) == (kind is not BNET)
 
 
+@pytest.mark.meeting(
+    "loops over `isinstance(m, nn.BatchNorm2d)`",
+    "works",
+    "[m.eval() for m in model.modules() if isinstance(m, nn.BatchNorm2d)]",
+)
 @KINDS
 @pytest.mark.parametrize("base", [nn.BatchNorm2d, _BatchNorm])
 def test_loops_that_evaluate_what_is_a_batch_norm(kind, base):
@@ -168,6 +178,11 @@ def test_loops_that_evaluate_what_is_a_batch_norm(kind, base):
     assert torch.equal(model[1].running_mean, before)
 
 
+@pytest.mark.meeting(
+    "`torch.func.replace_all_batch_norm_modules_`",
+    "works",
+    "torch.func.replace_all_batch_norm_modules_(model)",
+)
 @KINDS
 def test_torch_func_takes_the_statistics_away(kind):
     model = model_of(kind).train()
@@ -182,6 +197,12 @@ def test_torch_func_takes_the_statistics_away(kind):
     torch.testing.assert_close(torch.func.vmap(run)(images()), expected)
 
 
+@pytest.mark.meeting(
+    "torchvision's `split_normalization_params`",
+    "works for RBN and IEBN; BNET: `parameter_groups`",
+    "split_normalization_params(model)",
+    packages=("torchvision",),
+)
 @pytest.mark.parametrize("kind", [RBN, IEBN])
 def test_split_normalization_params_of_torchvision(kind, torchvision):
     model = model_of(kind)
@@ -248,6 +269,11 @@ def evaluates_like_mmengine(model):
     return None
 
 
+@pytest.mark.meeting(
+    "`convert_sync_batchnorm`, `fuse_conv_bn_eval` and others that rebuild or fold a BatchNorm",
+    "an error that names the way out",
+    "nn.SyncBatchNorm.convert_sync_batchnorm(model)",
+)
 @KINDS
 @pytest.mark.parametrize(
     "tool",
@@ -267,6 +293,12 @@ def test_what_would_drop_the_calibration_is_refused(kind, tool):
     assert type(model[1]) is kind
 
 
+@pytest.mark.meeting(
+    "timm's `convert_sync_batchnorm`, `freeze_batch_norm_2d` and `freeze`",
+    "an error that names the way out",
+    "timm.layers.freeze_batch_norm_2d(model)",
+    packages=("timm",),
+)
 @KINDS
 @pytest.mark.parametrize(
     "tool", ["layers.convert_sync_batchnorm", "layers.freeze_batch_norm_2d", "utils.freeze"]
@@ -306,6 +338,12 @@ def test_what_folds_by_type_leaves_the_layers_alone_or_refuses(kind):
         torch.ao.quantization.fuse_modules(model, ["0", "1"])
 
 
+@pytest.mark.meeting(
+    "ResNets built with `norm_layer=`",
+    "works; BNET in torchvision: `convert(model, 'bnet')`",
+    "timm.create_model('resnet18', norm_layer=RBN)",
+    packages=("torchvision", "timm"),
+)
 @KINDS
 def test_resnets_of_torchvision_and_timm_take_the_layers(kind, torchvision, timm):
     timms = timm.create_model("resnet18", norm_layer=kind)
@@ -366,6 +404,11 @@ def group(tmp_path):
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.meeting(
+    "`DistributedDataParallel`, `fully_shard`",
+    "works",
+    "DistributedDataParallel(model)",
+)
 @pytest.mark.filterwarnings("ignore")  # FSDP on the CPU
 @KINDS
 def test_distributed_wrappers_train_the_same(kind, group):
@@ -400,6 +443,12 @@ def test_an_empty_batch_passes_through_and_is_counted(kind, options):
 # ---- what leaves PyTorch, or looks into a model ----
 
 
+@pytest.mark.meeting(
+    "`torch.onnx.export(dynamo=False)`, run in onnxruntime",
+    "works, with any batch and size",
+    "torch.onnx.export(model, images, 'model.onnx', dynamo=False)",
+    packages=("onnx", "onnxruntime"),
+)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize(
     "layer",
@@ -427,6 +476,11 @@ def test_legacy_onnx_export_writes_plain_operations(layer):
     assert float((torch.from_numpy(y) - expected).abs().max() / expected.abs().max()) < 1e-6
 
 
+@pytest.mark.meeting(
+    "`torch.jit.script`",
+    "an error that names `torch.jit.trace`",
+    "torch.jit.script(model)",
+)
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 @KINDS
 def test_torch_jit_script_names_the_way_out(kind):
@@ -434,6 +488,11 @@ def test_torch_jit_script_names_the_way_out(kind):
         torch.jit.script(model_of(kind).eval())
 
 
+@pytest.mark.meeting(
+    "`prepare_fx` and `convert_fx`",
+    "works: the layers stay in float",
+    "prepare_fx(model, qconfig_mapping, images)",
+)
 @pytest.mark.filterwarnings(
     "ignore::DeprecationWarning", "ignore::UserWarning"
 )  # of what is quantized in PyTorch
@@ -451,6 +510,12 @@ def test_quantization_keeps_the_layers_in_float(kind):
     assert (quantized(images()) - expected).abs().max() < 0.05 * expected.abs().max()
 
 
+@pytest.mark.meeting(
+    "torchvision's and timm's feature extraction",
+    "works",
+    "create_feature_extractor(model, ['layer1'])",
+    packages=("torchvision", "timm"),
+)
 @KINDS
 def test_feature_extraction_of_torchvision_and_timm(kind, torchvision, timm):
     model = model_of(kind).eval()
@@ -462,6 +527,11 @@ def test_feature_extraction_of_torchvision_and_timm(kind, torchvision, timm):
     assert [y.shape[1] for y in features(torch.randn(1, 3, 32, 32))] == [64, 64]
 
 
+@pytest.mark.meeting(
+    "`torch.utils.flop_counter`",
+    "counts what it counts for BatchNorm: 0",
+    "FlopCounterMode(display=False)",
+)
 @KINDS
 def test_floating_point_operations_are_counted_as_for_batch_norm(kind):
     counted, plain = [], nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))

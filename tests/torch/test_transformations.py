@@ -67,6 +67,11 @@ def test_functionalize_updates_statistics_that_are_arguments(make, options):
     torch.testing.assert_close(state, dict(other.state_dict()))
 
 
+@pytest.mark.meeting(
+    "`torch.func.vmap` over `torch.func.grad`",
+    "works",
+    "vmap(grad(loss), in_dims=(None, 0))(parameters, images)",
+)
 @LAYERS
 def test_per_sample_gradients_of_a_training_layer(make, options):
     layer, other, x = layer_of(make, **options), layer_of(make, **options), images()
@@ -103,6 +108,11 @@ def test_an_ensemble_trains_with_statistics_of_its_own(make, options):
         torch.testing.assert_close(value, torch.stack([layer.state_dict()[name] for layer in layers]))
 
 
+@pytest.mark.meeting(
+    "`torch.export`, saved and loaded",
+    "works, also in training",
+    "torch.export.save(torch.export.export(model, (images,)), 'model.pt2')",
+)
 @LAYERS
 def test_an_exported_training_program_is_saved_loaded_and_trains(make, options):
     model = nn.Sequential(nn.Conv2d(8, 8, 3), layer_of(make, **options))
@@ -117,6 +127,11 @@ def test_an_exported_training_program_is_saved_loaded_and_trains(make, options):
     assert_same_state(trained, other)
 
 
+@pytest.mark.meeting(
+    "`torch.fx.symbolic_trace`",
+    "works: one node for a layer",
+    "torch.fx.symbolic_trace(model)",
+)
 @LAYERS
 def test_torch_fx_sees_one_node(make, options):
     model = nn.Sequential(nn.Conv2d(8, 8, 3), nn.Sequential(layer_of(make, **options)), nn.ReLU())
@@ -134,6 +149,11 @@ def test_torch_fx_of_a_layer_alone_is_an_error():
         torch.fx.symbolic_trace(RBN(8))
 
 
+@pytest.mark.meeting(
+    "`torch.jit.trace`",
+    "works, and loads where `rbn` is not installed",
+    "torch.jit.trace(model.eval(), images)",
+)
 @pytest.mark.filterwarnings("ignore:`torch.jit")
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # the checks of shapes are not in the program
 @LAYERS
@@ -198,6 +218,11 @@ def test_the_output_lies_as_batch_norms(name, rank, fused):
         torch.testing.assert_close(y, same.train(training)(x.contiguous()))
 
 
+@pytest.mark.meeting(
+    "`torch.utils.checkpoint` under autocast",
+    "works",
+    "checkpoint(block, images, use_reentrant=False)",
+)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_a_layer_in_a_checkpointed_block_under_autocast(dtype, reentrant):
