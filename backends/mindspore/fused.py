@@ -73,8 +73,10 @@ class Number:
     Not stored in the layer, whose copies would have it, too.
     """
 
-    def __get__(self, layer: nn.Cell, owner: type) -> int:
-        """The layer's number, by which it is in `NUMBERED` as long as it lives."""
+    def __get__(self, layer: nn.Cell | None, owner: type) -> int:
+        """The layer's number, by which it is in `NUMBERED` as long as it lives; 0 of a class."""
+        if layer is None:
+            return 0
         NUMBERED[id(layer)] = layer
         return id(layer)
 

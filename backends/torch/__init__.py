@@ -1,5 +1,6 @@
 """RBN, IEBN and BNET in PyTorch, in place of `torch.nn.BatchNorm1d`, `2d` and `3d`, and whole networks."""
 
+from rbn.backends.torch.activated import BNETAct2d, IEBNAct2d, RBNAct2d
 from rbn.backends.torch.activations import activations
 from rbn.backends.torch.layers import BNET, IEBN, RBN
 from rbn.backends.torch.networks import Network, network
@@ -12,7 +13,10 @@ __all__ = [
     "BNET",
     "IEBN",
     "RBN",
+    "BNETAct2d",
+    "IEBNAct2d",
     "Network",
+    "RBNAct2d",
     "activations",
     "convert",
     "convert_sync_rbn",

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
-from rbn.backends.torch.surgery import BATCH_NORMS, convert
+from rbn.backends.torch.surgery import BATCH_NORMS, HAS_ACTIVATION, convert, evaluate, is_frozen, stay_frozen
 from rbn.backends.torch.weights import KINDS, unwrapped
 from rbn_core.errors import RBNValueError
 from rbn_core.matching import Row, Table
@@ -42,7 +42,7 @@ def update_rbn(model: nn.Module, batches: Iterable[Any]) -> None:
     Raises:
         RBNValueError: No layer keeps statistics that could change, or there is no batch; nothing has changed.
     """
-    layers = [layer for _, layer in _batch_norms(model) if _keeps_statistics(layer) and not _is_frozen(layer)]
+    layers = [layer for _, layer in _batch_norms(model) if _keeps_statistics(layer) and not is_frozen(layer)]
     if not layers:
         raise RBNValueError(
             "update_rbn: expected a model with RBN, IEBN, BNET or BatchNorm that keeps running statistics, "
@@ -96,9 +96,7 @@ def freeze(model: nn.Module) -> Table:
             f"{type(model).__name__}. Pass the model that has them."
         )
     for _, layer in layers:
-        layer.eval().requires_grad_(False)
-        if not _is_frozen(layer):
-            layer.register_forward_pre_hook(_evaluate)
+        stay_frozen(layer)
     return Table(tuple(Row(path, "frozen", type(layer).__name__) for path, layer in layers))
 
 
@@ -129,8 +127,8 @@ def fold(model: nn.Module) -> fx.GraphModule:
 
     RBN, IEBN and BNET are folded where they are plain BatchNorms in evaluation: with w_m = 0 and w_v = 0, so
     that R(w_b) is a factor of gamma, and BNET with kernels that are 0 beside their centres. BatchNorm is
-    folded, too. A layer stays where nothing of that kind comes before it, or something else uses what that
-    gives. The copy gives what the model gives in evaluation, to rounding.
+    folded, too. A layer stays where nothing of that kind comes before it, something else uses what that
+    gives, or it has an activation. The copy gives what the model gives in evaluation, to rounding.
 
         faster = fold(nn.Sequential(nn.Conv2d(3, 8, 3), RBN(8)))
 
@@ -175,7 +173,8 @@ def _as_batch_norms(model: nn.Module) -> dict[nn.Module, _BatchNorm]:
     found, refused = {}, []
     for path, layer in _batch_norms(model):
         holder = nn.Sequential(copy.deepcopy(layer))  # the layer itself may have to stay
-        reasons = [row.detail for row in convert(holder, "bn").rows if row.status == "kept"]
+        kept = [row.detail for row in convert(holder, "bn").rows if row.status == "kept"]
+        reasons = [reason for reason in kept if reason != HAS_ACTIVATION]
         if not _keeps_statistics(layer):
             reasons = ["has no running statistics"]
         refused += [f"{path} {reason}" for reason in reasons]
@@ -207,17 +206,7 @@ def _keeps_statistics(layer: _BatchNorm) -> bool:
     return layer.running_mean is not None and layer.running_var is not None
 
 
-def _evaluate(layer: nn.Module, _: Any) -> None:
-    """The hook of a frozen layer."""
-    if layer.training:
-        layer.eval()
-
-
-def _is_frozen(layer: nn.Module) -> bool:
-    return _evaluate in layer._forward_pre_hooks.values()
-
-
 def _has_hooks(layer: nn.Module) -> bool:
     """Whether something else than `freeze` hangs on a layer, which may change its weights or its output."""
     hooks = (*layer._forward_pre_hooks.values(), *layer._forward_hooks.values())
-    return any(hook is not _evaluate for hook in hooks)
+    return any(hook is not evaluate for hook in hooks)

@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
+from rbn.backends.torch.activated import ACTIVATED, Activated
 from rbn.backends.torch.layers import BNET, CalibratedNorm
 from rbn.backends.torch.networks import LAYERS
 from rbn.backends.torch.weights import config_of, to_numpy, to_tensor, unwrapped
@@ -23,6 +24,9 @@ from rbn_core.names import NAMES, STATISTICS
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 """PyTorch's own, by the number of spatial axes minus one."""
+
+HAS_ACTIVATION = "has an activation, which no BatchNorm has but timm's BatchNormAct2d that it was made of"
+"""Why a layer that is inert does not become a BatchNorm."""
 
 KEPT = (
     "num_features",
@@ -60,8 +64,8 @@ def convert(
             `spatial_dims`, 2 by default, of layers that never were a BatchNorm.
 
     Returns:
-        A row for each layer that was "replaced", or "kept" and why: a `FrozenBatchNorm2d`, such as
-        torchvision's, is kept.
+        A row for each layer that was "replaced", or "kept" and why. In the place of a `FrozenBatchNorm2d`,
+        such as torchvision's, is a layer that is frozen as by `freeze`.
 
     Raises:
         RBNError: `to`, `where` or an option is refused, `where` matches no layer, or the model itself is what
@@ -92,7 +96,9 @@ def convert(
         if isinstance(plan, _Replacement):
             parent, _, name = path.rpartition(".")
             setattr(model.get_submodule(parent), name, plan.carry_out())
-            rows.append(Row(path, "replaced", type(module).__name__, type(plan.layer).__name__))
+            new = type(plan.layer).__name__
+            detail = f"{new}, frozen" if is_frozen(plan.layer) else new
+            rows.append(Row(path, "replaced", type(module).__name__, detail))
         elif plan is not None:
             rows.append(Row(path, "kept", type(module).__name__, plan))
     return conversion.report(rows, to)
@@ -102,7 +108,8 @@ def convert_sync_rbn(model: nn.Module, process_group: ProcessGroup | None = None
     """Let RBN, IEBN, BNET and BatchNorm take their batch statistics over all processes, in place.
 
     PyTorch's own BatchNorms become `torch.nn.SyncBatchNorm`, which runs on GPUs alone; our layers stay, with
-    `sync=True`. `torch.nn.SyncBatchNorm.convert_sync_batchnorm` refuses a model with our layers.
+    `sync=True`, and classes of others' stay as they are: convert timm's `BatchNormAct2d` first.
+    `torch.nn.SyncBatchNorm.convert_sync_batchnorm` refuses a model with our layers.
 
         model = convert_sync_rbn(nn.Sequential(nn.Conv2d(3, 8, 3), RBN(8)))
 
@@ -167,32 +174,83 @@ def _is_frozen_batch_norm(module: nn.Module) -> bool:
     return "FrozenBatchNorm" in type(module).__name__
 
 
+def _is_activated(module: nn.Module) -> bool:
+    """Whether a layer is timm's `BatchNormAct2d`, or one of ours that is like it."""
+    theirs = type(module).__name__ == "BatchNormAct2d" and module._modules.keys() == {"drop", "act"}
+    return theirs or type(module) in ACTIVATED.values()
+
+
 def _plan(module: nn.Module, to: str, preserve: bool, options: Mapping[str, Any]) -> _Replacement | str:
     """What takes a module's place, or why nothing does; nothing changes yet."""
     if _is_frozen_batch_norm(module):
-        return "is frozen: build the model with nn.BatchNorm2d, convert that, and call freeze"
+        return _frozen(module, to, preserve, options)
     if parametrize.is_parametrized(module):
         return "has parametrizations: remove them first"
     if isinstance(module, LazyModuleMixin):
         return "has not seen an input yet: run the model once"
-    if type(module) not in (*BATCH_NORMS, nn.SyncBatchNorm, *LAYERS.values()):
+    activated = _is_activated(module)
+    if not activated and type(module) not in (*BATCH_NORMS, nn.SyncBatchNorm, *LAYERS.values()):
         return "is a class of its own"
     if to == "bn":
         return _batch_norm(module, options)
-    if module._modules or set(module._parameters) | set(module._buffers) != {"weight", "bias", *STATISTICS}:
+    if bool(module._modules) != activated or set(module._parameters) | set(module._buffers) != {
+        "weight",
+        "bias",
+        *STATISTICS,
+    }:
         return "has more parameters, buffers or modules than a BatchNorm"
     return _calibrated(module, to, preserve, options)
+
+
+def _frozen(module: nn.Module, to: str, preserve: bool, options: Mapping[str, Any]) -> _Replacement | str:
+    """The frozen layer that takes the place of a FrozenBatchNorm2d."""
+    stored = {name: value for name, value in module._buffers.items() if name != STATISTICS[-1]}
+    if module._modules or module._parameters or stored.keys() != {"weight", "bias", *STATISTICS[:-1]}:
+        return "has more parameters, buffers or modules than a BatchNorm"
+    weight = stored["weight"]
+    norm = nn.BatchNorm2d(len(weight), getattr(module, "eps", 1e-5), device=weight.device, dtype=weight.dtype)
+    norm.load_state_dict(stored, strict=False)
+    norm.eval()
+    images = torch.linspace(-2, 2, 4, dtype=weight.dtype, device=weight.device).expand(1, len(weight), 1, 4)
+    with torch.no_grad():
+        if not torch.allclose(norm(images), module(images), rtol=1e-3, atol=1e-3):
+            return "does not give what a BatchNorm with its numbers gives"
+    plan = _calibrated(norm, to, preserve, options)
+    if isinstance(plan, _Replacement):
+        stay_frozen(plan.layer)
+    return plan
+
+
+def stay_frozen(layer: nn.Module) -> None:
+    """Let a layer evaluate, also in training, with parameters that stay."""
+    layer.eval().requires_grad_(False)
+    if not is_frozen(layer):
+        layer.register_forward_pre_hook(evaluate)
+
+
+def is_frozen(layer: nn.Module) -> bool:
+    """Whether `stay_frozen` was called for a layer, or for the one in whose place it is."""
+    return evaluate in layer._forward_pre_hooks.values()
+
+
+def evaluate(layer: nn.Module, _: Any) -> None:
+    """The hook of a frozen layer."""
+    if layer.training:
+        layer.eval()
 
 
 def _calibrated(norm: _BatchNorm, to: str, preserve: bool, options: Mapping[str, Any]) -> _Replacement | str:
     """The RBN, IEBN or BNET that takes a BatchNorm's place."""
     sync = isinstance(norm, nn.SyncBatchNorm)
     known = _common(norm) | {"sync": sync, "process_group": norm.process_group if sync else None}
+    activated = _is_activated(norm)
     if to == "bnet":
-        known["spatial_dims"] = 2 if sync else BATCH_NORMS.index(type(norm)) + 1
+        known["spatial_dims"] = BATCH_NORMS.index(type(norm)) + 1 if type(norm) in BATCH_NORMS else 2
     else:
         known |= {"affine": norm.weight is not None, "bias": norm.bias is not None}
-    layer = LAYERS[to](norm.num_features, **known | dict(options))
+    layer = (ACTIVATED if activated else LAYERS)[to](norm.num_features, **known | dict(options))
+    if activated:
+        layer.drop, layer.act = norm.drop, norm.act
     state = conversion.from_batch_norm(config_of(layer), to_numpy(norm), True) if preserve else {}
     if isinstance(state, str):
         return state
@@ -209,11 +267,15 @@ def _batch_norm(module: CalibratedNorm, options: Mapping[str, Any]) -> _Replacem
     state = conversion.to_batch_norm(config, to_numpy(module))
     if isinstance(state, str):
         return state
+    if isinstance(module, Activated) and (module.sync or not hasattr(module, "batch_norm")):
+        return HAS_ACTIVATION
     dims = config.spatial_dims if isinstance(module, BNET) else options.get("spatial_dims", 2)
     kind, known = getattr(module, "batch_norm", BATCH_NORMS[dims - 1]), _common(module)
     if module.sync:
         kind, known["process_group"] = nn.SyncBatchNorm, module.process_group
     layer = kind(module.num_features, affine="gamma" in state, **known)
+    if isinstance(module, Activated):
+        layer.drop, layer.act = module.drop, module.act
     if "beta" not in state:
         layer.register_parameter("bias", None)
     if isinstance(module, BNET):

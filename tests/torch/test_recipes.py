@@ -359,6 +359,32 @@ def test_resnets_of_torchvision_and_timm_take_the_layers(kind, torchvision, timm
     assert sum(type(module) is kind for module in model.modules()) == 20
 
 
+@pytest.mark.meeting(
+    "`FrozenBatchNorm2d` of torchvision and transformers",
+    "works by `convert`: the layers in their place are frozen",
+    "convert(torchvision.models.detection.fasterrcnn_resnet50_fpn(weights_backbone=None), preserve=True)",
+    packages=("torchvision", "transformers"),
+)
+@KINDS
+@pytest.mark.parametrize("package", ["torchvision", "transformers"])
+def test_frozen_batch_norms_become_frozen_layers(kind, package, torchvision):
+    from transformers.models.detr.modeling_detr import DetrFrozenBatchNorm2d
+
+    classes = {
+        "torchvision": torchvision.ops.FrozenBatchNorm2d,
+        "transformers": DetrFrozenBatchNorm2d,
+    }
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), classes[package](4))
+    for buffer, start in zip(model[1].buffers(), (0.5, 1, 2, 3), strict=False):
+        buffer.copy_(torch.arange(4) / 4 + start)
+    expected = model(images())
+    (row,) = convert(model, kind.__name__.lower(), preserve=True).rows
+    assert row.detail == f"{kind.__name__}, frozen"
+    torch.testing.assert_close(model.train()(images()), expected, rtol=1e-4, atol=1e-5)
+    assert not statistics_move(model)
+    assert not any(parameter.requires_grad for parameter in model[1].parameters())
+
+
 # ---- what copies, stores or wraps ----
 
 

@@ -318,11 +318,22 @@ def test_a_layer_itself_cannot_be_replaced():
     assert (table.rows, str(table)) == ((), "0 replaced: there is no BatchNorm")
 
 
-def test_frozen_batch_norms_are_kept_and_the_table_says_why():
+def test_a_frozen_batch_norm_that_is_none_is_kept_and_the_table_says_why():
     class FrozenBatchNorm2d(nn.Module):
-        pass
+        """One without numbers, and one that is more."""
 
-    table = convert(nn.Sequential(FrozenBatchNorm2d(), nn.ReLU()))
-    reason = "is frozen: build the model with nn.BatchNorm2d, convert that, and call freeze"
-    assert table.rows == (Row("0", "kept", "FrozenBatchNorm2d", reason),)
-    assert str(table).endswith("1 kept\n0 replaced")
+    class WithMore(nn.Module):
+        def __init__(self):
+            super().__init__()
+            for name in ("weight", "bias", "running_mean", "running_var"):
+                self.register_buffer(name, torch.ones(4))
+
+        def forward(self, x):
+            return 2 * x
+
+    WithMore.__name__ = "FrozenBatchNormAndMore"
+    table = convert(nn.Sequential(FrozenBatchNorm2d(), WithMore()))
+    assert [row.detail for row in table.rows] == [
+        "has more parameters, buffers or modules than a BatchNorm",
+        "does not give what a BatchNorm with its numbers gives",
+    ]
