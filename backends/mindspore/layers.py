@@ -596,7 +596,7 @@ def _check_input(
         RBNError: As of `check_input`; or a graph is compiled for any number of axes or of channels, which
             nothing could check, and one channel would be taken for all.
     """
-    if shape is None or shape[axis] is None:
+    if shape is None or None in shape[axis:][:1]:
         raise RBNValueError(
             f"{layer}: expected the number of axes and of channels to be known in a graph, got shape "
             f"{shape}. Leave only other extents open: "
