@@ -125,7 +125,7 @@ def test_preserved_outputs_are_exact_to_rounding() -> None:
 
 def test_where_chooses_by_the_whole_path() -> None:
     model = module()
-    with pytest.raises(RBNValueError, match="got 'blocks', which matches none of these 3: "):
+    with pytest.raises(RBNValueError, match="got 'blocks', which matches none of these 4: "):
         rbn_flax.nnx.convert(model, where=r"blocks")
     assert str(rbn_flax.nnx.convert(model, "bn")) == "0 replaced: there is no RBN, IEBN or BNET"
     table = rbn_flax.nnx.convert(model, where=r"blocks\.0")
