@@ -507,7 +507,7 @@ def test_legacy_onnx_export_writes_plain_operations(layer):
     "an error that names `torch.jit.trace`",
     "torch.jit.script(model)",
 )
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit")
 @KINDS
 def test_torch_jit_script_names_the_way_out(kind):
     with pytest.raises(RBNTypeError, match=r"got torch.jit.script, .* Use torch.jit.trace"):
