@@ -14,17 +14,6 @@ MODELS = {"efficientnet_b0": 49, "mobilenetv3_small_100": 34, "regnetx_002": 44,
 """How many norm layers of a model of timm's have an activation in them, or are plain."""
 
 
-@pytest.fixture(scope="session")
-def timm():
-    """The package, also where torchvision's own operators are compiled for another PyTorch."""
-    try:
-        return pytest.importorskip("timm")
-    except RuntimeError:
-        for name in ("nms", "qnms"):
-            torch.library.define(f"torchvision::{name}", "(Tensor a, Tensor b, float c) -> Tensor")
-        return pytest.importorskip("timm")
-
-
 def trained(layer):
     torch.manual_seed(0)
     with torch.no_grad():

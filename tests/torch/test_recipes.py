@@ -8,7 +8,6 @@ import copy
 import io
 import operator
 import pickle
-import warnings
 
 import pytest
 import torch
@@ -33,26 +32,6 @@ from rbn_core.matching import Row
 
 KINDS = pytest.mark.parametrize("kind", [RBN, IEBN, BNET], ids=lambda kind: kind.__name__)
 REFUSED = "expected a plain BatchNorm where a tool reads eps, got .*layer.epsilon"
-
-
-@pytest.fixture(scope="session")
-def torchvision():
-    """The package, also where its own operators are compiled for another PyTorch."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            return pytest.importorskip("torchvision")
-        except RuntimeError:
-            for name in ("nms", "qnms"):
-                torch.library.define(f"torchvision::{name}", "(Tensor a, Tensor b, float c) -> Tensor")
-            return pytest.importorskip("torchvision")
-
-
-@pytest.fixture(scope="session")
-def timm(torchvision):
-    """The package."""
-    pytest.importorskip("timm.optim")
-    return pytest.importorskip("timm")
 
 
 def layer_of(kind, **options):
