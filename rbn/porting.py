@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import importlib.util
+import importlib
 import json
 import re
 import secrets
 import shutil
-import sys
 import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -22,7 +21,6 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 from numpy.typing import NDArray
 
-import rbn.backends
 from rbn.backends.frameworks import FRAMEWORKS, missing_message
 from rbn_core import (
     architectures,
@@ -242,7 +240,7 @@ def placed(path: Path, framework: str) -> Iterator[Path]:
         with replacing(path) as temporary:
             yield temporary
         return
-    checkpoints(framework).check_new(path)
+    format_of(framework).check_new(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
         yield temporary
@@ -380,7 +378,7 @@ def read(
         content = Content(state, told | said, known.layers, known.network, known.training)
     else:
         beside: dict[str, str] = {}
-        reader = checkpoints(framework)
+        reader = format_of(framework)
         stored: Training | None = None
         with os_errors_explained(path):
             if trained and framework in stored_optimizers.SLOTS:
@@ -880,7 +878,7 @@ def stored_arrays(path: Path, framework: str) -> State:
     with os_errors_explained(path):
         if framework == CANONICAL:
             return weights.read_safetensors(path)[0]
-        return checkpoints(framework).read(path)
+        return format_of(framework).read(path)
 
 
 def write(path: Path, framework: str, content: Content, stored: State, layout: str | None) -> None:
@@ -907,38 +905,17 @@ def write(path: Path, framework: str, content: Content, stored: State, layout: s
         if layout == "published":
             options["layers"] = content.layers
         with missing_explained(framework):
-            checkpoints(framework).write(path, stored, **options)
+            format_of(framework).write(path, stored, **options)
 
 
-def checkpoints(framework: str) -> Any:
-    """A backend's module `checkpoints`, without the rest of the backend, which imports the framework.
+def format_of(framework: str) -> Any:
+    """The module of `rbn.formats` that reads and writes a framework's files.
 
     Raises:
-        RBNValueError: The format needs the framework, and it is not installed.
+        RBNValueError: The format needs a package that comes with the framework, and it is not installed.
     """
-    name = f"rbn.backends.{framework}.checkpoints"
-    if name in sys.modules:
-        return sys.modules[name]
-    alone = f"rbn.porting.{framework}_checkpoints"
-    if alone in sys.modules:
-        return sys.modules[alone]
-    file = next(
-        file
-        for folder in rbn.backends.__path__
-        if (file := Path(folder, framework, "checkpoints.py")).is_file()
-    )
-    spec = importlib.util.spec_from_file_location(alone, file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[alone] = module
-    try:
-        with missing_explained(framework):
-            spec.loader.exec_module(module)
-    except RBNValueError:
-        del sys.modules[alone]
-        raise
-    return module
+    with missing_explained(framework):
+        return importlib.import_module(f"rbn.formats.{framework}")
 
 
 @contextmanager

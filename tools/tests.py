@@ -1,9 +1,9 @@
 """Run all tests, as many parts at a time as there are processors: python tools/tests.py [--long].
 
 A part is the tests that need no framework, or those of one framework: Jittor and PyTorch in one process have
-crashed. All parts run, even when one fails. The tests of a framework must reach 95 % of its backend's lines.
-Without --long the long searches are left out, and counted. What the parts print goes to reports/tests/, and
-to the terminal where one fails.
+crashed. All parts run, even when one fails. The tests of a framework must reach 95 % of the lines of its
+backend and its format. Without --long the long searches are left out, and counted. What the parts print goes
+to reports/tests/, and to the terminal where one fails.
 """
 
 import os
@@ -31,7 +31,8 @@ def commands(part: str, options: list[str]) -> dict[str, list[str | Path]]:
         return {"pytest": [BIN / "pytest", "-n", str(FOLD), "--dist", "loadfile", *options]}
     tests = ["pytest", "--framework", part]
     data = f"--data-file=.coverage.{part}"
-    report = ("report", data, f"--include=backends/{part}/*", "--fail-under=95")
+    lines = f"--include=backends/{part}/*,formats/{part}.py"
+    report = ("report", data, lines, "--fail-under=95")
     return {
         " ".join(tests): [BIN / "coverage", "run", data, "-m", *tests, *options],
         f"combining the coverage of {part}": [BIN / "coverage", "combine", "--quiet", data],
@@ -93,7 +94,7 @@ class Part:
         text = self.text()
         counts = re.findall(r"^=* ?((?:\d+ \w+(?:, )?)+) in [\d.]+s", text, re.MULTILINE)
         covered = re.findall(r"^TOTAL.* ([\d.]+%)", text, re.MULTILINE)
-        details = [*counts[-1:], *(f"{share} of the backend's lines" for share in covered[-1:])]
+        details = [*counts[-1:], *(f"{share} of the framework's lines" for share in covered[-1:])]
         return f"{self.name}: {'; '.join(details)}, {time.monotonic() - self.began:.0f} s"
 
 

@@ -5,13 +5,14 @@ import pickle
 import numpy as np
 import pytest
 
-from rbn.backends.jittor import checkpoints, from_numpy, network, to_numpy
+from rbn.backends.jittor import from_numpy, network, to_numpy
 
 # After the backend, which prepares what Jittor reads at its import.
 # isort: split
 import jittor as jt
-from jittor import nn
+from jittor import models, nn
 
+from rbn.formats import jittor as checkpoints
 from rbn.porting import port
 from rbn_core import weights
 
@@ -37,7 +38,7 @@ class RepresentativeBatchNorm2d(nn.BatchNorm):
 @pytest.fixture
 def theirs():
     """jittor.models' ResNet-18 with their class in place of every BatchNorm, and lively weights."""
-    net = jt.models.resnet18(num_classes=5)
+    net = models.resnet18(num_classes=5)
     for path, module in list(net.named_modules()):
         if isinstance(module, nn.BatchNorm):
             *outer, last = path.split(".")

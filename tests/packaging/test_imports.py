@@ -30,6 +30,7 @@ FOLDERS = {
     "rbn_core": "rbn_core",
     "rbn.backends": "backends",
     "rbn.conformance": "conformance",
+    "rbn.formats": "formats",
     "rbn.kernels": "kernels",
     "rbn.benchmarks": "benchmarks",
 }
@@ -170,6 +171,19 @@ def test_from_a_bare_checkout(checkout, tmp_path):
     assert files == {name: checkout / folder / "__init__.py" for name, folder in FOLDERS.items()}
     # No site-packages here: the version comes from pyproject.toml.
     assert version_imported_from(checkout, tmp_path) == metadata.version("rbn")
+
+
+def test_a_checkout_has_no_other_modules_under_our_name(checkout, tmp_path):
+    """`rbn.rbn_core` would be a second `rbn_core`, with a second class of every error."""
+    code = (
+        "import sys\n"
+        "from importlib.util import find_spec\n"
+        "import rbn\n"
+        "print([name for name in sys.argv[1:] if find_spec('rbn.' + name)])"
+    )
+    environment = os.environ | {"PYTHONPATH": str(checkout)}
+    names = ["rbn_core", "rbn", "tools", "tests", "docs", "setup", "backends"]
+    assert python("-P", "-c", code, *names, cwd=tmp_path, env=environment).strip() == "['backends']"
 
 
 def test_from_the_editable_install(tmp_path):

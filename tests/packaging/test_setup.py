@@ -68,7 +68,8 @@ FRAMEWORK_TESTS = {
     + SLOWEST
     + SHORT: "pytest --framework {0}",
     "coverage combine --quiet --data-file=.coverage.{0}": "combining the coverage of {0}",
-    "coverage report --data-file=.coverage.{0} --include=backends/{0}/* --fail-under=95": "coverage of {0}",
+    "coverage report --data-file=.coverage.{0} --include=backends/{0}/*,formats/{0}.py"
+    " --fail-under=95": "coverage of {0}",
 }
 PARTS = [{"pytest -n 2 --dist loadfile" + SLOWEST + SHORT: "pytest"}] + [
     {call.format(name): failure.format(name) for call, failure in FRAMEWORK_TESTS.items()}
@@ -167,7 +168,7 @@ def test_what_a_killed_run_measured_is_left_out(make):
 
 
 def test_mypy_gets_the_tree_of_import_names(make):
-    for folder in ("rbn", "rbn_core", "backends", "kernels", "conformance", "benchmarks"):
+    for folder in ("rbn", "rbn_core", "backends", "kernels", "conformance", "benchmarks", "formats"):
         (make.tree / folder).mkdir(exist_ok=True)
         (make.tree / folder / "__init__.py").touch()
     result, calls = make("lint")

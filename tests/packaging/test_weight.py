@@ -85,7 +85,7 @@ def test_a_backend_without_the_extra(request):
     name = request.config.option.framework
     blocked = modules_without({"numpy", "safetensors", *FRAMEWORKS[name].distributions})
     assert {"sklearn", "typer"} <= blocked
-    modules = [f"rbn.backends.{name}", f"rbn.backends.{name}.checkpoints"]
+    modules = [f"rbn.backends.{name}", f"rbn.formats.{name}"]
     modules += ["rbn.backends.flax.nnx"] if name == "flax" else []
     done = python(f"import {', '.join(modules)}; print('imported')", blocked)
     assert "imported" in done.stdout, done.stderr

@@ -179,7 +179,7 @@ def whole(name, path, seed):
         path.write_bytes(pickle.dumps({"model": own} | beside | BESIDE, protocol=4))
         return
     options = {"layout": "nnx"} if framework == "flax" and seed % 3 == 1 else {}
-    porting.checkpoints(framework).write(path, own, **options)
+    porting.format_of(framework).write(path, own, **options)
 
 
 def damaged(data, other, random_):

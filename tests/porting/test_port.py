@@ -413,7 +413,7 @@ def test_only_a_running_mean_tells_a_norm(tmp_path):
         "a/b.weight": np.ones((2, 3), np.float32),
         "mask": np.array([0, -np.inf], np.float32),
     }
-    porting.checkpoints("jittor").write(tmp_path / "a.pkl", state)
+    porting.format_of("jittor").write(tmp_path / "a.pkl", state)
     table = port(tmp_path / "a.pkl", tmp_path / "b.safetensors")
     found = weights.read(tmp_path / "b.safetensors")
     names = ("act.weight", "ln.weight", "ln.bias", "bn.gamma", "bn.running_mean", "a/b.weight", "mask")
@@ -439,12 +439,12 @@ def test_infinity_in_weights_is_refused_by_the_name_in_the_file(tmp_path, name):
         "fc.bias": np.ones(4),
     }
     state[name] = np.array([1, -np.inf, np.nan, 0])
-    porting.checkpoints("jittor").write(tmp_path / "a.pkl", state)
+    porting.format_of("jittor").write(tmp_path / "a.pkl", state)
     with pytest.raises(RBNValueError, match=rf"NaN or infinity in {name} \(2 of 4\)"):
         port(tmp_path / "a.pkl", tmp_path / "b.safetensors")
     state[name] = np.ones(4)
     state["bn.weight"] = np.array([1, np.nan, 0, 0])
-    porting.checkpoints("jittor").write(tmp_path / "a.pkl", state)
+    porting.format_of("jittor").write(tmp_path / "a.pkl", state)
     with pytest.raises(RBNValueError, match=r"NaN or infinity in bn\.weight \(1 of 4\)"):
         port(tmp_path / "a.pkl", tmp_path / "b.safetensors")
 
@@ -468,7 +468,7 @@ def test_what_is_left_out_is_a_row_and_a_key_chooses(tmp_path):
     port(tmp_path / "a.pkl", tmp_path / "b.safetensors", key="ema")
     same(weights.load(tmp_path / "b.safetensors"), {"a": np.zeros(2)})
     state = {"teacher.a": np.zeros(2), "student.a": np.ones(2)}
-    porting.checkpoints("mindspore").write(tmp_path / "a.ckpt", state)
+    porting.format_of("mindspore").write(tmp_path / "a.ckpt", state)
     port(tmp_path / "a.ckpt", tmp_path / "b.safetensors", key="teacher")
     same(weights.load(tmp_path / "b.safetensors"), {"a": np.zeros(2)})
     with pytest.raises(RBNValueError, match="--key with a framework's file"):
@@ -548,8 +548,6 @@ def test_each_is_one_clear_error(tmp_path, canonical, source, destination, optio
 
 def test_a_framework_that_is_not_installed_is_named(tmp_path, canonical, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)  # as if there were none
-    monkeypatch.delitem(sys.modules, "rbn.backends.torch.checkpoints", raising=False)
-    monkeypatch.delitem(sys.modules, "rbn.porting.torch_checkpoints", raising=False)
     with pytest.raises(RBNValueError, match=r"expected torch for its own format.*pip install 'rbn\[torch\]'"):
         port(canonical, tmp_path / "b.pth")
 

@@ -388,7 +388,7 @@ def test_a_file_of_little_things_takes_no_more_than_ten_times_its_size(make_plai
         "from rbn import porting\n"
         "from rbn_core import RBNError\n"
         "path, framework = sys.argv[1:]\n"
-        "if framework != 'canonical': porting.checkpoints(framework)\n"
+        "if framework != 'canonical': porting.format_of(framework)\n"
         "before = memory('VmHWM')\n"
         "try: porting.read(__import__('pathlib').Path(path), framework)\n"
         "except RBNError: print(memory('VmHWM') - before)\n"

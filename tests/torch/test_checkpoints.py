@@ -23,7 +23,8 @@ import torch
 from torch import nn
 from torch.distributed import checkpoint as distributed
 
-from rbn.backends.torch import BNET, IEBN, RBN, checkpoints, describe, from_numpy, network, to_numpy
+from rbn.backends.torch import BNET, IEBN, RBN, describe, from_numpy, network, to_numpy
+from rbn.formats import torch as checkpoints
 from rbn_core import RBNError, RBNTypeError, RBNValueError, counting, weights
 from rbn_core.names import from_own, to_own
 
@@ -383,14 +384,12 @@ def test_safetensors_say_whose_they_are(tmp_path):
 def test_reading_needs_no_pytorch(tmp_path):
     torch.save({"a": torch.ones(2, dtype=torch.bfloat16), "b": torch.ones(2, 3).T}, tmp_path / "x.pth")
     script = """
-import importlib.util, sys
+import sys
 sys.modules["torch"] = None
-spec = importlib.util.spec_from_file_location("checkpoints", sys.argv[1])
-checkpoints = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(checkpoints)
-print({name: (array.shape, array.dtype.name) for name, array in checkpoints.read(sys.argv[2]).items()})
+from rbn.formats import torch
+print({name: (array.shape, array.dtype.name) for name, array in torch.read(sys.argv[1]).items()})
 """
-    command = [sys.executable, "-c", script, checkpoints.__file__, tmp_path / "x.pth"]
+    command = [sys.executable, "-c", script, tmp_path / "x.pth"]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     assert done.stdout.strip() == "{'a': ((2,), 'bfloat16'), 'b': ((3, 2), 'float32')}"
 

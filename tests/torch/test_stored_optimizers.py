@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from torch.distributed import checkpoint as distributed
 
-from rbn.backends.torch import BNET, IEBN, RBN, checkpoints, network, optimizer_to_numpy, to_numpy
+from rbn.backends.torch import BNET, IEBN, RBN, network, optimizer_to_numpy, to_numpy
+from rbn.formats import torch as checkpoints
 from rbn.porting import port
 from rbn_core import weights
 

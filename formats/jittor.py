@@ -40,7 +40,7 @@ COUNTED = 1 << 10
 def read(path: str | PathLike[str], key: str | None = None, note: pickles.Note = pickles.no_note) -> State:
     """The arrays of a checkpoint, under Jittor's names.
 
-    The network may stand beside other entries, as in `rbn.backends.torch.checkpoints.read`. The form of the
+    The network may stand beside other entries, as in `rbn.formats.torch.read`. The form of the
     published RBN code, whose parameters are (1, C, 1, 1), becomes ours. Jittor stores a bfloat16 variable as
     one of uint16, which comes as bfloat16 here.
 
