@@ -11,10 +11,20 @@ from typing import Literal
 from rbn.conformance.cases import Case, config_of
 from rbn.conformance.comparison import Deviation, deviations, worst_of_each
 from rbn.conformance.diagnosis import Diagnosis
+from rbn.conformance.readable import readable, said
 from rbn.conformance.subject import NoResultInTimeError, Outcome, Subject
 from rbn.conformance.suite import all_cases
+from rbn_core.config import Config
 
 PASSED, FAILED, LATE, ABSENT, EXPECTED = "passed", "failed", "late", "absent", "expected"
+
+
+NO_OPTIONS_OF = {
+    "bn": ("centering", "scaling"),
+    "iebn": ("centering", "scaling"),
+    "bnet": ("centering", "scaling", "gamma", "beta"),
+}
+"""What a layer has no choice of, whatever a subject always does in others."""
 
 
 class ConformanceError(AssertionError):
@@ -129,15 +139,17 @@ def check_case(
     lacking = lacks(subject, case)
     if lacking is not None:
         return Result(case.id, case.group, ABSENT, message=lacking)
-    mine = replace(case, config=replace(case.config, **subject.fixed))
+    mine = replace(case, config=config_for(subject, case))
     outcomes: list[Outcome] = []
     try:
         found = tuple(worst_of_each(deviations(subject, mine, outcomes)))
     except NoResultInTimeError as error:
         seconds = time.perf_counter() - start
-        return Result(case.id, case.group, LATE, message=f"no result in time: {error}", seconds=seconds)
+        return Result(
+            case.id, case.group, LATE, message=readable(f"no result in time: {error}"), seconds=seconds
+        )
     except Exception as error:  # the suite outlives any subject
-        found = (Deviation("raised", float("inf"), 0.0, f"{type(error).__name__}: {error}"),)
+        found = (Deviation("raised", float("inf"), 0.0, said(error)),)
     result = Result(case.id, case.group, PASSED, found, seconds=time.perf_counter() - start)
     right, worst = result.worst.ratio <= 1.0, result.worst
     absent = reason(case, subject.absent)
@@ -146,8 +158,8 @@ def check_case(
         message = f"declared ({absent or expected}), but it passes. Drop the declaration."
         return replace(result, status=FAILED, message=message)
     if right:
-        said = (d.message for d in found if d.quantity == "refusal")
-        return replace(result, message=next(said, ""))
+        refusals = (d.message for d in found if d.quantity == "refusal")
+        return replace(result, message=next(refusals, ""))
     if absent:
         return replace(result, status=ABSENT, message=absent)
     causes = diagnosis.causes(mine, outcomes, found) if diagnosis is not None else ()
@@ -163,9 +175,15 @@ def reason(case: Case, declared: Mapping[str, str]) -> str | None:
     return next((why for pattern, why in declared.items() if fnmatch.fnmatchcase(name, pattern)), None)
 
 
+def config_for(subject: Subject, case: Case) -> Config:
+    """The case's options with those that the subject always has, if the case's layer has such options."""
+    none = NO_OPTIONS_OF.get(case.layer, ())
+    return replace(case.config, **{name: value for name, value in subject.fixed.items() if name not in none})
+
+
 def stored_by(subject: Subject, case: Case) -> set[str]:
     """The canonical names of what the subject stores with the options that it has."""
-    names = {*replace(case.config, **subject.fixed).state_shapes()}
+    names = {*config_for(subject, case).state_shapes()}
     return names if subject.counts_batches else names - {"num_batches_tracked"}
 
 

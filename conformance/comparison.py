@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from rbn.conformance.cases import REFUSED_SPOILS, Case
+from rbn.conformance.readable import said
 from rbn.conformance.subject import Array, Outcome, Subject
 from rbn.conformance.tolerances import roundings, tolerances
 from rbn_core.matching import State
@@ -199,7 +200,7 @@ def hostile(
 
 def refused(subject: Subject, error: Exception, before: State) -> Iterator[Deviation]:
     """Whether what a subject raised is a refusal, whose text is then shown, and its state is as it was."""
-    raised = f"{type(error).__name__}: {error}"
+    raised = said(error)
     slips = {NotImplementedError, RecursionError} - {*subject.refusals}  # both are RuntimeErrors
     if isinstance(error, tuple(slips)) or not isinstance(error, subject.refusals):
         kinds = " or ".join(kind.__name__ for kind in subject.refusals)
