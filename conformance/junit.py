@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
-import os
-import re
+import platform
+import shlex
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from xml.etree.ElementTree import Element, ElementTree, SubElement, indent
 
+import rbn
 from rbn.conformance.checks import FAILED, LATE, PASSED, Result
+from rbn.conformance.page import reproduction
+from rbn.conformance.readable import first_line, readable
 from rbn.conformance.runner import Run
+from rbn_core.files import replacing
 
-NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-"""What XML 1.0 cannot hold, not even escaped: a process that dies may write anything into a message."""
+SHOWN = 160
+"""How many characters of a message are shown where there is room for a line, as beside the code on GitHub."""
 
 COUNTED = {"failure": "failures", "error": "errors", "skipped": "skipped"}
 """What a test case may hold, and the attribute of its suite that counts it."""
 
 
-def write_junit(path: Path, runs: Sequence[Run]) -> None:
+def write_junit(path: Path, runs: Sequence[Run], command: str) -> None:
     """Write a test suite for every subject and in it a test case for every case.
+
+    A failure's message is one short line with what it behaves like, and its text is everything, with the
+    command that repeats it. Where the subject's file lies in the working folder, its cases name it, so that
+    GitHub shows the failures there.
 
     Absent cases and expected failures are skipped, with their reasons, and late ones are errors; what a
     subject said that refused something as it should is the output of the case. A run that ended early is an
@@ -29,56 +37,60 @@ def write_junit(path: Path, runs: Sequence[Run]) -> None:
     Args:
         path: The file; its folder is made.
         runs: What was run.
+        command: What ran it.
     """
     root = Element("testsuites", name="rbn conform")
     for run in runs:
-        suites = [_suite(root, run, name, results) for name, results in run.results.items()]
-        if run.failure:
-            suite = suites[-1] if suites else _suite(root, run, run.name, ())
+        suites = [_suite(root, run, name, results, command) for name, results in run.results.items()]
+        if run.early_end:
+            suite = suites[-1] if suites else _suite(root, run, run.name, (), command)
             case = SubElement(
-                suite, "testcase", classname=_text(suite.get("name", "")), name="the run itself"
+                suite, "testcase", classname=readable(suite.get("name", "")), name="the run itself"
             )
             case.set("time", "0.000")
-            _fill(SubElement(case, "error", type="run"), run.failure)
+            missing = ("without a result:", *run.missing) if run.stopped else ()
+            _fill(SubElement(case, "error", type="run"), run.early_end, (), *missing)
     for suite in root:
         _count(suite, suite.findall("testcase"))
     _count(root, root.findall("testsuite/testcase"))
     indent(root)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with replacing(path) as temporary:
         ElementTree(root).write(temporary, encoding="utf-8", xml_declaration=True)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
-def _suite(root: Element, run: Run, name: str, results: Sequence[Result]) -> Element:
-    suite = SubElement(root, "testsuite", name=_text(name))
+def _suite(root: Element, run: Run, name: str, results: Sequence[Result], command: str) -> Element:
+    suite = SubElement(root, "testsuite", name=readable(name))
     suite.set("timestamp", datetime.now(UTC).replace(tzinfo=None).isoformat(timespec="seconds"))
-    if run.versions:
-        properties = SubElement(suite, "properties")
-        for package, version in run.versions.items():
-            SubElement(properties, "property", name=_text(package), value=_text(version))
+    properties = SubElement(suite, "properties")
+    said = {"command": command, "verdict": run.verdict, "rbn": rbn.__version__}
+    for key, value in {**said, "python": platform.python_version(), **run.versions}.items():
+        SubElement(properties, "property", name=readable(key), value=readable(value))
+    again, ids = reproduction(run), {case.id for case in run.cases}
     for result in results:
-        case = SubElement(suite, "testcase", classname=_text(name), name=_text(result.case))
+        case = SubElement(suite, "testcase", classname=readable(name), name=readable(result.case))
+        if run.file:
+            case.set("file", readable(run.file))
         case.set("time", f"{result.seconds:.3f}")
         if result.status == FAILED:
             kind = result.worst.quantity or "no result"
-            _fill(SubElement(case, "failure", type=_text(kind)), result.message, *result.causes)
+            chosen = f" --only {shlex.quote(result.case)}" if result.case in ids else ""
+            failure = SubElement(case, "failure", type=readable(kind))
+            _fill(failure, result.message, result.causes, f"again: {again}{chosen}")
         elif result.status == LATE:
             _fill(SubElement(case, "error", type="late"), result.message)
         elif result.status == PASSED and result.message:
-            SubElement(case, "system-out").text = _text(result.message)
+            SubElement(case, "system-out").text = readable(result.message)
         elif result.status != PASSED:
-            SubElement(case, "skipped", message=_text(f"{result.status}: {result.message}"))
+            SubElement(case, "skipped", message=readable(f"{result.status}: {result.message}"))
     return suite
 
 
-def _fill(problem: Element, message: str, *causes: str) -> None:
-    """The message's first line is what lists show; everything is the text."""
-    problem.set("message", _text(message.partition("\n")[0]))
-    problem.text = _text("\n".join((message, *causes)))
+def _fill(problem: Element, message: str, causes: Sequence[str] = (), *more: str) -> None:
+    """One short line is what lists show, the first cause behind the message; everything is the text."""
+    cause = f" ({causes[0]})" if causes else ""
+    problem.set("message", f"{first_line(message, max(40, SHOWN - len(cause)))}{readable(cause)}")
+    problem.text = readable("\n".join((message, *causes, *more)))
 
 
 def _count(parent: Element, cases: Sequence[Element]) -> None:
@@ -86,7 +98,3 @@ def _count(parent: Element, cases: Sequence[Element]) -> None:
     for kind, attribute in COUNTED.items():
         parent.set(attribute, str(sum(case.find(kind) is not None for case in cases)))
     parent.set("time", f"{sum(float(case.get('time', 0)) for case in cases):.3f}")
-
-
-def _text(text: str) -> str:
-    return NOT_XML.sub("\N{REPLACEMENT CHARACTER}", text)

@@ -6,25 +6,26 @@ import math
 import os
 import platform
 import shlex
-import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from itertools import count
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 import rbn
 from rbn.conformance.cases import LAYERS, Case
 from rbn.conformance.checks import ABSENT, EXPECTED, FAILED, LATE, PASSED, Result
-from rbn.conformance.kills import kills
+from rbn.conformance.kills import shipped_kills, shipped_table
+from rbn.conformance.loading import SUBJECTS, registered
 from rbn.conformance.mutants import MUTANTS, Mutant
-from rbn.conformance.report import STATUSES, columns_of, coverage_of
-from rbn.conformance.runner import SUBJECTS, Run, registered
+from rbn.conformance.readable import readable
+from rbn.conformance.report import PLAIN, STATUSES, columns_of, coverage_of
+from rbn.conformance.runner import Run
+from rbn_core.files import replacing
 
 SIGNS = {PASSED: "✓", FAILED: "✗", LATE: "◷", EXPECTED: "△", ABSENT: "○"}
 """What tells the states apart without colour."""
@@ -32,8 +33,8 @@ SIGNS = {PASSED: "✓", FAILED: "✗", LATE: "◷", EXPECTED: "△", ABSENT: "�
 LEVELS = (0.03, 0.1, 0.3)
 """Where a cell becomes a deeper blue."""
 
-INTERVAL = 15.0
-"""Seconds between two lines where the console is no terminal."""
+PAGE = "index.html"
+"""What the page is called in its folder."""
 
 
 @dataclass(frozen=True)
@@ -176,23 +177,18 @@ def write_page(folder: Path, runs: Sequence[Run], command: str, console: Console
         folder: Where to; it is made.
         runs: What was run.
         command: What ran it.
-        console: Shows how far the planted mistakes are, which take a minute or two.
+        console: Says where it is.
 
     Returns:
         The page.
     """
     columns = laid_out(runs)
     ran = cases_that_ran(runs)
-    page = folder / "index.html"
-    text = render_page(runs, columns, ran, killed(ran, console), command)
+    page = folder / PAGE
+    text = render_page(runs, columns, ran, killed(ran), command)
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".index.html.{os.getpid()}"
-    try:
-        # A dying process may leave halves of characters in a message.
-        temporary.write_bytes(text.encode(errors="replace"))
-        os.replace(temporary, page)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(page) as temporary:
+        temporary.write_text(readable(text), encoding="utf-8")
     console.print(f"wrote {page}", markup=False, highlight=False, soft_wrap=True)
     return page
 
@@ -220,11 +216,13 @@ def render_page(
         rows=rows_of(columns),
         counts={run.name: counts_of(run) for run in runs},
         signs=SIGNS,
+        plain=PLAIN if any(column.name.endswith(".plain") for column in columns) else "",
         data=quantities_of(columns),
         coverage=coverage_of([column.results for column in columns], runs),
         ran=ran,
         kills=sorted(found, key=lambda kill: len(kill.cases)),
         kill_groups={layer: groups_of_layer(layer, ran) for layer in layers},
+        unlisted=sum(replace(case, variant=0).id not in shipped_table() for case in ran),
     )
 
 
@@ -314,31 +312,12 @@ def groups_of_layer(layer: str, cases: Sequence[Case]) -> dict[str, int]:
     return dict(Counter(case.group for case in cases if case.layer == layer))
 
 
-def killed(cases: Sequence[Case], console: Console) -> list[Kill]:
-    """Which cases reject which mutant, with the progress on the console."""
+def killed(cases: Sequence[Case]) -> list[Kill]:
+    """Which of the suite's cases reject which mutant."""
     found = {mutant.name: Kill(mutant) for mutant in MUTANTS}
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("cases"),
-        TimeElapsedColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
-    next_line = time.monotonic() + INTERVAL
-    with bar:
-        task = bar.add_task(f"{len(MUTANTS)} planted mistakes", total=len(cases))
-        for done, (case, names) in enumerate(kills(cases), 1):
-            for name in names:
-                found[name].add(case)
-            bar.advance(task)
-            if not console.is_terminal and time.monotonic() >= next_line:
-                next_line += INTERVAL
-                console.print(
-                    f"{len(MUTANTS)} planted mistakes: {done} of {len(cases)} cases", highlight=False
-                )
+    for case, names in shipped_kills(cases):
+        for name in names:
+            found[name].add(case)
     return list(found.values())
 
 

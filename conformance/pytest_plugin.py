@@ -91,13 +91,13 @@ class _Subject(pytest.Collector):
     """The cases of one subject."""
 
     def collect(self) -> Iterator[pytest.Item]:
-        from rbn.conformance.runner import load
+        from rbn.conformance.loading import SubjectError, load
         from rbn.conformance.suite import all_cases
 
         try:
             subject = load(self.name)
-        except (ImportError, AttributeError, TypeError) as error:
-            raise pytest.UsageError(f"--rbn-subject {self.name}: {error}") from error
+        except SubjectError as error:
+            raise pytest.UsageError(f"--rbn-subject {error}") from error.__cause__
         for case in all_cases():
             if subject.takes(case):
                 yield _Case.from_parent(self, name=case.id, subject=subject, check=_check(case))

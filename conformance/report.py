@@ -17,9 +17,12 @@ from rich.table import Table
 from rich.text import Text
 
 import rbn
+from rbn.conformance.cases import Case
 from rbn.conformance.checks import ABSENT, EXPECTED, FAILED, LATE, PASSED, Result, describe
+from rbn.conformance.readable import readable
 from rbn.conformance.runner import Run
 from rbn.progress import Row
+from rbn_core.files import replacing
 
 IMPORTING = {"jittor": "importing (on first use Jittor compiles itself, about 3 minutes)"}
 
@@ -51,6 +54,9 @@ FAILURES_SHOWN = 10
 
 REFUSALS_SHOWN = 3
 """How many texts of refusals the terminal shows for each subject; the files have them all."""
+
+PLAIN = "A .plain column is the same layers in the framework's own operations, fused=False."
+"""What is to be said where such a column is met."""
 
 STATUSES = (PASSED, FAILED, LATE, EXPECTED, ABSENT)
 
@@ -94,6 +100,26 @@ def seconds_left(runs: Sequence[Run], processors: int) -> float | None:
     return max(sum(left) / processors, *left, 0.0)
 
 
+def listed(cases: Sequence[Case]) -> Text:
+    """The ids of cases under their rows, and how many there are."""
+    rows: dict[str, list[str]] = {}
+    for case in cases:
+        rows.setdefault(case.group, []).append(case.id)
+    text = Text()
+    for row, ids in rows.items():
+        text.append(row, style="bold")
+        text.append(f"  {_counted(len(ids))}\n", style="dim")
+        text.append("".join(f"  {name}\n" for name in ids))
+    rest = "row" if len(rows) == 1 else "rows"
+    return text.append(
+        f"{_counted(len(cases))} in {len(rows)} {rest}; --only and --exclude choose by these ids"
+    )
+
+
+def _counted(cases: int) -> str:
+    return f"{cases} case{'' if cases == 1 else 's'}"
+
+
 def render(runs: Sequence[Run]) -> RenderableType:
     """The matrix and what failed: a row for each case group, a column for each subject.
 
@@ -101,9 +127,14 @@ def render(runs: Sequence[Run]) -> RenderableType:
     """
     columns = columns_of(runs)
     parts: list[RenderableType | None] = [_Matrix(columns)]
+    if any(name.endswith(".plain") for name in columns):
+        parts.append(Text(PLAIN, style="dim"))
     parts += [_failures(name, results) for name, results in columns.items()]
-    parts += [Text(f"{run.name}: {run.failure}", style="red") for run in runs if run.failure]
-    parts += [_late(columns), _refused(columns), _declared(columns), coverage(runs), _summary(runs)]
+    parts += [Text(f"{run.name}: {run.early_end}", style="red") for run in runs if run.early_end]
+    parts += [_late(columns), _refused(columns), _declared(columns)]
+    if not any(run.stopped for run in runs):  # else most of it did not run
+        parts.append(coverage(runs))
+    parts.append(_summary(runs))
     return Group(*(part for part in parts if part is not None))
 
 
@@ -231,7 +262,8 @@ def _refused(columns: Mapping[str, Sequence[Result]]) -> Text | None:
         said = [result.message for result in results if result.status == PASSED and result.message]
         texts = list(dict.fromkeys(said))
         if said:
-            lines.append(f"refused: {name}, {len(said)} cases in {len(texts)} different texts")
+            different = f"{len(texts)} different text{'' if len(texts) == 1 else 's'}"
+            lines.append(f"refused: {name}, {_counted(len(said))} in {different}")
             lines += [f"  {text}" for text in texts[:REFUSALS_SHOWN]]
     return Text("\n".join(lines)) if lines else None
 
@@ -244,7 +276,7 @@ def _declared(columns: dict[str, list[Result]]) -> Text | None:
         for result in results
         if result.status in (ABSENT, EXPECTED)
     )
-    lines = [f"{status}: {name}, {n} cases: {why}" for (status, name, why), n in declared.items()]
+    lines = [f"{status}: {name}, {_counted(n)}: {why}" for (status, name, why), n in declared.items()]
     return Text("\n".join(lines)) if lines else None
 
 
@@ -256,12 +288,14 @@ def _summary(runs: Sequence[Run]) -> Text:
         verdict = run.verdict if run.passed else run.verdict.upper()
         of = ", ".join(f"{name} {version}" for name, version in run.versions.items())
         counted = ", ".join(f"{n} {status}" for status, n in counts.items() if n)
-        lines.append(f"{run.name} {verdict}: {counted or 'no case ran'}, {run.seconds:.0f} s ({of})")
+        missing = f", {len(run.missing)} of {run.total} missing" if run.stopped else ""
+        line = f"{run.name} {verdict}: {counted or 'no case ran'}{missing}, {run.seconds:.0f} s"
+        lines.append(f"{line} ({of})" if of else line)
     return Text("\n".join(lines))
 
 
 def write_json(path: Path, runs: Sequence[Run]) -> None:
-    """Write everything: every case of every subject, versions and times."""
+    """Write everything: every case of every subject, versions, times, and what a stopped run lacks."""
     content: dict[str, Any] = {
         "rbn": rbn.__version__,
         "runs": {
@@ -271,6 +305,8 @@ def write_json(path: Path, runs: Sequence[Run]) -> None:
                 "versions": run.versions,
                 "seconds": run.seconds,
                 "failure": run.failure,
+                "stopped": run.stopped,
+                "missing": run.missing,
                 "subjects": {
                     name: [_plain(result) for result in results] for name, results in run.results.items()
                 },
@@ -278,7 +314,10 @@ def write_json(path: Path, runs: Sequence[Run]) -> None:
             for run in runs
         },
     }
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    with replacing(path) as temporary:
+        temporary.write_text(
+            readable(json.dumps(content, indent=1, ensure_ascii=False)) + "\n", encoding="utf-8"
+        )
 
 
 def _plain(result: Result) -> dict[str, Any]:

@@ -187,7 +187,12 @@ class LayerSubject(Subject):
         fixed: As in `Subject`; {"running_var": "biased"} for a layer that accumulates the biased variance.
         absent: As in `Subject`.
         expected_failures: As in `Subject`.
+
+    Attributes:
+        nowhere: What no layer of the framework can run; it is absent, too.
     """
+
+    nowhere: Mapping[str, str] = {}
 
     def __init__(
         self,
@@ -207,7 +212,7 @@ class LayerSubject(Subject):
         self.momentum = momentum
         self.layers = layers
         self.fixed = fixed or {}
-        self.absent = absent or {}
+        self.absent = {**(absent or {}), **self.nowhere}
         self.expected_failures = expected_failures or {}
         self.counts_batches = "num_batches_tracked" in names
 

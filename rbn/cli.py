@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
+import io
 import os
 import platform
 import shlex
 import signal
 import sys
 from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -31,11 +35,30 @@ from rbn.backends.frameworks import (
     versions,
 )
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="Representative Batch Normalization.")
+app = typer.Typer(no_args_is_help=True, help="Representative Batch Normalization.")
+
+
+def command(function: Callable[..., None]) -> Callable[..., None]:
+    """A command, in whose help a paragraph is one line: typer would break it where the source does."""
+    paragraphs = inspect.cleandoc(function.__doc__ or "").split("\n\n")
+    app.command(help="\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs))(function)
+    return function
+
+
+def wrong(text: str) -> typer.Exit:
+    """Say on one line what was asked for wrongly; the exception to raise, of exit status 2."""
+    typer.echo(f"rbn: {text}", err=True)
+    return typer.Exit(2)
 
 
 def _console(*, stderr: bool = False) -> Console:
-    """A console that does not fold the matrix where there is no terminal to fit it to."""
+    """A console that does not fold the matrix where there is no terminal to fit it to.
+
+    What the terminal has no character for is a question mark there: no text ends a run whose reports are due.
+    """
+    stream = sys.stderr if stderr else sys.stdout
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors="replace")
     console = Console(stderr=stderr)
     return console if console.is_terminal else Console(stderr=stderr, width=120)
 
@@ -55,7 +78,7 @@ def main(
     """Representative Batch Normalization for PyTorch, JAX/Flax, MindSpore and Jittor."""
 
 
-@app.command()
+@command
 def info() -> None:
     """Show which frameworks are installed, on which devices they run, and what is wrong with them.
 
@@ -86,18 +109,53 @@ def info() -> None:
     console.print(table)
 
 
-@app.command()
+def _complete_names(incomplete: str) -> list[str]:
+    """What the shell offers for the names of `rbn conform`."""
+    from rbn.conformance.loading import SUBJECTS, registered
+
+    return [name for name in (*SUBJECTS, *registered(), NEW) if name.startswith(incomplete)]
+
+
+NEW = "new"
+"""What makes `rbn conform` write a subject instead of checking one."""
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """The signals that asked for an end in the meantime; only the second one is obeyed at once."""
+    got: list[int] = []
+
+    def note(number: int, _: object) -> None:
+        got.append(number)
+        for each, before in handlers.items():
+            signal.signal(each, before)
+
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        for number in handlers:
+            signal.signal(number, note)
+        yield got
+    finally:
+        for number, before in handlers.items():
+            signal.signal(number, before)
+
+
+@command
 def conform(
     names: Annotated[
         list[str] | None,
         typer.Argument(
             help="numpy, torch, flax, mindspore, jittor, or what an installed package has registered; "
-            "all that are installed."
+            "all that are installed. Or: new FILE FRAMEWORK.",
+            autocompletion=_complete_names,
         ),
     ] = None,
     subject: Annotated[
         list[str] | None,
         typer.Option(metavar="PKG.MODULE:NAME", help="Check this one, and no framework that is not named."),
+    ] = None,
+    expected: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="What is known to differ; anything else fails.")
     ] = None,
     only: Annotated[
         list[str] | None,
@@ -106,42 +164,90 @@ def conform(
     exclude: Annotated[
         list[str] | None, typer.Option(metavar="PATTERN", help="No cases whose id matches.")
     ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Run every case with so many sets of numbers.")] = 1,
+    seeds: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Run every case with so many sets of numbers.")
+    ] = 1,
     quick: Annotated[bool, typer.Option("--quick", help="One case for each row, within a minute.")] = False,
-    time_limit: Annotated[float, typer.Option(min=1, help="Seconds that one case may take.")] = 600.0,
+    fail_fast: Annotated[bool, typer.Option("--fail-fast", help="Stop at the first failed case.")] = False,
+    time_limit: Annotated[
+        float, typer.Option(min=1, metavar="SECONDS", help="What one case may take.")
+    ] = 600.0,
     list_cases: Annotated[
-        bool, typer.Option("--list", help="Print the ids of the cases, and run none.")
+        bool,
+        typer.Option("--list", help="Show the cases, and run none: by rows, and in a pipe one id a line."),
     ] = False,
-    json: Annotated[Path | None, typer.Option(help="Write every result to this file.")] = None,
-    html: Annotated[Path | None, typer.Option(help="Write a page with everything into this folder.")] = None,
-    junit: Annotated[Path | None, typer.Option(help="Write the results to this file as JUnit XML.")] = None,
+    json: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write every result to this file.")
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Write a page with everything into this folder.")
+    ] = None,
+    junit: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the results to this file as JUnit XML.")
+    ] = None,
+    badge: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw the verdict for a README, as SVG.")
+    ] = None,
+    write_expected: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write what fails, for --expected.")
+    ] = None,
+    from_journal: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            metavar="FILE",
+            help="Run nothing: report what a killed run has left in its .partial file.",
+        ),
+    ] = None,
 ) -> None:
     """Hold implementations to the NumPy reference: by default the layers of the installed frameworks.
 
-    Exit status: 0 when everything conforms, 1 when anything differs, 2 when what was asked for is unknown or
-    not installed.
+    `rbn conform new FILE` writes a subject to fill in: in NumPy, or in the framework named behind it.
+
+    Exit status: 0 when everything conforms, 1 when anything differs, 2 when what was asked for is unknown,
+    not installed, or cannot be loaded, 130 after Ctrl-C. What is done by then is in the reports.
     """
     # Not needed by the other commands, and slow to import.
-    from rbn.conformance.report import FIRST_RUN, progress_row, render, seconds_left, write_json
-    from rbn.conformance.runner import SUBJECTS, registered, run
+    from rbn.conformance.expectations import read_expectations, write_expectations
+    from rbn.conformance.journal import Journal, read_journal
+    from rbn.conformance.loading import SUBJECTS, SubjectError, registered
+    from rbn.conformance.report import FIRST_RUN, listed, progress_row, render, seconds_left
+    from rbn.conformance.reports import Reports
+    from rbn.conformance.runner import ignore, run
     from rbn.conformance.suite import all_cases, quick_cases, select, with_seeds
     from rbn.progress import Progress
     from rbn_core import RBNError
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the processes end, too
+    if names and names[0] == NEW:
+        _new_subject(names[1:])
+        return
     console = _console()
+    called = shlex.join(["rbn", *sys.argv[1:]])
+    reports = Reports(json, junit, badge, html)
     try:
+        reports.prepare()
+        if from_journal is not None:
+            called, runs = read_journal(from_journal)
+            console.print(render(runs))
+            reports.write(runs, called, console)
+            raise typer.Exit(0 if all(each.passed for each in runs) else 1)
         cases = select(quick_cases() if quick else all_cases(), only or (), exclude or ())
+        known_to_differ = {} if expected is None else read_expectations(expected)
     except RBNError as error:
-        raise typer.BadParameter(str(error)) from None
+        raise wrong(str(error)) from None
+    if write_expected is not None and seeds > 1:
+        raise wrong("--write-expected goes with one set of numbers: leave --seeds out.")
     cases = with_seeds(cases, seeds)
     if list_cases:
-        typer.echo("\n".join(case.id for case in cases))
+        if console.is_terminal:
+            console.print(listed(cases), soft_wrap=True)
+        else:
+            typer.echo("\n".join(case.id for case in cases))
         return
     known = SUBJECTS | registered()
     asked = list(dict.fromkeys(names or []))
     if unknown := [name for name in asked if name not in known]:
-        raise typer.BadParameter(f"{', '.join(unknown)}: expected some of {', '.join(known)}.")
+        raise wrong(f"{', '.join(unknown)}: expected some of {', '.join(known)}.")
     asked = asked or ([] if subject else list(FRAMEWORKS))
     asked = [key for name in asked for key in known if key == name or key.startswith(f"{name}.")]
     missing = [name for name in FRAMEWORKS if name in asked and not is_installed(name)]
@@ -157,27 +263,71 @@ def conform(
         if name in FIRST_RUN:
             console.print(FIRST_RUN[name], markup=False, highlight=False)
     processors = os.cpu_count() or 1
-    with Progress(console, progress_row, left=lambda runs: seconds_left(runs, processors)) as progress:
-        runs = run(targets, cases, progress, time_limit)
+    journal = None if reports.journal is None else Journal(reports.journal, called, targets, cases)
+
+    def stop(runs: Sequence[Any]) -> str:
+        if signals:
+            return "interrupted"
+        return "stopped at the first failure" if fail_fast and any(each.failed for each in runs) else ""
+
+    with _signals() as signals:
+        try:
+            with Progress(
+                console, progress_row, left=lambda runs: seconds_left(runs, processors)
+            ) as progress:
+                runs = run(
+                    targets,
+                    cases,
+                    progress,
+                    time_limit,
+                    first=subject or (),
+                    expectations=known_to_differ,
+                    stop=stop,
+                    record=ignore if journal is None else journal.record,
+                )
+        except SubjectError as error:
+            if journal is not None:
+                journal.remove()
+            raise wrong(str(error)) from None
     console.print(render(runs))
-    if json is not None:
-        write_json(json, runs)
-    if html is not None:
-        from rbn.conformance.page import write_page
-
-        write_page(html, runs, shlex.join(["rbn", *sys.argv[1:]]), console)
-    if junit is not None:
-        from rbn.conformance.junit import write_junit
-
-        write_junit(junit, runs)
+    reports.write(runs, called, console)
+    if journal is not None:
+        journal.remove()
+    if write_expected is not None:
+        if any(each.stopped for each in runs):
+            raise wrong(f"{write_expected} is not written: not all cases have a result.")
+        for line in write_expectations(write_expected, runs, known_to_differ):
+            typer.echo(f"rbn: cannot be expected: {line}", err=True)
+        console.print(f"wrote {write_expected}", markup=False, highlight=False, soft_wrap=True)
+    if signals:
+        raise typer.Exit(128 + signals[0])
     if not all(each.passed for each in runs):
         raise typer.Exit(1)
 
 
-@app.command()
+def _new_subject(arguments: Sequence[str]) -> None:
+    """Write a subject to fill in."""
+    from rbn.conformance.blank import FRAMEWORKS_OF_BLANKS, write_blank
+    from rbn_core import RBNError
+
+    if not 1 <= len(arguments) <= 2:
+        raise wrong(f"expected rbn conform {NEW} FILE, or FILE and one of {', '.join(FRAMEWORKS_OF_BLANKS)}.")
+    path = Path(arguments[0])
+    try:
+        text = write_blank(path, *arguments[1:])
+    except RBNError as error:
+        raise wrong(str(error)) from None
+    typer.echo(text)
+
+
+@command
 def bench(
     names: Annotated[
-        list[str] | None, typer.Argument(help="torch, flax, mindspore, jittor; all that are installed.")
+        list[str] | None,
+        typer.Argument(
+            help="torch, flax, mindspore, jittor; all that are installed.",
+            autocompletion=lambda incomplete: [name for name in FRAMEWORKS if name.startswith(incomplete)],
+        ),
     ] = None,
     network: Annotated[
         str | None,
@@ -256,7 +406,7 @@ def _print_maps(wanted: bool) -> None:
     raise typer.Exit
 
 
-@app.command()
+@command
 def port(
     source: Annotated[Path, typer.Argument(help="The file, or the folder of Orbax, to read.")],
     destination: Annotated[Path, typer.Argument(help="What to write; what is there is replaced.")],
@@ -298,7 +448,7 @@ def port(
         typer.Option(
             "--map",
             metavar="FILE",
-            help="TOML with the tables [rename] and [kinds], or a named map, which --maps lists.",
+            help="TOML with the tables \\[rename] and \\[kinds], or a named map, which --maps lists.",
         ),
     ] = None,
     _: Annotated[

@@ -5,7 +5,7 @@ import importlib
 import numpy as np
 import pytest
 
-from rbn.conformance import runner
+from rbn.conformance import loading
 from rbn.conformance.subjects.numpy import NumpyLayer
 from rbn_core import RBN, Config, RBNError, RBNTypeError, RBNValueError
 from rbn_core.reference import Layer
@@ -104,8 +104,8 @@ def subjects(framework):
     if framework == "reference":
         return [NumpyLayer("reference", Layer)]
     return [
-        runner.load(reference)
-        for name, references in runner.SUBJECTS.items()
+        loading.load(reference)
+        for name, references in loading.SUBJECTS.items()
         for reference in references
         if name.partition(".")[0] == framework
     ]

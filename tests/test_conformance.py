@@ -6,7 +6,7 @@ import itertools
 import pytest
 
 from rbn.backends import frameworks
-from rbn.conformance import runner
+from rbn.conformance import loading
 from rbn.conformance.cases import PRECISIONS_OF, SPOILS
 from rbn.conformance.checks import ABSENT, PASSED, check
 from rbn.conformance.suite import all_cases, quick_cases, select
@@ -25,8 +25,8 @@ SHARED = select(all_cases(), ["*/shares=2+2"])
 
 def subjects(framework):
     return [
-        runner.load(reference)
-        for name, references in runner.SUBJECTS.items()
+        loading.load(reference)
+        for name, references in loading.SUBJECTS.items()
         for reference in references
         if name.partition(".")[0] == framework
     ]

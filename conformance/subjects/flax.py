@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -30,13 +31,11 @@ NO_SWITCH = {"track_running_stats": True}
 NO_STRIDES = "JAX's arrays have no strides"
 ONE_SHAPE = "all devices of JAX have shares of one shape"
 ABSENT = {
-    "*/strided": NO_STRIDES,
-    "*/expanded": NO_STRIDES,
     "*/shares=3+1": ONE_SHAPE,
     "*/shares=4+0": ONE_SHAPE,
     "*/shares=2+0+1+1": ONE_SHAPE,
 }
-"""What there is not in JAX."""
+"""Which devices there are not in JAX."""
 
 OTHER_CHANNELS = "on a CPU XLA convolves float64 with zeros for the other channels, and 0 times NaN is NaN"
 EXPECTED = {"bnet/*/inf/*/float64*": OTHER_CHANNELS, "bnet/*/nan/*/float64*": OTHER_CHANNELS}
@@ -50,6 +49,7 @@ class FlaxModule(LayerSubject):
     """
 
     takes_axis = False
+    nowhere: Mapping[str, str] = {"*/strided": NO_STRIDES, "*/expanded": NO_STRIDES}
 
     def build(self, config: Config, state: State, dtype: str, layout: str = "channels_first") -> None:
         """Make the module and its variables, with parameters in at least float32."""

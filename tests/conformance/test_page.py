@@ -12,12 +12,14 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from rbn.conformance import page
+from rbn.conformance import kills, page
+from rbn.conformance.cases import parse
 from rbn.conformance.checks import Result
 from rbn.conformance.comparison import Deviation
+from rbn.conformance.loading import SUBJECTS
 from rbn.conformance.mutants import MUTANTS
 from rbn.conformance.report import coverage_of
-from rbn.conformance.runner import SUBJECTS, Run, run
+from rbn.conformance.runner import Run, run
 from rbn.conformance.suite import all_cases, select
 
 NASTY = "<script>alert('x')</script> \"&amp; </details>\x1b[0m \udcff " + "long" * 100
@@ -89,7 +91,7 @@ def real(tmp_path_factory):
 def fake(tmp_path_factory):
     """A page with failures, infinities and nasty strings."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(page, "kills", some_kills)
+        patch.setattr(page, "shipped_kills", some_kills)
         return written(tmp_path_factory.mktemp("fake"), fake_runs())
 
 
@@ -231,21 +233,28 @@ def test_real_kills_are_counted(real):
     assert 10 < counted < len(MUTANTS)
 
 
-def test_lines_of_progress_where_there_is_no_terminal(monkeypatch):
-    monkeypatch.setattr(page, "kills", some_kills)
-    monkeypatch.setattr(page, "INTERVAL", 0.0)
-    console = Console(file=io.StringIO())
-    page.killed(REAL_CASES[:2], console)
-    assert console.file.getvalue() == "".join(
-        f"{len(MUTANTS)} planted mistakes: {done} of 2 cases\n" for done in (1, 2)
-    )
+def test_a_page_takes_no_time_for_the_mistakes(monkeypatch):
+    monkeypatch.setattr(kills, "behaviour", None)  # what runs a mutant
+    found = page.killed(all_cases())
+    assert {kill.mutant.name for kill in found} == {mutant.name for mutant in MUTANTS}
+    assert min(len(kill.cases) for kill in found) > 1
 
 
-def test_a_bar_of_progress_on_a_terminal(monkeypatch):
-    monkeypatch.setattr(page, "kills", some_kills)
-    console = Console(file=io.StringIO(), force_terminal=True, width=100)
-    page.killed(REAL_CASES[:2], console)
-    assert "2/2" in console.file.getvalue()
+def test_cases_that_are_none_of_the_suites_own_are_counted(tmp_path):
+    case = parse("bn/train/offset0/5x3/float32")
+    run = Run("m:A", ("m:A",), (case,), "done", results={"A": [Result(case.id, case.group, "passed")]})
+    text = parsed(written(tmp_path, [run]))("section", id="mistakes")[0]["text"]
+    assert "1 case that ran is none of the suite's own, and does not count here." in text
+
+
+def test_an_interrupted_run_says_what_is_missing(tmp_path):
+    cases = select(all_cases(), ["bn/train/offset0/8x3/float??"])
+    right = Result(cases[0].id, cases[0].group, "passed")
+    run = Run("m:A", ("m:A",), cases, "done", results={"A": [right]}, stopped="interrupted")
+    text = parsed(written(tmp_path, [run]))("header")[0]["text"]
+    assert "interrupted" in text
+    assert "m:A: not all cases have a result." in text
+    assert "interrupted: 1 of 2 cases have no result" in (tmp_path / "index.html").read_text()
 
 
 def test_a_page_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
@@ -253,8 +262,7 @@ def test_a_page_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch)
         raise OSError("no space")
 
     (tmp_path / "index.html").write_text("old")
-    monkeypatch.setattr(page, "kills", some_kills)
-    monkeypatch.setattr(page.os, "replace", refuse)
+    monkeypatch.setattr(Path, "replace", refuse)
     with pytest.raises(OSError, match="no space"):
         page.write_page(tmp_path, fake_runs(), "rbn conform", Console(file=io.StringIO()))
     assert [(other.name, other.read_text()) for other in tmp_path.iterdir()] == [("index.html", "old")]
@@ -457,7 +465,6 @@ def test_what_is_late_and_what_a_refusal_said_are_there(fake, tmp_path, monkeypa
     assert '<p class="message">no result in time: ' in text
     assert '<p class="message">said</p>' in text
     assert "ValueError: it says why" in text
-    monkeypatch.setattr(page, "kills", some_kills)
     run = Run(
         "torch", ("m:A",), (), "done", results={"A": [Result("rbn/f", "rbn/g", "late", message="slow")]}
     )

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, assume, given, note, settings
 from hypothesis import strategies as st
 
-from rbn.conformance import runner
+from rbn.conformance import loading
 from rbn.conformance.cases import LAYERS, Case, config_of, parse
 from rbn.conformance.checks import FAILED, check_case, reason
 from rbn.conformance.data import EXTREMES, OFFSETS
@@ -77,13 +77,13 @@ def subject_of(name):
     """One of the project's subjects."""
     if name == "reference":
         return NumpyLayer("reference", Layer)
-    (reference,) = runner.SUBJECTS[name]
-    return runner.load(reference)
+    (reference,) = loading.SUBJECTS[name]
+    return loading.load(reference)
 
 
 def name_in_turn():
     """Every subject, in the process of its framework's tests."""
-    names = ["reference", *runner.SUBJECTS]
+    names = ["reference", *loading.SUBJECTS]
     return pytest.mark.parametrize(
         "name",
         [

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from rbn.conformance import runner
+from rbn.conformance import loading, runner
 from rbn.conformance.checks import ABSENT, EXPECTED, FAILED, LATE, PASSED, Result
 from rbn.conformance.comparison import Deviation
 from rbn.conformance.report import (
@@ -84,7 +84,7 @@ def test_the_coverage_names_who_lacks_a_value():
 @pytest.mark.parametrize("status", [ABSENT, EXPECTED])
 def test_what_was_declared_stands_there_with_its_reason(status):
     text = shown([finished_run(status)])
-    assert f"{status}: numpy, 1 cases: why" in text
+    assert f"{status}: numpy, 1 case: why" in text
     assert f"conforms: 1 {status}" in text
     assert "inf" not in text
 
@@ -133,6 +133,29 @@ def test_the_texts_of_refusals_are_shown(tmp_path):
     assert (last["status"], last["message"]) == (PASSED, "ValueError: text 3")
 
 
+def test_a_plain_column_is_explained_where_it_is_met():
+    run = finished_run()
+    assert "fused=False" not in shown([run])
+    run.results = {"torch.plain": run.results["numpy"]}
+    assert "A .plain column is the same layers in the framework's own operations, fused=False." in shown(
+        [run]
+    )
+
+
+def test_a_stopped_run_says_how_much_is_missing(tmp_path):
+    run = finished_run()
+    run.stopped, run.takes, run.total = "interrupted", ["rbn/train/x/float32", "rbn/b"], 2
+    assert run.verdict == "interrupted"
+    assert not run.passed
+    assert "numpy INTERRUPTED: 1 passed, 1 of 2 missing, 1 s (numpy 1)" in shown([run])
+    assert "numpy: interrupted: 1 of 2 cases have no result" in shown([run])
+    assert "coverage" in shown([finished_run()])
+    assert "coverage" not in shown([run])
+    write_json(tmp_path / "results.json", [run])
+    written = json.loads((tmp_path / "results.json").read_text())["runs"]["numpy"]
+    assert (written["stopped"], written["missing"]) == ("interrupted", ["rbn/b"])
+
+
 def test_a_run_counts_as_passed_only_when_it_is_whole():
     assert finished_run().passed
     assert not finished_run(FAILED).passed
@@ -175,7 +198,7 @@ def test_the_time_left_follows_from_the_pace_so_far():
 
 
 def test_the_time_left_of_a_known_run_follows_from_what_is_typical_of_it():
-    assert TYPICAL.keys() == runner.SUBJECTS.keys()
+    assert TYPICAL.keys() == loading.SUBJECTS.keys()
     typical = TYPICAL["jittor"]
     waiting = runner.Run("torch", ("a:B",), all_cases(), total=CASES)
     # A quarter of the cases has taken half of the time: the first ones compile most.

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from rbn.conformance import runner
+from rbn.conformance import loading, runner
 from rbn.conformance.cases import parse
 from rbn.conformance.checks import FAILED, LATE, PASSED
 from rbn.conformance.suite import all_cases, select
 
 FEW = select(all_cases(), ["bn/train/offset*/float32"], ["*/channels_last"])
-NUMPY = {"numpy": runner.SUBJECTS["numpy"]}
+NUMPY = {"numpy": loading.SUBJECTS["numpy"]}
 
 
 @pytest.fixture(autouse=True)
@@ -119,9 +119,12 @@ def test_every_subject_has_a_process_of_its_own_and_only_its_layers():
 @pytest.mark.parametrize(
     ("reference", "message"),
     [
-        ("rbn.conformance.no_such_module:Subject", "No module named 'rbn.conformance.no_such_module'"),
-        ("rbn.conformance.runner:nobody", "has no attribute 'nobody'"),
-        ("builtins:dict", "expected builtins:dict to be a rbn.conformance.subject.Subject"),
+        ("rbn.conformance.no_such_module:Subject", "there is no module rbn.conformance.no_such_module"),
+        ("rbn.conformance.runner:nobody", "has no nobody"),
+        (
+            "builtins:dict",
+            "expected a rbn.conformance.Subject, or a class or function that makes one, got {}",
+        ),
         ("os:abort", "ended the process with signal SIGABRT before its first case"),
     ],
 )
@@ -134,6 +137,6 @@ def test_a_subject_that_cannot_be_loaded_is_a_failed_run(reference, message):
 def test_an_entry_point_names_a_subject(monkeypatch):
     from importlib.metadata import EntryPoint
 
-    point = EntryPoint("theirs", "their.module:Subject", runner.ENTRY_POINTS)
-    monkeypatch.setattr(runner, "entry_points", lambda group: [point] if group == "rbn.conformance" else [])
-    assert runner.registered() == {"theirs": ("their.module:Subject",)}
+    point = EntryPoint("theirs", "their.module:Subject", loading.ENTRY_POINTS)
+    monkeypatch.setattr(loading, "entry_points", lambda group: [point] if group == "rbn.conformance" else [])
+    assert loading.registered() == {"theirs": ("their.module:Subject",)}

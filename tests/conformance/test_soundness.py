@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from rbn.conformance import runner
+from rbn.conformance import loading
 from rbn.conformance.cases import parse
 from rbn.conformance.checks import FAILED, PASSED, check_case
 from rbn.conformance.subjects.numpy import Numpy, NumpyLayer
@@ -49,13 +49,13 @@ def test_many_sets_of_numbers_raise_no_alarm(case, seeds):
     "name",
     [
         pytest.param(name, marks=pytest.mark.framework(name.partition(".")[0]))
-        for name in runner.SUBJECTS
+        for name in loading.SUBJECTS
         if name != "numpy"
     ],
 )
 def test_the_same_for_every_backend_case_by_case_in_turns(name, seeds):
-    (reference,) = runner.SUBJECTS[name]
-    subject = runner.load(reference)
+    (reference,) = loading.SUBJECTS[name]
+    subject = loading.load(reference)
     for seed in range(seeds):
         variant = replace(parse(BY_TURNS[seed % len(BY_TURNS)]), variant=seed)
         result = check_case(subject, variant)
