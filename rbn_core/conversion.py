@@ -84,7 +84,7 @@ def from_batch_norm(config: Config, state: Mapping[str, Any], preserve: bool) ->
 
     Args:
         config: The layer's options.
-        state: The BatchNorm's, under canonical names.
+        state: The BatchNorm's, under canonical names, and w_m, w_v and w_b where they start otherwise.
         preserve: Whether the layer must give what the BatchNorm gave.
 
     Returns:
@@ -94,6 +94,9 @@ def from_batch_norm(config: Config, state: Mapping[str, Any], preserve: bool) ->
     arrays = {name: np.asarray(value) for name, value in state.items()}
     fresh = reference.Layer(config).state()
     taken = {name: arrays.get(name, start) for name, start in fresh.items()}
+    for name in ("center_weight", "scale_weight"):
+        if preserve and np.any(taken.get(name, 0) != 0):
+            return f"{name} would not start at 0, so that the layer would give something else"
     if config.kernel_size is not None:
         if not preserve:
             return {name: value for name, value in taken.items() if not name.startswith("conv_")}

@@ -15,7 +15,7 @@ from flax.typing import Dtype, Initializer
 from jax import Array
 
 from rbn.backends.flax import distributed, functional, fused
-from rbn_core.config import Config, Statistic, check_input, refuse_unknown_options
+from rbn_core.config import IEBN_STARTS, Config, Statistic, check_input, refuse_unknown_options
 from rbn_core.names import NAMES
 
 
@@ -128,7 +128,7 @@ class CalibratedNorm(nn.Module):
 
     @nn.nowrap
     def starts(self) -> Mapping[str, Initializer]:
-        """How a parameter starts, by canonical name, where that is an option."""
+        """How the parameters start, by canonical name; BNET's convolution starts by itself."""
         return {}
 
     @nn.nowrap
@@ -153,12 +153,12 @@ class CalibratedNorm(nn.Module):
             canonical: jnp.asarray(
                 self.param(
                     NAMES["flax"][canonical].removeprefix("params/"),
-                    starts.get(canonical, initializers.constant(start)),
+                    starts[canonical],
                     (config.num_features,),
                     self.param_dtype,
                 )
             )
-            for canonical, start in config.parameters.items()
+            for canonical in config.parameters
         }
 
 
@@ -222,6 +222,9 @@ class RBN(AffineNorm):
         centering: K_m, "channel_mean", "channel_std", "spatial_mean", "spatial_std" or `None`.
         scaling: K_s, the same choice, of X_s.
         restrict: R, "sigmoid" or "hard_sigmoid".
+        center_weight_init: how w_m starts, where there is a centering; also with `nn.with_partitioning`.
+        scale_weight_init: how w_v starts, where there is a scaling.
+        scale_bias_init: how w_b starts, where there is a scaling.
         running_var: the batch variance that is accumulated, "unbiased" or "biased" (BatchNorm's in Flax).
         axis_name: the axis of `pmap`, `vmap` or `shard_map` that the batch is spread over, or several; under
             `jit` with a sharded batch the statistics are the whole batch's without it.
@@ -240,6 +243,19 @@ class RBN(AffineNorm):
     centering: Statistic | None = "channel_mean"
     scaling: Statistic | None = "channel_mean"
     restrict: str = "sigmoid"
+    center_weight_init: Initializer = initializers.zeros
+    scale_weight_init: Initializer = initializers.zeros
+    scale_bias_init: Initializer = initializers.ones
+
+    @nn.nowrap
+    def starts(self) -> Mapping[str, Initializer]:
+        """How gamma and beta start, and w_m, w_v and w_b."""
+        return {
+            **super().starts(),
+            "center_weight": self.center_weight_init,
+            "scale_weight": self.scale_weight_init,
+            "scale_bias": self.scale_bias_init,
+        }
 
     @nn.nowrap
     def config(self, num_features: int) -> Config:
@@ -278,6 +294,8 @@ class IEBN(AffineNorm):
         use_scale: whether there is a gamma.
         bias_init: how beta starts.
         scale_init: how gamma starts.
+        scale_weight_init: how w_v starts; also with `nn.with_partitioning`.
+        scale_bias_init: how w_b starts.
         running_var: the batch variance that is accumulated, "unbiased" or "biased" (BatchNorm's in Flax).
         axis_name: the axis of `pmap`, `vmap` or `shard_map` that the batch is spread over, or several; under
             `jit` with a sharded batch the statistics are the whole batch's without it.
@@ -291,6 +309,19 @@ class IEBN(AffineNorm):
     Raises:
         RBNError: An option or an input is refused; no statistic has changed then.
     """
+
+    _: KW_ONLY
+    scale_weight_init: Initializer = initializers.zeros
+    scale_bias_init: Initializer = initializers.constant(IEBN_STARTS["scale_bias"])
+
+    @nn.nowrap
+    def starts(self) -> Mapping[str, Initializer]:
+        """How gamma and beta start, and w_v and w_b."""
+        return {
+            **super().starts(),
+            "scale_weight": self.scale_weight_init,
+            "scale_bias": self.scale_bias_init,
+        }
 
     @nn.nowrap
     def config(self, num_features: int) -> Config:

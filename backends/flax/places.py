@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -133,19 +133,71 @@ def shapes_of_norm(config: Config, param_dtype: Any, statistics_dtype: Any) -> S
     }
 
 
-def refuse_stack(path: str, state: State) -> None:
-    """Refuse a layer that stands for several, as `nn.vmap`, `nn.scan` and `nnx.vmap` make them.
+Leads = Mapping[str, tuple[int, ...]]
+"""By collection the sizes of the axes before those of a layer, where the layer stands for several."""
+
+COLLECTIONS = ("params", "batch_stats")
+
+
+def stack(own: Mapping[str, Any]) -> str:
+    """The name of an array that shows that a layer stands for several; empty where it stands for itself.
+
+    Args:
+        own: A normalization's arrays under Flax's names, without its path.
+    """
+    vectors = [name for name in own if "/conv/" not in name and not name.endswith(COUNTER)]
+    return next((name for name in vectors if np.ndim(own[name]) > 1), "")
+
+
+def refuse_stack(own: Mapping[str, Any]) -> None:
+    """Refuse a layer that stands for several where nothing says how its arrays lie.
 
     Raises:
-        RBNValueError: It is one: nothing says on which axis the layers lie.
+        RBNValueError: It is one.
     """
-    stacked = [name for name, array in state.items() if array.ndim > 1 and name != "conv_weight"]
-    if stacked:
+    if name := stack(own):
         raise RBNValueError(
-            f"convert: expected layers whose arrays are of shape (C,), got {stacked[0]} of shape "
-            f"{state[stacked[0]].shape} in {path}, a stack of layers or one of several channel axes. "
-            "Build the stack of the new layers, or leave the layer out with where=."
+            f"convert: expected init=, which tells how the layers of a stack lie, got none and {name} of "
+            f"shape {np.shape(own[name])}. Pass for example lambda: net.init(key, x, train=False); it tells "
+            "layers of several channel axes, too."
         )
+
+
+def unstacked(own: Mapping[str, Any], leads: Leads) -> list[Stored]:
+    """The arrays of each layer of a stack.
+
+    Args:
+        own: Arrays under Flax's names, with the axes of the stack in front; what the layers share has none.
+        leads: The sizes of those axes.
+
+    Raises:
+        RBNValueError: The collections are stacks of different sizes.
+    """
+    sizes = sorted(set(leads.values()), key=len)
+    if len(sizes) > 2 or (len(sizes) == 2 and sizes[0]):
+        raise RBNValueError(
+            f"convert: expected parameters and statistics of as many layers, got stacks of {sizes[0]} and "
+            f"{sizes[1]}. Leave these layers out with where=."
+        )
+    whole = sizes[-1]
+    return [
+        {
+            name: np.asarray(array)[index] if leads[name.partition("/")[0]] else np.asarray(array)
+            for name, array in own.items()
+        }
+        for index in np.ndindex(*whole)
+    ]
+
+
+def stacked(layers: Sequence[Mapping[str, Any]], leads: Leads) -> Stored:
+    """What `unstacked` takes apart; of what the layers share the first one's."""
+
+    def together(name: str) -> Any:
+        lead = leads[name.partition("/")[0]]
+        arrays = [np.asarray(layer[name]) for layer in layers]
+        return np.stack(arrays).reshape(*lead, *arrays[0].shape) if lead else arrays[0]
+
+    return {name: together(name) for name in layers[0]}
 
 
 def copied(array: Any) -> NDArray[Any]:

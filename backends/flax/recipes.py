@@ -56,8 +56,12 @@ def update_rbn(
     """
     given = core.unfreeze(variables)
     trained: dict[Path, None] = {}
-    counters = {own: 0 for own in flat(given) if own.split("/")[-1] == "num_batches_tracked"}
-    start = _with(given, {own: jnp.zeros((), jnp.int32) for own in counters})
+    counters = {
+        own: np.shape(nn.unbox(leaf))  # of a stack of layers there are several
+        for own, leaf in flat(given).items()
+        if own.split("/")[-1] == "num_batches_tracked"
+    }
+    start = _with(given, {own: np.zeros(shape) for own, shape in counters.items()})
 
     @jax.jit
     def measured(x: Any) -> Any:
@@ -81,7 +85,11 @@ def update_rbn(
             f"got {count} batches and none. Pass what training passes, such as train=True."
         )
     new = {own: value / count for own, value in total.items()}
-    new |= {own: np.array(count) for own in counters if own.rpartition("/")[0] + "/mean" in new}
+    new |= {
+        own: np.full(shape, count)
+        for own, shape in counters.items()
+        if own.rpartition("/")[0] + "/mean" in new
+    }
     return _with(given, new)
 
 
@@ -246,9 +254,10 @@ def fold(
     rows, wrong, folded = [], [], []
     for path, norm in found.norms.items():
         state, name = below(stored, path), ".".join(path)
-        channels = len(state["running_mean"])
-        config = _config(norm, channels)
-        affine = None if np.ndim(state["running_mean"]) != 1 else folding.plain_affine(config, state)
+        if np.ndim(state["running_mean"]) != 1:
+            rows.append(Row(name, "kept", type(norm).__name__, "stands for several layers"))
+            continue
+        affine = folding.plain_affine(_config(norm, len(state["running_mean"])), state)
         if affine is None:
             wrong.append(name)
         elif why := found.why_not(path, functional.channel_axis(norm.axis)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import flax.linen as nn
@@ -20,7 +20,7 @@ from rbn.backends.flax.networks import Network, batch_norm_options, norm_options
 from rbn.backends.flax.networks import layer as layer_of
 from rbn.backends.flax.weights import Init, Variables, flat, traced
 from rbn_core import conversion
-from rbn_core.config import Config
+from rbn_core.config import CALIBRATION_STARTS, Config
 from rbn_core.errors import RBNTypeError, RBNValueError
 from rbn_core.matching import Row, State, Table
 from rbn_core.names import own_name, to_layout
@@ -68,11 +68,12 @@ def convert(
         init: A function without arguments that initialises the model, such as
             `lambda: net.init(key, x, train=False)`, which is traced and not run. Without it a BatchNorm is
             told by the names of its variables, and of layers to turn into BatchNorm only those of a `Network`
-            or a `Converted` are known.
+            or a `Converted` are known, and stacks of layers, as `nn.scan` and `nn.vmap` make them, are
+            refused.
         where: A regular expression for the whole dotted paths of the layers; every path by default.
         preserve: Whether the outputs must stay: gamma is divided by R(w_b), and BNET starts as BatchNorm.
         key: The random key that new kernels of BNET are drawn from, unless the outputs stay.
-        options: Options of the new layers, such as `scaling=` and `kernel_size=`.
+        options: Options of the new layers, such as `scaling=`, `kernel_size=` and `scale_bias_init=`.
 
     Returns:
         The model, its variables, and every layer that could have been converted, by its path: "replaced", or
@@ -80,7 +81,8 @@ def convert(
 
     Raises:
         RBNTypeError: The model itself is such a layer, or an option is unknown.
-        RBNValueError: `to`, `where` or an option is wrong, `init` is needed, or a layer stands for several.
+        RBNValueError: `to`, `where` or an option is wrong, or `init` is needed; or a layer stands for several
+            that do not lie on the first axis.
     """
     pattern = conversion.chooser(to, where)
     if isinstance(model, nn.BatchNorm | CalibratedNorm):
@@ -103,18 +105,16 @@ def convert(
     }
     hit = [path for path in sources if pattern.fullmatch(".".join(path))]
     conversion.check_hits(where, [".".join(path) for path in sources], hit)
+    leads = _leads(init, {path: own_below(stored, path) for path in hit})
     for path in hit:
         found = sources[path]
-        state = below(stored, path)
-        if np.ndim(found.common.get("axis", -1)) == 0 or len(found.common["axis"]) == 1:
-            places.refuse_stack(".".join(path), state)
-        new = _converted(found, state, to, preserve, options)
+        following, used = jax.random.split(key)
+        new = _converted(found, own_below(stored, path), leads.get(path), to, preserve, options, used)
         if isinstance(new, str):
             rows.append(Row(".".join(path), "kept", found.name, new))
             continue
-        converted[path] = new
-        key, used = jax.random.split(key)
-        stored = _with_state(stored, path, new, used)
+        key, converted[path] = following, new
+        stored = _with_arrays(stored, path, new)
         rows.append(Row(".".join(path), "replaced", found.name, type(new.layer).__name__))
     return (
         _model(model, to, converted),
@@ -273,14 +273,61 @@ def _unknown(num_features: int) -> Config:
     )
 
 
-def below(stored: Mapping[str, Any], path: Path) -> dict[str, Any]:
+def below(stored: Mapping[str, Any], path: Path) -> State:
     """A normalization's arrays under canonical names."""
+    return places.canonical(own_below(stored, path), {"": "norm"})[0]
+
+
+def own_below(stored: Mapping[str, Any], path: Path) -> places.Stored:
+    """A normalization's arrays under Flax's names, without its path."""
     own = {}
     for name, leaf in stored.items():
         collection, *parts = name.split("/")
         if tuple(parts[: len(path)]) == path:
             own["/".join((collection, *parts[len(path) :]))] = np.asarray(nn.unbox(leaf))
-    return places.canonical(own, {"": "norm"})[0]
+    return own
+
+
+def _leads(init: Init | None, owns: Mapping[Path, places.Stored]) -> dict[Path, places.Leads]:
+    """Of the layers that stand for several, as `nn.scan` and `nn.vmap` make them, the sizes of the stacks.
+
+    A variable of a length that nothing else has tells on which axis the layers lie.
+
+    Raises:
+        RBNValueError: There are some and nothing tells that, or they do not lie on the first axes.
+    """
+    stacks = {path: found for path, own in owns.items() if (found := places.stack(own))}
+    if not stacks or init is None:
+        return {}
+
+    def with_a_mark(following: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        scope = context.module.scope
+        if context.method_name == "__call__" and isinstance(context.module, nn.BatchNorm | CalibratedNorm):
+            for collection in places.COLLECTIONS:
+                if not scope.has_variable(collection, MARK):
+                    scope.put_variable(collection, MARK, jnp.zeros(MARKED))
+        return following(*args, **kwargs)
+
+    with nn.intercept_methods(with_a_mark):
+        marked = flat(core.unfreeze(jax.eval_shape(lambda: init())))
+    leads = {}
+    for path in stacks:
+        shapes = {
+            collection: marked["/".join((collection, *path, MARK))].shape for collection in places.COLLECTIONS
+        }
+        for shape in shapes.values():
+            if shape[-1] != MARKED:
+                raise RBNValueError(
+                    f"convert: expected a stack of layers along the first axis, got another in "
+                    f"{'.'.join(path)}. Stack with variable_axes={{'params': 0, 'batch_stats': 0}}, or leave "
+                    "the layer out with where=."
+                )
+        leads[path] = {collection: shape[:-1] for collection, shape in shapes.items()}
+    return leads
+
+
+MARK, MARKED = "rbn_mark", 7919
+"""A variable of that length."""
 
 
 # What comes in its place
@@ -291,25 +338,64 @@ class New:
     """A layer that takes another's place.
 
     Args:
-        layer: The layer, unbound.
+        layer: The layer, unbound; of a stack each.
         options: What it has beside the options that stay.
         config: All its options in the project's terms.
-        state: Its arrays under canonical names; what is missing is drawn.
+        arrays: What it stores, under Flax's names.
+        boxes: In what of it a value lies, such as `nn.Partitioned`, where an initializer says so.
     """
 
     layer: Any
     options: Options
     config: Config
-    state: State
+    arrays: places.Stored
+    boxes: Mapping[str, Any]
 
 
-def _converted(found: Found, state: State, to: str, preserve: bool, options: Mapping[str, Any]) -> New | str:
-    """What takes a layer's place, or why nothing can."""
-    channels = len(state["running_mean"])
+def _converted(
+    found: Found,
+    own: places.Stored,
+    leads: places.Leads | None,
+    to: str,
+    preserve: bool,
+    options: Mapping[str, Any],
+    key: Array,
+) -> New | str:
+    """What takes a layer's place, or that of a stack of them, or why nothing can."""
     axis = found.common.get("axis", -1)
     if not isinstance(axis, int) and len(axis) != 1:
         return f"has channels on the axes {tuple(axis)}"
     common = dict(found.common) | {"axis": axis if isinstance(axis, int) else axis[0]}
+    if leads is None:
+        places.refuse_stack(own)
+        leads = dict.fromkeys(places.COLLECTIONS, ())
+    layers = places.unstacked(own, leads)
+    # Layers that share their parameters share what is drawn.
+    keys = jax.random.split(key, len(layers)) if leads["params"] else [key] * len(layers)
+    made = []
+    for number, (each, used) in enumerate(zip(layers, keys, strict=True)):
+        new = _one(found, places.canonical(each, {"": "norm"})[0], common, to, preserve, options, used)
+        if isinstance(new, str):
+            return f"{new}, in layer {number} of the stack" if len(layers) > 1 else new
+        made.append(new)
+    boxes = dict(made[0].boxes)
+    for _ in leads["params"]:
+        boxes = {name: box.add_axis(0, {nn.PARTITION_NAME: None}) for name, box in boxes.items()}
+    return replace(made[0], arrays=places.stacked([new.arrays for new in made], leads), boxes=boxes)
+
+
+def _one(
+    found: Found,
+    state: State,
+    common: Mapping[str, Any],
+    to: str,
+    preserve: bool,
+    options: Mapping[str, Any],
+    key: Array,
+) -> New | str:
+    """What takes the place of one layer, or why nothing can."""
+    channels = len(state["running_mean"])
+    drawn: dict[str, Any] = {}
     if to == "bn":
         if found.common.get("momentum", 0.9) is None:
             return "averages all batches, which Flax's BatchNorm does not"
@@ -326,13 +412,26 @@ def _converted(found: Found, state: State, to: str, preserve: bool, options: Map
         own = (affine if to != "bnet" else {}) | dict(options)
         layer = _make(to, own, common)
         config = layer.config(channels)
-        given = conversion.from_batch_norm(config, state, preserve)
+        if to == "bnet" or any(f"{name}_init" in options for name in CALIBRATION_STARTS):
+            x = jnp.ones((1, *(1,) * config.spatial_dims, channels))
+            drawn = flat({"params": layer.clone(use_running_average=True, axis=-1).init(key, x)["params"]})
+        starts = {
+            name: np.asarray(nn.unbox(drawn[f"params/{name}"]))
+            for name in CALIBRATION_STARTS
+            if f"{name}_init" in options and f"params/{name}" in drawn
+        }
+        given = conversion.from_batch_norm(config, {**state, **starts}, preserve)
         if isinstance(given, str):
             return given
-    return New(layer, tuple(own.items()), config, given)
+    arrays = {name: np.asarray(nn.unbox(leaf)) for name, leaf in drawn.items() if "/conv/" in name} | {
+        own_name("flax", "", name, "norm"): to_layout("flax", name, "norm", value)
+        for name, value in given.items()
+    }
+    boxes = {name: leaf for name, leaf in drawn.items() if isinstance(leaf, nn.meta.AxisMetadata)}
+    return New(layer, tuple(own.items()), config, arrays, boxes)
 
 
-def _with_state(stored: Mapping[str, Any], path: Path, new: New, key: Array) -> dict[str, Any]:
+def _with_arrays(stored: Mapping[str, Any], path: Path, new: New) -> dict[str, Any]:
     """Variables with those of a new layer in the place of the old one's."""
 
     def inside(own: str) -> bool:
@@ -340,16 +439,8 @@ def _with_state(stored: Mapping[str, Any], path: Path, new: New, key: Array) -> 
 
     params = [leaf for own, leaf in stored.items() if inside(own) and own.startswith("params/")]
     param_dtype = nn.unbox(params[0]).dtype if params else jnp.float32
-    arrays = {
-        own_name("flax", "", name, "norm"): to_layout("flax", name, "norm", value)
-        for name, value in new.state.items()
-    }
-    if "conv_weight" in new.config.state_shapes() and "conv_weight" not in new.state:
-        x = jnp.ones((1, *(1,) * new.config.spatial_dims, new.config.num_features))
-        drawn = new.layer.clone(use_running_average=True, axis=-1).init(key, x)["params"]
-        arrays |= {own: array for own, array in flat({"params": drawn}).items() if "/conv/" in own}
     result = {own: leaf for own, leaf in stored.items() if not inside(own)}
-    for own, array in arrays.items():
+    for own, array in new.arrays.items():
         collection, _, name = own.partition("/")
         place = "/".join((collection, *path, name))
         old = stored.get(place)
@@ -359,8 +450,8 @@ def _with_state(stored: Mapping[str, Any], path: Path, new: New, key: Array) -> 
             dtype = jnp.int32
         else:
             dtype = param_dtype
-        value = jnp.asarray(array, dtype)
-        result[place] = old.replace_boxed(value) if isinstance(old, nn.meta.AxisMetadata) else value
+        value, box = jnp.asarray(array, dtype), new.boxes.get(own) if old is None else old
+        result[place] = box.replace_boxed(value) if isinstance(box, nn.meta.AxisMetadata) else value
     return result
 
 

@@ -359,7 +359,10 @@ def test_a_mask_in_bnet_is_batch_norms() -> None:
     variables = norm.init(jax.random.key(0), x, use_running_average=False)
     layer, converted = BNET.from_batch_norm(norm, variables)
     mask = jnp.asarray(np.random.default_rng(0).random((2, 4, 4, 1)) < 0.5)
-    close(train(layer, converted, x, mask=mask)[0], train(norm, variables, x, mask=mask)[0])
+    due = train(norm, variables, x, mask=mask)[0]
+    close(train(layer, converted, x, mask=mask)[0], due)
+    theirs = nnx.BatchNorm(3, rngs=nnx.Rngs(0), use_fast_variance=False)
+    close(rbn_flax.nnx.BNET.from_batch_norm(theirs)(x, mask=mask), due)
 
 
 # Transformations

@@ -303,21 +303,95 @@ def test_how_a_variance_is_computed_is_no_option() -> None:
             RBN(**{option: False})
 
 
+ADDED = {
+    "RBN": ("center_weight", "scale_weight", "scale_bias"),
+    "IEBN": ("scale_weight", "scale_bias"),
+    "BNET": ("kernel", "bias"),
+}
+"""What a layer has beside gamma and beta; BNET's are those of its convolution."""
+
+
+def added(name: str, parameters: Any) -> Any:
+    return parameters["conv"] if name == "BNET" else parameters
+
+
 @pytest.mark.meeting(
-    "`nn.with_partitioning`",
-    "gamma and beta are partitioned, the calibration is whole",
-    "RBN(scale_init=nn.with_partitioning(ones, ('x',)))",
+    "`nn.with_partitioning` and `nnx.with_partitioning`",
+    "every parameter is partitioned as its initializer says",
+    "RBN(scale_bias_init=nn.with_partitioning(nn.initializers.ones, ('model',)))",
 )
-def test_parameters_of_a_partitioned_layer_are_boxed_or_whole() -> None:
-    """gamma and beta by their initializers, as BatchNorm's; what the layers add is on every device."""
-    sharded = {name: nn.with_partitioning(nn.initializers.ones, ("model",)) for name in ("scale_init",)}
-    layer, x = RBN(**sharded), normal(2, 4, 4, 3)
-    variables = layer.init(jax.random.key(0), x, use_running_average=False)
-    specs = nn.get_partition_spec(variables)["params"]
-    assert specs["scale"] == jax.sharding.PartitionSpec("model")
-    assert specs["center_weight"] == jax.sharding.PartitionSpec()
-    boxed = variables["params"] | {
-        "center_weight": nn.Partitioned(variables["params"]["center_weight"], ("model",))
-    }
+@pytest.mark.parametrize("name", ADDED)
+def test_every_parameter_is_partitioned_by_its_initializer(name: str) -> None:
+    x, names = normal(2, 4, 4, 3), ADDED[name]
+    affine = () if name == "BNET" else ("scale", "bias")
+    axes = {own: (None, None, None, "model") if own == "kernel" else ("model",) for own in (*names, *affine)}
+    start = nn.initializers.constant(0.3)
+
+    inits = {f"{own}_init": nn.with_partitioning(start, axes[own]) for own in axes}
+    layer = getattr(rbn_flax, name)(**inits)
+    variables = layer.init(jax.random.key(0), x, use_running_average=True)
+    specs = added(name, nn.get_partition_spec(variables)["params"])
+    assert {own: tuple(specs[own]) for own in axes} == axes
     run = functools.partial(layer.apply, use_running_average=True)
-    close(run(variables | {"params": boxed}, x), run(nn.unbox(variables), x))
+    close(run(variables, x), run(nn.unbox(variables), x), 0)
+    plain = getattr(rbn_flax, name)(**{f"{own}_init": start for own in axes})
+    close(plain.init(jax.random.key(0), x, use_running_average=True), nn.unbox(variables), 0)
+
+    with jax.make_mesh((1,), ("model",)):
+        inits = {f"{own}_init": nnx.with_partitioning(start, axes[own]) for own in axes}
+        module = getattr(rbn_flax.nnx, name)(3, rngs=nnx.Rngs(0), **inits)
+        close(module(x, use_running_average=True), run(variables, x), 0)
+        of_nnx = added(name, nnx.to_pure_dict(nnx.get_partition_spec(nnx.state(module, nnx.Param))))
+    assert {own: tuple(of_nnx[own]) for own in axes} == axes
+
+
+def test_initializers_are_there_for_the_parameters_that_are_there() -> None:
+    """A constant start takes no random key: a network's other layers start as beside a BatchNorm."""
+    draw = nn.initializers.normal()
+    x = normal(2, 4, 4, 3)
+    params = RBN(center_weight_init=draw, scaling=None).init(jax.random.key(0), x, use_running_average=True)[
+        "params"
+    ]
+    assert params.keys() == {"scale", "bias", "center_weight"}
+    assert len(np.unique(params["center_weight"])) == 3
+
+    def after(kind: Any, **options: Any) -> Any:
+        rngs = nnx.Rngs(0)
+        layer = kind(3, rngs=rngs, **options)
+        return layer, rngs.params()
+
+    _, due = after(nnx.BatchNorm)
+    assert after(rbn_flax.nnx.RBN)[1] == due
+    assert after(rbn_flax.nnx.IEBN)[1] == due
+    layer, following = after(rbn_flax.nnx.RBN, center_weight_init=draw)
+    assert following != due
+    assert len(np.unique(layer.center_weight[...])) == 3
+    assert after(rbn_flax.nnx.RBN, centering=None, center_weight_init=draw)[1] == due
+
+
+@pytest.mark.parametrize("preserve", [True, False])
+def test_initializers_of_a_conversion_are_the_new_layers(preserve: bool) -> None:
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return nn.BatchNorm(use_running_average=True, name="norm")(x)
+
+    x = normal(2, 4, 4, 3)
+    variables = Net().init(jax.random.key(0), x)
+    halves = nn.initializers.constant(0.5)
+    boxed = nn.with_partitioning(halves, ("model",))
+    convert = functools.partial(rbn_flax.convert, Net(), variables, preserve=preserve)
+    model, new, _ = convert(scale_bias_init=boxed)
+    assert new["params"]["norm"]["scale_bias"].names == ("model",)
+    close(nn.unbox(new)["params"]["norm"]["scale_bias"], np.full(3, 0.5))
+    close(new["params"]["norm"]["scale_weight"], np.zeros(3))
+    if preserve:
+        close(model.apply(new, x), Net().apply(variables, x))
+    table = convert(center_weight_init=halves)[2]
+    holder = nnx.List([nnx.BatchNorm(3, rngs=nnx.Rngs(0))])
+    also = rbn_flax.nnx.convert(holder, preserve=preserve, center_weight_init=halves)
+    for row in (*table.rows, *also.rows):
+        assert row.status == ("kept" if preserve else "replaced")
+        assert row.detail.startswith("center_weight would not start at 0" if preserve else "RBN")
+    if not preserve:
+        close(holder[0].center_weight[...], np.full(3, 0.5))

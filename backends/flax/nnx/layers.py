@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.nnx import initializers
@@ -14,7 +15,6 @@ from jax import Array
 
 from rbn.backends.flax import distributed, functional, fused
 from rbn_core.config import (
-    CALIBRATION_STARTS,
     IEBN_STARTS,
     Config,
     Statistic,
@@ -28,6 +28,12 @@ from rbn_core.names import NAMES
 KERNEL_INIT = initializers.lecun_normal()
 """How Flax's convolutions start."""
 
+IEBN_BIAS_INIT = initializers.constant(IEBN_STARTS["scale_bias"])
+"""How IEBN's w_b starts."""
+
+CONSTANT = (initializers.zeros, initializers.ones, IEBN_BIAS_INIT)
+"""How the calibrations start by default."""
+
 PromoteDtype = Callable[..., Any]
 """A function of a tuple of arrays and `dtype=`, as `flax.nnx.nn.dtypes.promote_dtype`."""
 
@@ -36,11 +42,9 @@ class CalibratedNorm(nnx.Module):
     """What the three layers share: BatchNorm's options and statistics, and the forward pass.
 
     Attributes:
-        starts: Where the parameters beyond BatchNorm's start.
         spatial_dims: How many spatial axes an input must have; any number where `None`.
     """
 
-    starts: ClassVar[Mapping[str, float]] = {}
     spatial_dims: int | None = None
     spatial_axis_name: distributed.AxisName = None
 
@@ -61,9 +65,6 @@ class CalibratedNorm(nnx.Module):
         self.mean = nnx.BatchStat(jnp.zeros(shape, functional.statistics_dtype(param_dtype)))
         self.var = nnx.BatchStat(jnp.ones(shape, functional.statistics_dtype(param_dtype)))
         self.num_batches_tracked = nnx.BatchStat(jnp.zeros((), jnp.int32))
-        for name, start in self.starts.items():
-            there = name in config.parameters
-            setattr(self, name, nnx.data(nnx.Param(jnp.full(shape, start, param_dtype)) if there else None))
         self.layer = config.layer
         self.num_features = config.num_features
         self.use_running_average = use_running_average
@@ -245,6 +246,7 @@ class AffineNorm(CalibratedNorm):
         rngs: nnx.Rngs,
         bias_metadata: Mapping[str, Any],
         scale_metadata: Mapping[str, Any],
+        calibration_inits: Mapping[str, Initializer],
     ) -> None:
         shape, beta = (config.num_features,), config.beta
         self.scale = nnx.data(
@@ -255,6 +257,12 @@ class AffineNorm(CalibratedNorm):
         self.bias = nnx.data(
             nnx.Param(bias_init(rngs.params(), shape, param_dtype), **bias_metadata) if beta else None
         )
+        for name, init in calibration_inits.items():
+            there = name in config.parameters
+            # A constant takes no key: what is built after the layer starts as it does after a BatchNorm.
+            key = rngs.params() if there and init not in CONSTANT else jax.random.key(0)
+            setattr(self, name, nnx.data(nnx.Param(init(key, shape, param_dtype)) if there else None))
+            setattr(self, f"{name}_init", init)
         self.use_bias = config.beta
         self.use_scale = config.gamma
         self.bias_init = bias_init
@@ -308,6 +316,9 @@ class RBN(AffineNorm):
         centering: K_m, "channel_mean", "channel_std", "spatial_mean", "spatial_std" or `None`.
         scaling: K_s, the same choice, of X_s.
         restrict: R, "sigmoid" or "hard_sigmoid".
+        center_weight_init: how w_m starts, where there is a centering; also with `nnx.with_partitioning`.
+        scale_weight_init: how w_v starts, where there is a scaling.
+        scale_bias_init: how w_b starts, where there is a scaling.
         running_var: the batch variance that is accumulated, "unbiased" or "biased" (BatchNorm's in Flax).
         axis_name: the axis of `pmap`, `vmap` or `shard_map` that the batch is spread over, or several; under
             `jit` with a sharded batch the statistics are the whole batch's without it.
@@ -317,7 +328,7 @@ class RBN(AffineNorm):
             K_s are of whole images. Under `jit` with sharded images they are so without it.
         promote_dtype: a function of the input, E, Var, gamma and beta, as BatchNorm's, that makes them of one
             dtype; `None` keeps the dtypes as said above.
-        rngs: the random keys that `bias_init` and `scale_init` draw from.
+        rngs: the random keys that the initializers draw from.
         bias_metadata: what the `nnx.Param` of beta says beside its value.
         scale_metadata: what that of gamma says.
         fused: whether one custom call computes the layer in a program for one CPU; `False` always takes JAX's
@@ -326,8 +337,6 @@ class RBN(AffineNorm):
     Raises:
         RBNError: An option or an input is refused; no statistic has changed then.
     """
-
-    starts = CALIBRATION_STARTS
 
     def __init__(
         self,
@@ -346,6 +355,9 @@ class RBN(AffineNorm):
         centering: Statistic | None = "channel_mean",
         scaling: Statistic | None = "channel_mean",
         restrict: str = "sigmoid",
+        center_weight_init: Initializer = initializers.zeros,
+        scale_weight_init: Initializer = initializers.zeros,
+        scale_bias_init: Initializer = initializers.ones,
         running_var: str = "unbiased",
         axis_name: distributed.AxisName = None,
         axis_index_groups: distributed.IndexGroups = None,
@@ -383,6 +395,11 @@ class RBN(AffineNorm):
             rngs,
             bias_metadata,
             scale_metadata,
+            {
+                "center_weight": center_weight_init,
+                "scale_weight": scale_weight_init,
+                "scale_bias": scale_bias_init,
+            },
         )
 
 
@@ -408,6 +425,8 @@ class IEBN(AffineNorm):
         use_scale: whether there is a gamma.
         bias_init: how beta starts.
         scale_init: how gamma starts.
+        scale_weight_init: how w_v starts; also with `nnx.with_partitioning`.
+        scale_bias_init: how w_b starts.
         running_var: the batch variance that is accumulated, "unbiased" or "biased" (BatchNorm's in Flax).
         axis_name: the axis of `pmap`, `vmap` or `shard_map` that the batch is spread over, or several; under
             `jit` with a sharded batch the statistics are the whole batch's without it.
@@ -417,7 +436,7 @@ class IEBN(AffineNorm):
             K_s are of whole images. Under `jit` with sharded images they are so without it.
         promote_dtype: a function of the input, E, Var, gamma and beta, as BatchNorm's, that makes them of one
             dtype; `None` keeps the dtypes as said above.
-        rngs: the random keys that `bias_init` and `scale_init` draw from.
+        rngs: the random keys that the initializers draw from.
         bias_metadata: what the `nnx.Param` of beta says beside its value.
         scale_metadata: what that of gamma says.
         fused: whether one custom call computes the layer in a program for one CPU; `False` always takes JAX's
@@ -426,8 +445,6 @@ class IEBN(AffineNorm):
     Raises:
         RBNError: An option or an input is refused; no statistic has changed then.
     """
-
-    starts = IEBN_STARTS
 
     def __init__(
         self,
@@ -443,6 +460,8 @@ class IEBN(AffineNorm):
         use_scale: bool = True,
         bias_init: Initializer = initializers.zeros,
         scale_init: Initializer = initializers.ones,
+        scale_weight_init: Initializer = initializers.zeros,
+        scale_bias_init: Initializer = IEBN_BIAS_INIT,
         running_var: str = "unbiased",
         axis_name: distributed.AxisName = None,
         axis_index_groups: distributed.IndexGroups = None,
@@ -477,6 +496,7 @@ class IEBN(AffineNorm):
             rngs,
             bias_metadata,
             scale_metadata,
+            {"scale_weight": scale_weight_init, "scale_bias": scale_bias_init},
         )
 
 

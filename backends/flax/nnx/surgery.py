@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from rbn.backends.flax import distributed, places
 from rbn.backends.flax.networks import redescribed
 from rbn.backends.flax.nnx import layers
-from rbn.backends.flax.nnx.layers import CalibratedNorm, config
+from rbn.backends.flax.nnx.layers import CalibratedNorm, assign, config
 from rbn.backends.flax.nnx.networks import Network
-from rbn.backends.flax.nnx.weights import Path, from_numpy, modules, to_numpy
+from rbn.backends.flax.nnx.weights import Path, modules, variables
 from rbn_core import conversion
-from rbn_core.config import Config
-from rbn_core.errors import RBNTypeError
-from rbn_core.matching import Row, State, Table
+from rbn_core.config import CALIBRATION_STARTS, Config
+from rbn_core.errors import RBNTypeError, RBNValueError
+from rbn_core.matching import COUNTER, Row, State, Table
+from rbn_core.names import own_name, to_layout
 
 PROMOTE_DTYPE = (
     inspect.signature(nnx.BatchNorm).parameters["promote_dtype"].default
@@ -50,15 +54,15 @@ def convert(
         where: A regular expression for the whole dotted paths of the layers; every path by default.
         preserve: Whether the outputs must stay: gamma is divided by R(w_b), and BNET starts as BatchNorm.
         rngs: The random keys that new kernels of BNET are drawn from, unless the outputs stay.
-        options: Options of the new layers, such as `scaling=` and `kernel_size=`.
+        options: Options of the new layers, such as `scaling=`, `kernel_size=` and `scale_bias_init=`.
 
     Returns:
         Every layer that could have been converted, by its path: "replaced", or "kept" with the reason.
 
     Raises:
         RBNTypeError: The model itself is such a layer, or an option is unknown.
-        RBNValueError: `to`, `where` or an option is wrong, or a layer is a stack of several. Nothing has
-            changed then.
+        RBNValueError: `to`, `where` or an option is wrong, or a layer is a stack of several, as `nnx.vmap`
+            makes them, that do not lie on the first axis. Nothing has changed then.
     """
     pattern = conversion.chooser(to, where)
     source = CalibratedNorm if to == "bn" else nnx.BatchNorm
@@ -78,18 +82,19 @@ def convert(
     conversion.check_hits(where, [name for names in named.values() for name in names], hit)
     for key in hit:
         (old, paths), names = found[key], named[key]
-        new, state = _converted(old, names[0], to, preserve, options, rngs)
-        if isinstance(state, str):
-            rows += [Row(name, "kept", type(old).__name__, state) for name in names]
+        new, arrays = _converted(old, names[0], to, preserve, options, rngs)
+        if isinstance(arrays, str):
+            rows += [Row(name, "kept", type(old).__name__, arrays) for name in names]
             continue
         _check_holders(model, paths)
-        planned.append((old, new, state, paths))
+        planned.append((old, new, arrays, paths))
         rows += [Row(name, "replaced", type(old).__name__, type(new).__name__) for name in names]
-    for old, new, state, paths in planned:
+    for old, new, arrays, paths in planned:
         for name in KEPT:
             if getattr(old, name, None) is not None and getattr(new, name, None) is not None:
                 setattr(new, name, getattr(old, name))
-        from_numpy(new, state, strict=False)
+        for own, variable in variables(new).items():
+            assign(variable, jnp.asarray(arrays[own], variable[...].dtype))
         for path in paths:
             put(model, path, new)
     if isinstance(model, Network):
@@ -102,8 +107,8 @@ def convert(
 
 def _converted(
     old: Any, path: str, to: str, preserve: bool, options: dict[str, Any], rngs: nnx.Rngs
-) -> tuple[Any, State | str]:
-    """The layer that takes the place of another, and its state, or why it cannot."""
+) -> tuple[Any, places.Stored | str]:
+    """The layer that takes the place of another, and its arrays under Flax's names, or why it cannot."""
     if isinstance(old.axis, tuple | list) and len(old.axis) != 1:
         return None, f"has channels on the axes {tuple(old.axis)}"
     common = {
@@ -118,22 +123,89 @@ def _converted(
     }
     if (spatial := distributed.names(getattr(old, "spatial_axis_name", None))) and to == "bn":
         common["axis_name"] = (*distributed.names(old.axis_name), *spatial)
-    state = to_numpy(old)
-    places.refuse_stack(path, state)
     promote = getattr(old, "promote_dtype", None)
     if promote is not None and promote is not PROMOTE_DTYPE:
         common["promote_dtype"] = promote
+    own = {name: np.asarray(variable[...]) for name, variable in variables(old).items()}
+    leads = _leads(path, old, own, to)
+    each = [places.canonical(one, {"": "norm"})[0] for one in places.unstacked(own, leads)]
     if to == "bn":
         if old.momentum is None:
             return None, "averages all batches, which Flax's BatchNorm does not"
-        given = conversion.to_batch_norm(config(old), state)
-        affine = {"use_scale": "gamma" in given, "use_bias": "beta" in given, "use_fast_variance": False}
-        return nnx.BatchNorm(old.num_features, **common | affine | options, rngs=rngs), given
-    common["running_var"] = "biased"
-    if to != "bnet":
-        common |= {"use_scale": old.scale is not None, "use_bias": old.bias is not None}
-    new = getattr(layers, to.upper())(old.num_features, **common | options, rngs=rngs)
-    return new, conversion.from_batch_norm(config(new), state, preserve)
+        given = [conversion.to_batch_norm(config(old), state) for state in each]
+        affine = {f"use_{own}": isinstance(given[0], dict) and name in given[0] for name, own in AFFINE}
+        common |= {"use_fast_variance": False} | affine
+    else:
+        common["running_var"] = "biased"
+        if to != "bnet":
+            common |= {"use_scale": old.scale is not None, "use_bias": old.bias is not None}
+    kind: Any = nnx.BatchNorm if to == "bn" else getattr(layers, to.upper())
+    whole = max(leads.values(), key=len)
+    build = functools.partial(kind, old.num_features, **common | options)
+    new = _stack(lambda rngs: build(rngs=rngs), whole)(rngs)
+    fresh = {name: np.asarray(variable[...]) for name, variable in variables(new).items()}
+    starts = places.unstacked(fresh, dict.fromkeys(places.COLLECTIONS, whole))
+    if to != "bn":
+        given = [
+            conversion.from_batch_norm(config(new), state | _calibration(start), preserve)
+            for state, start in zip(each, starts, strict=True)
+        ]
+    made = []
+    for number, (state, start) in enumerate(zip(given, starts, strict=True)):
+        if isinstance(state, str):
+            return None, f"{state}, in layer {number} of the stack" if len(given) > 1 else state
+        values = {
+            own_name("flax", "", name, "norm"): to_layout("flax", name, "norm", value)
+            for name, value in state.items()
+        }
+        made.append({name: values.get(name, array) for name, array in start.items()})
+    return new, places.stacked(made, leads)
+
+
+def _calibration(own: places.Stored) -> State:
+    """How a new layer's calibration starts, under canonical names, which are Flax's."""
+    return {name: own[f"params/{name}"] for name in CALIBRATION_STARTS if f"params/{name}" in own}
+
+
+AFFINE = (("gamma", "scale"), ("beta", "bias"))
+"""BatchNorm's parameters, under canonical names and Flax's."""
+
+
+def _leads(path: str, old: Any, own: places.Stored, to: str) -> places.Leads:
+    """The sizes of a stack of layers, as `nnx.vmap` makes it; of a layer that stands for itself none.
+
+    Raises:
+        RBNValueError: The layers do not lie on the first axis, or the shapes do not tell.
+    """
+    channels, dims = old.num_features, getattr(old, "spatial_dims", None) or 2
+    leads: dict[str, set[tuple[int, ...]]] = {collection: set() for collection in places.COLLECTIONS}
+    for name, array in own.items():
+        due: tuple[int, ...] = () if name.endswith(COUNTER) else (channels,)
+        if name.endswith("kernel"):
+            due = (*array.shape[array.ndim - dims - 2 : array.ndim - 2], 1, channels)
+        lead = array.shape[: array.ndim - len(due)]
+        if (*lead, *due) != array.shape or (to == "bnet" and channels in lead):
+            raise RBNValueError(
+                f"convert: expected a stack of layers along the first axis, got {name} of shape "
+                f"{array.shape} for {channels} channels in {path}, which does not show that. Build the stack "
+                "of the new layers, or leave the layer out with where=."
+            )
+        leads[name.partition("/")[0]].add(lead)
+    statistics = leads["batch_stats"].pop()
+    parameters = leads["params"].pop() if leads["params"] else statistics
+    if leads["params"] or leads["batch_stats"]:
+        raise RBNValueError(
+            f"convert: expected arrays of as many layers each, got others in {path}. "
+            "Leave the layer out with where=."
+        )
+    return {"params": parameters, "batch_stats": statistics}
+
+
+def _stack(make: Any, sizes: tuple[int, ...]) -> Any:
+    """A function of random keys that makes a stack of layers, as `nnx.vmap` makes it."""
+    for size in sizes:
+        make = nnx.split_rngs(splits=size)(nnx.vmap(make, transform_metadata={nnx.PARTITION_NAME: None}))
+    return make
 
 
 def config_of(layer: Any) -> Config:

@@ -42,7 +42,7 @@ def to_numpy(model: nnx.Module) -> State:
     Raises:
         RBNValueError: A name holds a slash, or two arrays get one name.
     """
-    stored = {own: np.asarray(variable[...]) for own, variable in _variables(model).items()}
+    stored = {own: np.asarray(variable[...]) for own, variable in variables(model).items()}
     state, _ = places.canonical(stored, layouts(model))
     return {name: places.copied(array) for name, array in state.items()}
 
@@ -68,17 +68,17 @@ def from_numpy(
     Raises:
         RBNValueError: The state does not match; everything wrong is listed, nothing changes.
     """
-    variables = _variables(model)
-    target = {own: variable[...] for own, variable in variables.items()}
+    found = variables(model)
+    target = {own: variable[...] for own, variable in found.items()}
     arrays, table = places.to_load(state, target, layouts(model), rename=rename, strict=strict)
     for own, array in arrays.items():
-        assign(variables[own], jnp.asarray(array, target[own].dtype))
+        assign(found[own], jnp.asarray(array, target[own].dtype))
     return table
 
 
 def describe(model: nnx.Module) -> Layers:
     """What owns a model's arrays: by dotted path the kind of layer, with the options of ours."""
-    stored = {own: np.asarray(variable[...]) for own, variable in _variables(model).items()}
+    stored = {own: np.asarray(variable[...]) for own, variable in variables(model).items()}
     state, _ = places.canonical(stored, layouts(model))
     owners = {".".join(map(str, path)): module for path, module in modules(model)}
     layers: Layers = {}
@@ -111,7 +111,7 @@ def _kind(module: Any) -> Kind:
     return next((kind for types, kind in KINDS if isinstance(module, types)), "other")
 
 
-def _variables(model: nnx.Module) -> dict[str, Any]:
+def variables(model: nnx.Module) -> dict[str, Any]:
     """The variables that hold weights, under Flax's names, in the order of the model."""
     if not isinstance(model, nnx.Module):
         raise RBNTypeError(
