@@ -63,6 +63,17 @@ def check_hits(where: str | None, paths: Collection[str], hits: Collection[Any])
         )
 
 
+def replaced_by(new: str, *, frozen: bool, learns: bool) -> str:
+    """What a row of the table says of a layer in another's place.
+
+    Args:
+        new: Its class.
+        frozen: Whether it always evaluates, as after `freeze`.
+        learns: Whether a parameter of it is learned.
+    """
+    return f"{new}, frozen" if frozen else new if learns else f"{new}, not learned, as the layer before"
+
+
 def report(rows: Sequence[Row], to: str) -> Table:
     """The rows of a conversion as a table, which says so where nothing was replaced.
 

@@ -12,8 +12,8 @@ from rbn_core import conversion
 from rbn_core.config import Config
 
 
-def plain_affine(config: Config, state: Mapping[str, Any]) -> tuple[NDArray[Any], NDArray[Any]] | None:
-    """a and b of Y = a X + b in evaluation, (C,) each in float64; `None` where there is more than that.
+def plain_affine(config: Config, state: Mapping[str, Any]) -> tuple[NDArray[Any], NDArray[Any]] | str:
+    """a and b of Y = a X + b in evaluation, (C,) each in float64; in words why not where there is more.
 
         a = gamma R(w_b) / sqrt(Var + eps)        b = beta - a E
 
@@ -26,7 +26,7 @@ def plain_affine(config: Config, state: Mapping[str, Any]) -> tuple[NDArray[Any]
     """
     found = conversion.to_batch_norm(config, state)
     if isinstance(found, str):
-        return None
+        return found
     values = {name: np.asarray(value, np.float64) for name, value in found.items()}
     a = values.get("gamma", np.ones(config.num_features)) / np.sqrt(values["running_var"] + config.eps)
     return a, values.get("beta", 0.0) - a * values["running_mean"]

@@ -11,7 +11,7 @@ import numpy as np
 from flax.typing import Dtype
 from jax import Array
 
-from rbn_core.config import SPATIAL_STATISTICS, Statistic
+from rbn_core.config import IEBN_STARTS, SPATIAL_STATISTICS, Statistic
 from rbn_core.errors import RBNTypeError, RBNValueError
 
 RESTRICT = {"sigmoid": jax.nn.sigmoid, "hard_sigmoid": jax.nn.hard_sigmoid}
@@ -197,6 +197,11 @@ def as_output(y: Array, x: Any, dtype: Dtype | None) -> Array:
     if dtype is None:
         dtype = x.dtype if x.dtype.itemsize == 2 else y.dtype
     return y.astype(dtype)
+
+
+def iebn_bias(key: Any, shape: Sequence[int], dtype: Dtype = jnp.float32) -> Array:
+    """How IEBN's w_b starts; a function that can be pickled, unlike those that make initializers."""
+    return jnp.full(shape, IEBN_STARTS["scale_bias"], dtype)
 
 
 def statistics_dtype(param_dtype: Dtype) -> Dtype:

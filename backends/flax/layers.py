@@ -15,7 +15,7 @@ from flax.typing import Dtype, Initializer
 from jax import Array
 
 from rbn.backends.flax import distributed, functional, fused
-from rbn_core.config import IEBN_STARTS, Config, Statistic, check_input, refuse_unknown_options
+from rbn_core.config import Config, Statistic, check_input, refuse_unknown_options
 from rbn_core.names import NAMES
 
 
@@ -312,7 +312,7 @@ class IEBN(AffineNorm):
 
     _: KW_ONLY
     scale_weight_init: Initializer = initializers.zeros
-    scale_bias_init: Initializer = initializers.constant(IEBN_STARTS["scale_bias"])
+    scale_bias_init: Initializer = functional.iebn_bias
 
     @nn.nowrap
     def starts(self) -> Mapping[str, Initializer]:

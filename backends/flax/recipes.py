@@ -258,7 +258,7 @@ def fold(
             rows.append(Row(name, "kept", type(norm).__name__, "stands for several layers"))
             continue
         affine = folding.plain_affine(_config(norm, len(state["running_mean"])), state)
-        if affine is None:
+        if isinstance(affine, str):
             wrong.append(name)
         elif why := found.why_not(path, functional.channel_axis(norm.axis)):
             rows.append(Row(name, "kept", type(norm).__name__, why))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable
 from copy import deepcopy
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 from jittor import Module, Var, nn
 
 from rbn.backends.jittor.layers import CalibratedNorm
+from rbn.backends.jittor.surgery import is_frozen, stay_frozen
 from rbn.backends.jittor.weights import assign, config_of, layers, to_numpy
 from rbn_core import folding
 from rbn_core.config import Config
@@ -33,7 +33,8 @@ def update_rbn(model: Module, batches: Iterable[Any]) -> None:
         batches: What the model is called with; of a tuple or list the first.
 
     Raises:
-        RBNValueError: There is no batch, or no such layer; nothing has changed.
+        RBNValueError: There is no batch, or no such layer. After this and any error of the model or of the
+            batches the statistics are what they were, too.
 
     Example:
         >>> from rbn.backends.jittor import RBN, update_rbn
@@ -43,9 +44,12 @@ def update_rbn(model: Module, batches: Iterable[Any]) -> None:
         >>> layer.running_mean.tolist()
         [2.0, 2.0, 2.0]
     """
-    norms = [norm for norm in _norms(model, "update_rbn").values() if not _is_frozen(norm)]
+    norms = [norm for norm in _norms(model, "update_rbn").values() if not is_frozen(norm)]
     modes = [(module, module.is_training()) for module in model.modules()]
     momenta = [(norm, norm.momentum) for norm in norms]
+    names = ("running_mean", "running_var", COUNTER)
+    stored = [getattr(norm, name, None) for norm in norms for name in names]
+    before = [(var, var.numpy().copy()) for var in stored if isinstance(var, Var)]
     total: list[list[Any]] = [[0.0, 0.0] for _ in norms]
     count = 0
     try:
@@ -63,6 +67,10 @@ def update_rbn(model: Module, batches: Iterable[Any]) -> None:
                     sums[0] = sums[0] + norm.running_mean.numpy().astype(np.float64)
                     sums[1] = sums[1] + norm.running_var.numpy().astype(np.float64)
                 count += 1
+    except BaseException:
+        for var, value in before:
+            assign(var, value)
+        raise
     finally:
         for norm, momentum in momenta:
             norm.momentum = momentum
@@ -98,29 +106,8 @@ def freeze(model: Module) -> Table:
     norms = _norms(model, "freeze")
     modules = model.modules()
     for norm in norms.values():
-        for parameter in norm.parameters():
-            parameter.stop_grad()
-            for module in modules:
-                vars(module).get("backup_grad_state", {}).pop(id(parameter), None)
-        if not _is_frozen(norm):
-            kind: Any = type(norm)
-            norm.__class__ = _frozen(kind)
+        stay_frozen(norm, modules)
     return Table(tuple(Row(name, "frozen", type(norm).__name__) for name, norm in norms.items()))
-
-
-@functools.cache
-def _frozen(kind: Any) -> Any:
-    """A class of layers that always evaluate."""
-
-    def execute(self: Any, x: Var) -> Var:
-        self.is_train = False
-        return kind.execute(self, x)
-
-    return type(kind.__name__, (kind,), {"execute": execute, "frozen": True})
-
-
-def _is_frozen(norm: Any) -> bool:
-    return bool(getattr(type(norm), "frozen", False))
 
 
 def parameter_groups(model: Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -178,7 +165,7 @@ def fold(model: Module, x: Var) -> tuple[Module, Table]:
     for name, norm in _norms(new, "fold").items():
         affine = folding.plain_affine(_config(norm), to_numpy(norm))
         why = seen.why_not(norm)
-        if affine is None:
+        if isinstance(affine, str):
             wrong.append(name)
         elif why:
             rows.append(Row(name, "kept", type(norm).__name__, why))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -39,7 +40,8 @@ def convert(
     r"""Replace BatchNorm by RBN, IEBN or BNET in any model, or those by BatchNorm, in place.
 
     The new layers have the old ones' parameters and statistics (the very variables, so that an optimizer goes
-    on with them), eps, momentum, dtype, mode and hooks. They accumulate the unbiased variance unless
+    on with them), eps, momentum, dtype, mode and hooks. What they add is learned if a parameter before was;
+    else the table says so. They accumulate the unbiased variance unless
     `running_var="biased"`, as Jittor's BatchNorm does, is among the options. Convert before building an
     optimizer for what they add.
 
@@ -75,11 +77,12 @@ def convert(
         if id(module) in hit and id(module) not in planned:
             planned[id(module)] = _plan(module, to, preserve, options)
     modules = model.modules()
+    backups = [vars(module).get("backup_grad_state", {}) for module in modules]
     rows = []
     for path, module in found:
         plan = planned.get(id(module))
         if isinstance(plan, _Replacement):
-            rows.append(Row(path, "replaced", type(module).__name__, type(plan.layer).__name__))
+            rows.append(Row(path, "replaced", type(module).__name__, plan.described(backups)))
         elif plan is not None:
             rows.append(Row(path, "kept", type(module).__name__, plan))
     for plan in planned.values():
@@ -101,15 +104,24 @@ class _Replacement(NamedTuple):
     old: Module
     values: State
 
+    def described(self, backups: list[dict[int, bool]]) -> str:
+        """What the table says of the new layer."""
+        before = _parameters(self.old)
+        learns = not before or any(_is_learned(var, backups) for var in before)
+        return conversion.replaced_by(type(self.layer).__name__, frozen=is_frozen(self.old), learns=learns)
+
     def carry_out(self, modules: list[Module]) -> None:
         """Put the layer wherever the old one is, with its values."""
         new, old = variables(self.layer), variables(self.old)
         for name, value in self.values.items():
             assign(new[name], value)
         backups = [vars(module).get("backup_grad_state", {}) for module in modules]
-        for name in new.keys() & TWINS.keys() - old.keys():
-            if TWINS[name] in old:
-                _learn_alike(new[name], old[TWINS[name]], backups)
+        before = _parameters(self.old)
+        whole = next((var for var in before if _is_learned(var, backups)), before[0] if before else None)
+        for name in new.keys() & set(PARAMETERS) - old.keys():
+            like = old.get(TWINS.get(name, ""), whole)
+            if like is not None:
+                _learn_alike(new[name], like, backups)
         for name in old.keys() - new.keys():
             for backup in backups:
                 backup.pop(id(old[name]), None)  # or another variable of the same identity would be frozen
@@ -117,6 +129,49 @@ class _Replacement(NamedTuple):
             for place in (vars(module), vars(module).get("layers")):  # the latter is a Sequential's
                 if isinstance(place, dict):
                     place |= {name: self.layer for name, value in place.items() if value is self.old}
+        if is_frozen(self.old):
+            stay_frozen(self.layer, modules)
+
+
+def stay_frozen(layer: Module, modules: list[Module]) -> None:
+    """Let a layer evaluate, also in training, with parameters that stay.
+
+    Args:
+        layer: The layer.
+        modules: What holds it: their `train()` gives parameters their gradients back, but not these.
+    """
+    for parameter in layer.parameters():
+        parameter.stop_grad()
+        for module in modules:
+            vars(module).get("backup_grad_state", {}).pop(id(parameter), None)
+    if not is_frozen(layer):
+        layer.__class__ = _frozen(type(layer))
+
+
+def is_frozen(layer: Any) -> bool:
+    """Whether `stay_frozen` was called for a layer, or for the one in whose place it is."""
+    return bool(getattr(type(layer), "frozen", False))
+
+
+@functools.cache
+def _frozen(kind: Any) -> Any:
+    """A class of layers that always evaluate."""
+
+    def execute(self: Any, x: Var) -> Var:
+        self.is_train = False
+        return kind.execute(self, x)
+
+    def reduced(self: Any) -> Any:
+        """How it is pickled and copied: by the class that can be found under its name."""
+        return _new_frozen, (kind,), dict(vars(self))
+
+    return type(kind.__name__, (kind,), {"execute": execute, "frozen": True, "__reduce__": reduced})
+
+
+def _new_frozen(kind: Any) -> Any:
+    """A frozen layer without anything in it."""
+    kind = _frozen(kind)
+    return kind.__new__(kind)
 
 
 def _check_options(to: str, options: Mapping[str, Any]) -> None:
@@ -136,7 +191,8 @@ def _check_options(to: str, options: Mapping[str, Any]) -> None:
 
 def _plan(module: Module, to: str, preserve: bool, options: Mapping[str, Any]) -> _Replacement | str:
     """What takes a module's place, or why nothing does; nothing changes yet."""
-    if type(module) not in (nn.BatchNorm, *LAYERS.values()):
+    kind = type(module).__base__ if is_frozen(module) else type(module)
+    if kind not in (nn.BatchNorm, *LAYERS.values()):
         return "is a class of its own"
     if to == "bn":
         return _batch_norm(module)
@@ -184,6 +240,16 @@ def _taking_over(layer: Module, old: Module, state: State) -> _Replacement:
         vars(layer).update(attached)
         layer._place_hooker()
     return _Replacement(layer, old, {name: state[name] for name in state.keys() & set(PARAMETERS)})
+
+
+def _parameters(layer: Module) -> list[Var]:
+    """What a layer could learn."""
+    return [var for name, var in variables(layer).items() if name in PARAMETERS]
+
+
+def _is_learned(var: Var, backups: list[dict[int, bool]]) -> bool:
+    """Whether a variable is learned in training."""
+    return any(backup.get(id(var), False) for backup in backups) or not var.is_stop_grad()
 
 
 def _learn_alike(new: Var, old: Var, backups: list[dict[int, bool]]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn
+from numpy.typing import NDArray
 
 from rbn.backends.mindspore.layers import CalibratedNorm
 from rbn.backends.mindspore.networks import LAYERS, Network
@@ -23,9 +24,10 @@ from rbn.backends.mindspore.weights import (
     layers,
     to_numpy,
 )
-from rbn_core import conversion
+from rbn_core import folding
+from rbn_core.config import Config
 from rbn_core.errors import RBNTypeError, RBNValueError
-from rbn_core.matching import Row, State, Table
+from rbn_core.matching import Row, Table
 from rbn_core.names import STATISTICS
 
 FOLDED_INTO = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Dense)
@@ -33,6 +35,9 @@ FOLDED_INTO = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Dense)
 
 NORMS = (*LAYERS.values(), *BATCH_NORMS)
 """What can be folded."""
+
+Affine = tuple[NDArray[Any], NDArray[Any]]
+"""a and b of a X + b, (C,) each."""
 
 LISTED = 6
 """How many layers an error names."""
@@ -53,8 +58,8 @@ def update_rbn(model: nn.Cell, batches: Iterable[Any]) -> None:
             labels, the first element.
 
     Raises:
-        RBNValueError: No layer takes statistics, there is no batch, or a layer did not run; the running
-            statistics are what they were.
+        RBNValueError: No layer takes statistics, there is no batch, or a layer did not run. After this and
+            any error of the model or of the batches the statistics are what they were, too.
         RBNTypeError: The model has a BatchNorm of `mint.nn`.
     """
     own = {
@@ -231,7 +236,7 @@ def fold(model: nn.Cell, pairs: Sequence[tuple[str, str]] | None = None) -> nn.C
             not fit; or there is none. The model never changes.
     """
     norms = _norms(model, "fold")
-    plain = _plain_states(norms)
+    plain = _plain_affines(norms)
     known = dict(layers(model))
     chosen = _found_pairs(model) if pairs is None else list(pairs)
     if not chosen:
@@ -251,7 +256,7 @@ def fold(model: nn.Cell, pairs: Sequence[tuple[str, str]] | None = None) -> nn.C
     folded = copy.deepcopy(model).set_train(False)
     copied = dict(layers(folded))
     for first, last in chosen:
-        _fold_into(copied[first], _inner(known[last]).eps, plain[id(known[last])])
+        _fold_into(copied[first], *plain[id(known[last])])
         for _, cell in layers(folded):
             exchange(cell, copied[last], nn.Identity().set_train(False))
     return folded
@@ -286,7 +291,7 @@ def _found_pairs(model: nn.Cell) -> list[tuple[str, str]]:
     ]
 
 
-def _check_pair(pair: tuple[str, str], known: dict[str, nn.Cell], plain: dict[int, State]) -> None:
+def _check_pair(pair: tuple[str, str], known: dict[str, nn.Cell], plain: dict[int, Affine]) -> None:
     """Refuse what cannot be folded.
 
     Raises:
@@ -306,7 +311,7 @@ def _check_pair(pair: tuple[str, str], known: dict[str, nn.Cell], plain: dict[in
             f"{first!r}, a {type(before).__name__}, and {last!r}, a {type(norm).__name__}. "
             "Leave the pair out."
         )
-    channels = len(plain[id(norm)]["gamma"])
+    channels = len(plain[id(norm)][0])
     if before.weight.shape[0] != channels:
         raise RBNValueError(
             f"fold: expected a norm layer of {before.weight.shape[0]} channels behind {first!r}, got "
@@ -319,14 +324,12 @@ def _has_more(cell: nn.Cell) -> bool:
     return getattr(cell, "activation", None) is not None
 
 
-def _fold_into(cell: nn.Cell, eps: float, state: State) -> None:
-    """Let a convolution or linear layer do what the BatchNorm of a state does behind it."""
-    values = {name: value.astype(np.float64) for name, value in state.items()}
-    factor = values["gamma"] / np.sqrt(values["running_var"] + eps)
+def _fold_into(cell: nn.Cell, a: NDArray[Any], b: NDArray[Any]) -> None:
+    """Let a convolution or linear layer do what a norm layer does behind it, which is a X + b."""
     weight = cell.weight.astype(ms.float32).asnumpy().astype(np.float64)
     bias = cell.bias.astype(ms.float32).asnumpy() if cell.has_bias else 0.0
-    shift = values["beta"] + (bias - values["running_mean"]) * factor
-    weight = weight * factor.reshape(-1, *(1,) * (weight.ndim - 1))
+    shift = b + bias * a
+    weight = weight * a.reshape(-1, *(1,) * (weight.ndim - 1))
     dtype = cell.weight.dtype
     cell.weight.set_data(Tensor(weight.astype(np.float32)).astype(dtype))
     data = Tensor(shift.astype(np.float32)).astype(dtype)
@@ -339,30 +342,36 @@ def _fold_into(cell: nn.Cell, eps: float, state: State) -> None:
             cell.bias_add = ms.ops.BiasAdd()
 
 
-def _plain_states(norms: list[tuple[str, nn.Cell]]) -> dict[int, State]:
-    """By the id of every norm layer the state of the BatchNorm that gives the same in evaluation.
+def _plain_affines(norms: list[tuple[str, nn.Cell]]) -> dict[int, Affine]:
+    """By the id of every norm layer a and b of what it gives in evaluation, a X + b.
 
     Raises:
-        RBNValueError: A layer is none in evaluation; all are listed.
+        RBNValueError: A layer gives something else; all are listed.
     """
-    found: dict[int, State] = {}
+    found: dict[int, Affine] = {}
     refused = []
     for path, layer in norms:
-        state: State | str = to_numpy(layer)
-        if _inner(layer).use_batch_statistics:
-            state = "takes the statistics of the batch in evaluation, too"
-        elif isinstance(layer, CalibratedNorm):
-            state = conversion.to_batch_norm(config_of(layer), to_numpy(layer))
-        if isinstance(state, str):
-            refused.append(f"{path} {state}")
+        affine: Affine | str = "takes the statistics of the batch in evaluation, too"
+        if not _inner(layer).use_batch_statistics:
+            affine = folding.plain_affine(_config(layer), to_numpy(layer))
+        if isinstance(affine, str):
+            refused.append(f"{path} {affine}")
         else:
-            found[id(layer)] = state
+            found[id(layer)] = affine
     if refused:
         raise RBNValueError(
             "fold: expected layers that are plain BatchNorms in evaluation, got "
             f"{len(refused)} that are not: {_listed(refused, '; ')}. Use the model as it is."
         )
     return found
+
+
+def _config(layer: nn.Cell) -> Config:
+    """The options of a norm layer, of MindSpore's BatchNorm, too."""
+    if isinstance(layer, CalibratedNorm):
+        return config_of(layer)
+    inner = _inner(layer)
+    return Config(inner.num_features, inner.eps, 1 - inner.momentum, centering=None, scaling=None)
 
 
 def _norms(model: nn.Cell, caller: str) -> list[tuple[str, nn.Cell]]:

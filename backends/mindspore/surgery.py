@@ -23,7 +23,7 @@ from rbn_core import conversion
 from rbn_core.config import check_choice, old_value_weight
 from rbn_core.errors import RBNTypeError
 from rbn_core.matching import Row, State, Table
-from rbn_core.names import NAMES, STATISTICS
+from rbn_core.names import NAMES, PARAMETERS, STATISTICS
 
 KEPT = (
     "num_features",
@@ -53,9 +53,10 @@ def convert(
 
     The new layers have the old ones' parameters (the very objects, so that an optimizer goes on with them),
     statistics, eps, momentum, dtype, mode, flags and hooks; half-precision statistics become float32, and
-    names of parameters follow the old ones'. `nn.SyncBatchNorm` is `sync=True`. Graphs that this process has
-    compiled run the old layers, so they are dropped, as by `mindspore.ms_memory_recycle`. Convert before
-    building an optimizer for the new parameters.
+    names of parameters follow the old ones'. What they add is learned if gamma or beta was; else the table
+    says so: MindSpore does not tell a BatchNorm with `affine=False` from one that is frozen.
+    `nn.SyncBatchNorm` is `sync=True`. Graphs that this process has compiled run the old layers, so they are
+    dropped, as by `mindspore.ms_memory_recycle`. Convert before building an optimizer for the new parameters.
 
     Args:
         model: Any cell.
@@ -95,7 +96,9 @@ def convert(
             planned[id(cell)] = _plan(path, cell, to, preserve, options)
         plan = planned[id(cell)]
         if isinstance(plan, _Replacement):
-            rows.append(Row(path, "replaced", type(cell).__name__, type(plan.layer).__name__))
+            learns = not (before := _learnable(cell)) or any(each.requires_grad for each in before)
+            detail = conversion.replaced_by(type(plan.layer).__name__, frozen=False, learns=learns)
+            rows.append(Row(path, "replaced", type(cell).__name__, detail))
         else:
             rows.append(Row(path, "kept", type(cell).__name__, plan))
     replacements = [plan for plan in planned.values() if isinstance(plan, _Replacement)]
@@ -222,11 +225,20 @@ def _take_parameters(layer: nn.Cell, old: nn.Cell) -> None:
     """Let a layer have the parameters of the one before, and learn what that has learned."""
     holder = layer.bn2d if isinstance(layer, nn.BatchNorm3d) else layer
     before = stored(old)
+    learnable = _learnable(old)
+    learns = not learnable or any(parameter.requires_grad for parameter in learnable)
     for name, parameter in stored(layer).items():
         if name in before and before[name].dtype == parameter.dtype:
             holder.insert_param_to_cell(NAMES["mindspore"][name], before[name])
         elif (twin := name if name in before else TWINS.get(name)) in before:
             parameter.requires_grad = before[twin].requires_grad
+        elif name in PARAMETERS and not learns:
+            parameter.requires_grad = False
+
+
+def _learnable(cell: nn.Cell) -> list[ms.Parameter]:
+    """What a layer could learn."""
+    return [parameter for name, parameter in stored(cell).items() if name in PARAMETERS]
 
 
 def _take_modes_and_hooks(layer: nn.Cell, old: nn.Cell) -> None:

@@ -40,7 +40,8 @@ def update_rbn(model: nn.Module, batches: Iterable[Any]) -> None:
             labels, the first element.
 
     Raises:
-        RBNValueError: No layer keeps statistics that could change, or there is no batch; nothing has changed.
+        RBNValueError: No layer keeps statistics that could change, or there is no batch. After this and
+            any error of the model or of the batches the statistics are what they were, too.
     """
     layers = [layer for _, layer in _batch_norms(model) if _keeps_statistics(layer) and not is_frozen(layer)]
     if not layers:
@@ -57,6 +58,8 @@ def update_rbn(model: nn.Module, batches: Iterable[Any]) -> None:
         )
     modes = [(module, module.training) for module in model.modules()]
     momenta = [(layer, layer.momentum) for layer in layers]
+    before = [(buffer, buffer.clone()) for layer in layers for buffer in layer.buffers(recurse=False)]
+    taken = False
     try:
         model.train()
         for layer in layers:
@@ -65,7 +68,10 @@ def update_rbn(model: nn.Module, batches: Iterable[Any]) -> None:
         with torch.no_grad():
             for batch in itertools.chain(first, iterator):
                 model(batch[0] if isinstance(batch, tuple | list) else batch)
+        taken = True
     finally:
+        for buffer, value in before if not taken else ():
+            buffer.copy_(value)
         for layer, momentum in momenta:
             layer.momentum = momentum
         for module, mode in modes:

@@ -50,6 +50,7 @@ def convert(
 
     The new layers have the old ones' parameters (the very objects, so that an optimizer goes on with them),
     statistics, eps, momentum, dtype, device, mode and hooks; half-precision statistics become float32.
+    What they add is learned unless all parameters before have `requires_grad=False`; the table says so then.
     `nn.SyncBatchNorm` is `sync=True`. Convert before wrapping a model in `DistributedDataParallel`, which
     does not learn of new parameters, and before building an optimizer for them.
 
@@ -96,8 +97,11 @@ def convert(
         if isinstance(plan, _Replacement):
             parent, _, name = path.rpartition(".")
             setattr(model.get_submodule(parent), name, plan.carry_out())
-            new = type(plan.layer).__name__
-            detail = f"{new}, frozen" if is_frozen(plan.layer) else new
+            detail = conversion.replaced_by(
+                type(plan.layer).__name__,
+                frozen=is_frozen(plan.layer),
+                learns=any(parameter.requires_grad for parameter in plan.layer.parameters()),
+            )
             rows.append(Row(path, "replaced", type(module).__name__, detail))
         elif plan is not None:
             rows.append(Row(path, "kept", type(module).__name__, plan))
@@ -308,6 +312,8 @@ def _taking_over(layer: nn.Module, old: nn.Module, state: State) -> _Replacement
     for name, value in vars(old).items():
         if "_hook" in name:  # the dictionaries themselves, so that a hook's handle still removes it
             vars(layer)[name] = value
+    if (before := list(old.parameters())) and not any(parameter.requires_grad for parameter in before):
+        layer.requires_grad_(False)
     layer.track_running_stats = old.track_running_stats
     layer.train(old.training)
     arrays = {NAMES["torch"][name]: array for name, array in state.items()}

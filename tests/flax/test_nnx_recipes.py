@@ -1,5 +1,7 @@
 """What recipes that look for BatchNorm do, with NNX models."""
 
+import copy
+import pickle
 from typing import Any
 
 import jax
@@ -123,6 +125,56 @@ def test_only_kernels_decay() -> None:
     after = to_numpy(model)
     decayed = {name for name, value in after.items() if np.any(value != before[name])}
     assert decayed == {f"convs.{i}.weight" for i in range(4)} | {"head.weight"}
+
+
+def test_a_frozen_model_is_copied_and_pickled_as_one() -> None:
+    # Flax pickles none of its convolutions.
+    model, x = nnx.List([getattr(Net(), name) for name in NAMES[:3]]), normal(4, 6, 6, 3)
+    freeze(model)
+    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), nnx.clone(model)):
+        again.train()
+        for found, due in zip(again, model, strict=True):
+            close(found(x), due(x))
+            assert type(found) is type(due)
+        assert not jax.tree.leaves(nnx.state(again, nnx.Param))
+
+
+def test_statistics_stay_after_an_error() -> None:
+    def failing() -> Any:
+        yield normal(4, 6, 6, 3)
+        raise RuntimeError("stop here")
+
+    model = Net()
+    model.rbn.eval()
+    before = to_numpy(model)
+    with pytest.raises(RuntimeError, match="stop here"):
+        update_rbn(model, failing())
+    np.testing.assert_equal(to_numpy(model), before)
+    assert (model.bn.momentum, model.rbn.momentum) == (0.99, 0.9)
+    assert (model.bn.use_running_average, model.rbn.use_running_average) == (False, True)
+
+
+def test_folding_keeps_a_stack_of_layers() -> None:
+    class Stacked(nnx.Module):
+        def __init__(self) -> None:
+            self.conv = nnx.Conv(3, 3, (1, 1), rngs=nnx.Rngs(0))
+            self.norm = nnx.BatchNorm(3, rngs=nnx.Rngs(0))
+            make = nnx.vmap(lambda rngs: RBN(3, rngs=rngs))
+            self.several = nnx.split_rngs(splits=2)(make)(nnx.Rngs(0))
+
+        def __call__(self, x: Any) -> Any:
+            x = self.norm(self.conv(x))
+            return nnx.vmap(lambda norm, x: norm(x), in_axes=(0, None))(self.several, x)
+
+    model, x = Stacked(), normal(4, 6, 6, 3)
+    model(x)
+    folded, table = fold(model, x)
+    assert {row.name: (row.status, row.detail) for row in table.rows} == {
+        "norm": ("folded", "into conv"),
+        "several": ("kept", "stands for several layers"),
+    }
+    model.eval()
+    close(folded(x), model(x))
 
 
 def test_folding_leaves_what_a_model_gives() -> None:

@@ -155,6 +155,43 @@ def test_the_way_back_says_what_is_not_inert() -> None:
     assert rbn_flax.nnx.convert(cumulative, "bn").rows[0].detail.startswith("averages all batches")
 
 
+class OwnParam(nnx.Variable):
+    """A user's parameter that no optimizer takes."""
+
+
+@pytest.mark.parametrize("to", ["rbn", "bnet"])
+def test_what_a_conversion_adds_to_an_nnx_layer_is_learned_if_a_parameter_before_was(to: str) -> None:
+    model = nnx.List([nnx.BatchNorm(3, rngs=nnx.Rngs(0)) for _ in range(3)])
+    rbn_flax.nnx.freeze(nnx.List([model[0]]))
+    model[1].scale, model[1].bias = OwnParam(model[1].scale[...]), OwnParam(model[1].bias[...])
+    details = [row.detail for row in rbn_flax.nnx.convert(model, to).rows]
+    name = to.upper()
+    assert details == [f"{name}, frozen", f"{name}, not learned, as the layer before", name]
+    assert [bool(jax.tree.leaves(nnx.state(layer, nnx.Param))) for layer in model] == [False, False, True]
+    before = to_numpy(model[0])
+    model.train()
+    model[0](images())
+    equal(to_numpy(model[0]), before)
+
+
+def test_the_table_says_what_was_looked_at() -> None:
+    nothing = nn.Dense(3)
+    given = nothing.init(jax.random.key(0), jnp.ones((2, 3)))
+    assert str(convert(nothing, given)[2]) == "0 replaced: there is no BatchNorm"
+    nnx_nothing = nnx.List([nnx.Linear(3, 3, rngs=nnx.Rngs(0))])
+    assert str(rbn_flax.nnx.convert(nnx_nothing)) == "0 replaced: there is no BatchNorm"
+    text = "expected where to match the whole path of a layer, got 'x'"
+    calls: Any = (
+        lambda: convert(nothing, given, where="x"),
+        lambda: convert(Net(), VARIABLES, where="x"),
+        lambda: rbn_flax.nnx.convert(nnx_nothing, where="x"),
+        lambda: rbn_flax.nnx.convert(module(), where="x"),
+    )
+    for call in calls:
+        with pytest.raises(RBNValueError, match=text):
+            call()
+
+
 def test_new_kernels_of_bnet_are_drawn_one_by_one() -> None:
     first, again, other = module(), module(), module()
     for model, seed in ((first, 0), (again, 0), (other, 1)):

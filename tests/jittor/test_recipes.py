@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import pickle
 
 import numpy as np
 import pytest
@@ -116,6 +117,38 @@ def test_a_frozen_model_evaluates_and_keeps_its_parameters():
         assert moved == name.startswith(("body.0", "body.2", "body.4", "body.6", "head")), name
     with pytest.raises(RBNValueError, match="0 layers"):
         update_rbn(model, [x])
+
+
+def test_a_frozen_model_is_copied_and_pickled_as_one():
+    model, x = Net(), image()
+    freeze(model)
+    model.train()
+    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        again.eval()
+        again.train()
+        close(again(x).numpy(), model(x).numpy(), 1e-6)
+        close(again.body[3].running_mean.numpy(), model.body[3].running_mean.numpy(), 0)
+        assert type(again.body[3]) is type(model.body[3])
+        assert isinstance(again.body[3], RBN)
+        assert [row.name for row in freeze(again).rows] == [row.name for row in freeze(model).rows]
+        norms = (1, 3, 5, 7)
+        assert all(parameter.is_stop_grad() for i in norms for parameter in again.body[i].parameters())
+
+
+def test_statistics_stay_after_an_error():
+    model = Net()
+    model.body[3].eval()
+    before = to_numpy(model)
+    with pytest.raises(Exception, match="stop here"):
+        update_rbn(model, failing(image()))
+    np.testing.assert_equal(to_numpy(model), before)
+    assert (model.body[1].momentum, model.body[3].momentum) == (0.1, 0.1)
+    assert (model.body[1].is_train, model.body[3].is_train) == (True, False)
+
+
+def failing(x):
+    yield x
+    raise RuntimeError("stop here")
 
 
 @pytest.mark.meeting(

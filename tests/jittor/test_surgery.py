@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from rbn.backends.jittor import BNET, IEBN, RBN, convert, describe, network, to_numpy
+from rbn.backends.jittor import BNET, IEBN, RBN, convert, describe, freeze, network, to_numpy
 
 # After the backend, which prepares what Jittor reads at its import.
 # isort: split
@@ -213,6 +213,48 @@ def test_what_is_frozen_stays_frozen(to):
     convert(model, "bn")
     assert "body.1.weight" not in trainable(model)
     assert "body.1.bias" in trainable(model)
+
+
+@pytest.mark.parametrize("evaluates", [False, True])
+@pytest.mark.parametrize("to", LAYERS)
+def test_what_a_conversion_adds_is_learned_if_a_parameter_before_was(to, evaluates):
+    model = nn.Sequential(nn.BatchNorm(3), nn.BatchNorm(3), nn.BatchNorm(3, affine=False))
+    for parameter in (model[0].weight, model[0].bias, model[1].weight):
+        parameter.stop_grad()
+    if evaluates:
+        model.eval()
+    name = to.upper()
+    details = [row.detail for row in convert(model, to).rows]
+    assert details == [f"{name}, not learned, as the layer before", name, name]
+    model.eval()
+    model.train()
+    learned = trainable(model)
+    assert not {own for own in learned if own.startswith("0.")}
+    added = {"conv.bias"} if to == "bnet" else {"scale_weight", "scale_bias"}
+    assert {f"{path}.{own}" for path in (1, 2) for own in added} <= learned
+
+
+@pytest.mark.parametrize("to", LAYERS)
+def test_a_layer_that_freeze_froze_stays_frozen(to):
+    model = nn.Sequential(nn.BatchNorm(3), nn.Conv(3, 3, 1))
+    freeze(model)
+    assert [row.detail for row in convert(model, to).rows] == [f"{to.upper()}, frozen"]
+    model.train()
+    before = to_numpy(model)
+    model(images())
+    assert not {own for own in trainable(model) if own.startswith("0.")}
+    np.testing.assert_equal(to_numpy(model), before)
+
+
+def test_the_table_says_what_was_looked_at():
+    model = nn.Sequential(nn.BatchNorm(3), nn.Sequential(nn.BatchNorm(3)))
+    assert str(convert(nn.Sequential(nn.ReLU()))) == "0 replaced: there is no BatchNorm"
+    for nowhere in (nn.Sequential(nn.ReLU()), model):
+        with pytest.raises(RBNError, match="expected where to match the whole path of a layer, got 'x'"):
+            convert(nowhere, where="x")
+    assert str(convert(model, where="0")).endswith("1 replaced")
+    assert str(convert(model)).endswith("1 replaced")
+    assert str(convert(model)) == "0 replaced: there is no BatchNorm"
 
 
 def test_a_layer_without_gradients_stays_without():

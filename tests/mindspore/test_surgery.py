@@ -90,7 +90,8 @@ def test_every_batch_norm_is_replaced_with_what_it_has(to):
     before = to_numpy(net)
     table = convert(net, to)
     name = CLASSES[to].__name__
-    assert list(table.rows) == [Row(path, "replaced", "BatchNorm2d", name) for path in PATHS]
+    details = dict.fromkeys(PATHS, name) | {"blocks.1.bn1": f"{name}, not learned, as the layer before"}
+    assert list(table.rows) == [Row(path, "replaced", "BatchNorm2d", details[path]) for path in PATHS]
     layers = [net.stem[0], net.blocks[0].bn1, net.blocks[1].bn1, net.head]
     assert all(type(layer) is CLASSES[to] for layer in layers)
     assert net.again is net.head
@@ -108,8 +109,34 @@ def test_every_batch_norm_is_replaced_with_what_it_has(to):
         for p in net.get_parameters()
         if not p.requires_grad and "moving" not in p.name and "num" not in p.name
     }
-    gamma, beta = ("conv.weight", "conv.bias") if to == "bnet" else ("gamma", "beta")
-    assert frozen == {f"blocks.1.bn1.{gamma}", f"blocks.1.bn1.{beta}"}
+    assert frozen == {p.name for p in net.blocks[1].bn1.get_parameters()} - {
+        f"blocks.1.bn1.{name}" for name in ("moving_mean", "moving_variance", "num_batches_tracked")
+    }
+
+
+@pytest.mark.parametrize("to", CLASSES)
+def test_what_a_conversion_adds_is_learned_if_a_parameter_before_was(to):
+    model = nn.SequentialCell(nn.BatchNorm2d(3), nn.BatchNorm2d(3))
+    for parameter in model[0].get_parameters():
+        parameter.requires_grad = False
+    model[1].gamma.requires_grad = False
+    name = to.upper()
+    details = [row.detail for row in convert(model, to).rows]
+    assert details == [f"{name}, not learned, as the layer before", name]
+    assert not model[0].trainable_params()
+    learned = {parameter.name for parameter in model[1].trainable_params()}
+    assert ({"1.conv.bias"} if to == "bnet" else {"1.scale_weight", "1.scale_bias"}) <= learned
+
+
+def test_the_table_says_what_was_looked_at():
+    model = nn.SequentialCell(nn.BatchNorm2d(3), nn.SequentialCell(nn.BatchNorm2d(3)))
+    assert str(convert(nn.SequentialCell(nn.ReLU()))) == "0 replaced: there is no BatchNorm"
+    for nowhere in (nn.SequentialCell(nn.ReLU()), model):
+        with pytest.raises(RBNError, match="expected where to match the whole path of a layer, got 'x'"):
+            convert(nowhere, where="x")
+    assert str(convert(model, where="0")).endswith("1 replaced")
+    assert str(convert(model)).endswith("1 replaced")
+    assert str(convert(model)) == "0 replaced: there is no BatchNorm"
 
 
 @pytest.mark.parametrize("to", CLASSES)

@@ -563,6 +563,15 @@ def test_update_rbn_takes_the_plain_mean_over_batches(kind):
     assert [module.training for module in model] == [True, True, False]
 
 
+def test_update_rbn_leaves_the_statistics_after_an_error():
+    model = nn.Sequential(layer_of(RBN), nn.BatchNorm2d(4))
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(RBNValueError, match="expected 4 channels"):
+        update_rbn(model, [torch.randn(2, 4, 5, 5), torch.randn(2, 3, 5, 5)])
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
 def test_update_rbn_puts_everything_back_after_an_error_and_refuses_what_has_no_effect():
     model = model_of(RBN).eval()
     with pytest.raises(RuntimeError, match="channels"):

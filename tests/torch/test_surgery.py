@@ -169,6 +169,40 @@ def test_parameters_and_statistics_are_the_same_objects():
     assert not any(parameter.requires_grad for parameter in frozen.parameters())
 
 
+@pytest.mark.parametrize("to", ["rbn", "iebn", "bnet"])
+def test_what_a_conversion_adds_is_learned_if_a_parameter_before_was(to):
+    frozen, partly, bare = (
+        nn.BatchNorm2d(3).requires_grad_(False),
+        nn.BatchNorm2d(3),
+        nn.BatchNorm2d(3, affine=False),
+    )
+    partly.weight.requires_grad_(False)
+    model = nn.ModuleDict({"frozen": frozen, "partly": partly, "bare": bare})
+    table = convert(model, to)
+    name = to.upper()
+    assert {row.name: row.detail for row in table.rows} == {
+        "frozen": f"{name}, not learned, as the layer before",
+        "partly": name,
+        "bare": name,
+    }
+    assert not any(parameter.requires_grad for parameter in model["frozen"].parameters())
+    for path in ("partly", "bare"):
+        learned = {own for own, parameter in model[path].named_parameters() if parameter.requires_grad}
+        added = {"conv.bias"} if to == "bnet" else {"scale_weight", "scale_bias"}
+        assert added <= learned
+
+
+def test_the_table_says_what_was_looked_at():
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.Sequential(nn.BatchNorm2d(3)))
+    assert str(convert(nn.Sequential(nn.ReLU()))) == "0 replaced: there is no BatchNorm"
+    for nowhere in (nn.Sequential(nn.ReLU()), model):
+        with pytest.raises(RBNValueError, match="expected where to match the whole path of a layer, got 'x'"):
+            convert(nowhere, where="x")
+    assert str(convert(model, where="1")).endswith("1 replaced")
+    assert str(convert(model)).endswith("1 replaced")
+    assert str(convert(model)) == "0 replaced: there is no BatchNorm"
+
+
 def test_mode_is_kept_layer_by_layer():
     model = trained(*convolutional())
     model[1].eval()

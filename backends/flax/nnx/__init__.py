@@ -3,8 +3,8 @@
 from rbn.backends.flax.nnx.activations import activations
 from rbn.backends.flax.nnx.layers import BNET, IEBN, RBN, CalibratedNorm
 from rbn.backends.flax.nnx.networks import Network, network
-from rbn.backends.flax.nnx.recipes import FrozenParam, fold, freeze, parameter_groups, update_rbn
-from rbn.backends.flax.nnx.surgery import convert
+from rbn.backends.flax.nnx.recipes import fold, freeze, parameter_groups, update_rbn
+from rbn.backends.flax.nnx.surgery import FrozenParam, convert
 from rbn.backends.flax.nnx.weights import describe, from_numpy, layouts, to_numpy
 
 __all__ = [

@@ -15,7 +15,6 @@ from jax import Array
 
 from rbn.backends.flax import distributed, functional, fused
 from rbn_core.config import (
-    IEBN_STARTS,
     Config,
     Statistic,
     check_counter,
@@ -28,10 +27,7 @@ from rbn_core.names import NAMES
 KERNEL_INIT = initializers.lecun_normal()
 """How Flax's convolutions start."""
 
-IEBN_BIAS_INIT = initializers.constant(IEBN_STARTS["scale_bias"])
-"""How IEBN's w_b starts."""
-
-CONSTANT = (initializers.zeros, initializers.ones, IEBN_BIAS_INIT)
+CONSTANT = (initializers.zeros, initializers.ones, functional.iebn_bias)
 """How the calibrations start by default."""
 
 PromoteDtype = Callable[..., Any]
@@ -461,7 +457,7 @@ class IEBN(AffineNorm):
         bias_init: Initializer = initializers.zeros,
         scale_init: Initializer = initializers.ones,
         scale_weight_init: Initializer = initializers.zeros,
-        scale_bias_init: Initializer = IEBN_BIAS_INIT,
+        scale_bias_init: Initializer = functional.iebn_bias,
         running_var: str = "unbiased",
         axis_name: distributed.AxisName = None,
         axis_index_groups: distributed.IndexGroups = None,

@@ -13,7 +13,7 @@ from flax import nnx
 
 from rbn.backends.flax import functional, uses
 from rbn.backends.flax.nnx.layers import CalibratedNorm, assign
-from rbn.backends.flax.nnx.surgery import config_of, put
+from rbn.backends.flax.nnx.surgery import config_of, is_frozen, put, stay_frozen
 from rbn.backends.flax.nnx.weights import modules, to_numpy
 from rbn_core import folding
 from rbn_core.errors import RBNTypeError, RBNValueError
@@ -22,10 +22,6 @@ from rbn_core.matching import Row, Table
 NORMS = (nnx.BatchNorm, CalibratedNorm)
 MODES = ("use_running_average", "deterministic")
 """What `train()` and `eval()` set."""
-
-
-class FrozenParam(nnx.Variable):
-    """A parameter that is not trained: no `nnx.Param`, so that gradients and optimizers leave it alone."""
 
 
 def update_rbn(model: nnx.Module, batches: Iterable[Any], **call: Any) -> None:
@@ -40,7 +36,8 @@ def update_rbn(model: nnx.Module, batches: Iterable[Any], **call: Any) -> None:
         call: What it is called with besides.
 
     Raises:
-        RBNValueError: There is no batch, or no such layer; nothing has changed.
+        RBNValueError: There is no batch, or no such layer. After this and any error of the model or of the
+            batches the statistics are what they were, too.
 
     Example:
         >>> import jax.numpy as jnp
@@ -51,14 +48,19 @@ def update_rbn(model: nnx.Module, batches: Iterable[Any], **call: Any) -> None:
         >>> layer.mean[...].tolist()
         [2.0, 2.0, 2.0]
     """
-    norms = {name: norm for name, norm in _norms(model, "update_rbn").items() if not _is_frozen(norm)}
+    norms = {name: norm for name, norm in _norms(model, "update_rbn").items() if not is_frozen(norm)}
     kept = [
         (module, name, getattr(module, name))
         for _, module in modules(model)
         for name in (*MODES, "momentum")
         if hasattr(module, name) and (name != "momentum" or isinstance(module, NORMS))
     ]
-    before = {name: [norm.mean[...], norm.var[...]] for name, norm in norms.items()}
+    before = [
+        (variable, variable[...])
+        for norm in norms.values()
+        for variable in (norm.mean, norm.var, getattr(norm, "num_batches_tracked", None))
+        if variable is not None
+    ]
     total: dict[str, Any] = {}
     count = 0
     try:
@@ -75,6 +77,10 @@ def update_rbn(model: nnx.Module, batches: Iterable[Any], **call: Any) -> None:
                     key = f"{name}/{own}"
                     total[key] = total.get(key, 0.0) + np.asarray(getattr(norm, own)[...], np.float64)
             count += 1
+    except BaseException:
+        for variable, value in before:
+            assign(variable, value)
+        raise
     finally:
         for module, name, value in kept:
             setattr(module, name, value)
@@ -84,8 +90,9 @@ def update_rbn(model: nnx.Module, batches: Iterable[Any], **call: Any) -> None:
             "layers. Pass both."
         )
     for name, norm in norms.items():
-        for own, old in zip(("mean", "var"), before[name], strict=True):
-            assign(getattr(norm, own), jnp.asarray(total[f"{name}/{own}"] / count, old.dtype))
+        for own in ("mean", "var"):
+            variable = getattr(norm, own)
+            assign(variable, jnp.asarray(total[f"{name}/{own}"] / count, variable[...].dtype))
         if getattr(norm, "num_batches_tracked", None) is not None:
             assign(norm.num_batches_tracked, jnp.asarray(count, jnp.int32))
 
@@ -107,30 +114,8 @@ def freeze(model: nnx.Module) -> Table:
     """
     norms = _norms(model, "freeze")
     for norm in norms.values():
-        if _is_frozen(norm):
-            continue
-        for _, module in list(modules(norm)):
-            for name, value in list(vars(module).items()):
-                if isinstance(value, nnx.Param):
-                    setattr(module, name, FrozenParam(value[...], **value.get_metadata()))
-        kind: Any = type(norm)
-        norm.__class__ = _frozen(kind)
-        norm.use_running_average = True
+        stay_frozen(norm)
     return Table(tuple(Row(name, "frozen", type(norm).__name__) for name, norm in norms.items()))
-
-
-@functools.cache
-def _frozen(kind: Any) -> Any:
-    """A class of layers that always evaluate."""
-
-    def call(self: Any, x: Any, use_running_average: bool | None = None, *, mask: Any = None) -> Any:
-        return kind.__call__(self, x, True, mask=mask)
-
-    return type(kind.__name__, (kind,), {"__call__": call, "frozen": True})
-
-
-def _is_frozen(norm: Any) -> bool:
-    return bool(getattr(type(norm), "frozen", False))
 
 
 def parameter_groups(model: nnx.Module) -> Callable[[Any], Any]:
@@ -180,27 +165,38 @@ def fold(model: nnx.Module, *args: Any, **kwargs: Any) -> tuple[nnx.Module, Tabl
     found = uses.Uses()
     paths: dict[int, str] = {}
     kinds: dict[int, tuple[Any, Any]] = {}
+    stacks: dict[int, Any] = {}
     for path, module in modules(new):
         paths.setdefault(id(module), ".".join(map(str, path)))
-        if isinstance(module, (nnx.Conv, nnx.Linear, *NORMS)):
+        if isinstance(module, NORMS) and np.ndim(module.mean[...]) != 1:
+            stacks.setdefault(id(module), module)
+        elif isinstance(module, (nnx.Conv, nnx.Linear, *NORMS)):
             kinds.setdefault(id(module), (module, type(module)))
     inside = {
-        id(norm.conv) for norm, _ in kinds.values() if hasattr(norm, "conv") and isinstance(norm, NORMS)
+        id(norm.conv)
+        for norm in (*stacks.values(), *(norm for norm, _ in kinds.values()))
+        if hasattr(norm, "conv") and isinstance(norm, NORMS)
     }
     try:
         for key, (module, kind) in kinds.items():
             if key not in inside:
-                module.__class__ = _telling(kind, found)
-        found.trace(lambda values: new(*args, **kwargs), ())
+                module.__class__ = _telling(kind, found, key)
+        # What is traced are other objects of these classes: NNX's transformations need the trace's own.
+        graph, values = nnx.split(new)
+        found.trace(lambda values: nnx.merge(graph, values)(*args, **kwargs), values)
     finally:
         for module, kind in kinds.values():
             module.__class__ = kind
-    rows, wrong, planned = [], [], []
-    for key, norm in found.norms.items():
-        name, state = paths[key], to_numpy(norm)
-        affine = folding.plain_affine(config_of(norm), state) if np.ndim(state["running_mean"]) == 1 else None
+    rows = [
+        Row(paths[key], "kept", type(norm).__name__, "stands for several layers")
+        for key, norm in stacks.items()
+    ]
+    wrong, planned = [], []
+    for key in found.norms:
+        name, norm = paths[key], kinds[key][0]
+        affine = folding.plain_affine(config_of(norm), to_numpy(norm))
         why = found.why_not(key, functional.channel_axis(norm.axis))
-        if affine is None:
+        if isinstance(affine, str):
             wrong.append(name)
         elif why:
             rows.append(Row(name, "kept", type(norm).__name__, why))
@@ -233,16 +229,12 @@ class AddBias(nnx.Module):
         return (x + self.bias[...]).astype(self.dtype)
 
 
-def _telling(kind: Any, found: uses.Uses) -> Any:
-    """A class of layers that tell of their calls."""
+def _telling(kind: Any, found: uses.Uses, key: int) -> Any:
+    """The class of a layer that tells of its calls."""
 
     def call(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
         follow: Callable[[], Any] = functools.partial(kind.__call__, self, x, *args, **kwargs)
-        return (
-            found.norm(id(self), x, follow, self)
-            if issubclass(kind, NORMS)
-            else found.linear(id(self), follow)
-        )
+        return found.norm(key, x, follow, self) if issubclass(kind, NORMS) else found.linear(key, follow)
 
     return type(kind.__name__, (kind,), {"__call__": call})
 

@@ -45,8 +45,9 @@ def convert(
     """Make every BatchNorm of a model an RBN, IEBN or BNET, or the other way round, in place.
 
     Weights, statistics, epsilon, momentum, axis, dtypes, mode and the variables themselves stay, so that what
-    selects or shards them still does; an optimizer has to be built anew. The running variance stays biased,
-    as BatchNorm's is in Flax, unless `running_var` says otherwise.
+    selects or shards them still does; an optimizer has to be built anew. What the layers add is an
+    `nnx.Param` if a parameter before was; else the table says so. The running variance stays biased, as
+    BatchNorm's is in Flax, unless `running_var` says otherwise.
 
     Args:
         model: Any NNX module that holds such layers, in attributes, lists or dictionaries.
@@ -88,13 +89,19 @@ def convert(
             continue
         _check_holders(model, paths)
         planned.append((old, new, arrays, paths))
-        rows += [Row(name, "replaced", type(old).__name__, type(new).__name__) for name in names]
+        learns = issubclass(_parameter_kind(old), nnx.Param)
+        detail = conversion.replaced_by(type(new).__name__, frozen=is_frozen(old), learns=learns)
+        rows += [Row(name, "replaced", type(old).__name__, detail) for name in names]
     for old, new, arrays, paths in planned:
         for name in KEPT:
             if getattr(old, name, None) is not None and getattr(new, name, None) is not None:
                 setattr(new, name, getattr(old, name))
         for own, variable in variables(new).items():
             assign(variable, jnp.asarray(arrays[own], variable[...].dtype))
+        if is_frozen(old):
+            stay_frozen(new)
+        else:
+            _make_parameters(new, _parameter_kind(old))
         for path in paths:
             put(model, path, new)
     if isinstance(model, Network):
@@ -206,6 +213,61 @@ def _stack(make: Any, sizes: tuple[int, ...]) -> Any:
     for size in sizes:
         make = nnx.split_rngs(splits=size)(nnx.vmap(make, transform_metadata={nnx.PARTITION_NAME: None}))
     return make
+
+
+class FrozenParam(nnx.Variable):
+    """A parameter that is not trained: no `nnx.Param`, so that gradients and optimizers leave it alone."""
+
+
+def stay_frozen(layer: Any) -> None:
+    """Let a layer evaluate, whatever it is told, with parameters that stay."""
+    _make_parameters(layer, FrozenParam)
+    if not is_frozen(layer):
+        layer.__class__ = _frozen(type(layer))
+        layer.use_running_average = True
+
+
+def _parameter_kind(layer: Any) -> Any:
+    """What the parameters of a layer are: `nnx.Param`, or what somebody has made of all of them."""
+    kinds = [
+        type(node)
+        for _, node in nnx.iter_graph(layer)
+        if isinstance(node, nnx.Variable) and not isinstance(node, nnx.BatchStat)
+    ]
+    return next((kind for kind in kinds if issubclass(kind, nnx.Param)), kinds[0] if kinds else nnx.Param)
+
+
+def _make_parameters(layer: Any, kind: Any) -> None:
+    """Let all parameters of a layer be variables of a kind, where that is no `nnx.Param`."""
+    for _, module in list(modules(layer)):
+        for name, value in list(vars(module).items()):
+            if isinstance(value, nnx.Param) and not issubclass(kind, nnx.Param):
+                setattr(module, name, kind(value[...], **value.get_metadata()))
+
+
+def is_frozen(layer: Any) -> bool:
+    """Whether `stay_frozen` was called for a layer, or for the one in whose place it is."""
+    return bool(getattr(type(layer), "frozen", False))
+
+
+@functools.cache
+def _frozen(kind: Any) -> Any:
+    """A class of layers that always evaluate."""
+
+    def call(self: Any, x: Any, use_running_average: bool | None = None, *, mask: Any = None) -> Any:
+        return kind.__call__(self, x, True, mask=mask)
+
+    def reduced(self: Any) -> Any:
+        """How it is pickled and copied: by the class that can be found under its name."""
+        return _new_frozen, (kind,), self.__getstate__()
+
+    return type(kind.__name__, (kind,), {"__call__": call, "frozen": True, "__reduce__": reduced})
+
+
+def _new_frozen(kind: Any) -> Any:
+    """A frozen layer without anything in it."""
+    kind = _frozen(kind)
+    return kind.__new__(kind)
 
 
 def config_of(layer: Any) -> Config:
