@@ -310,7 +310,7 @@ def _leads(init: Init | None, owns: Mapping[Path, places.Stored]) -> dict[Path, 
 
     with nn.intercept_methods(with_a_mark):
         marked = flat(core.unfreeze(jax.eval_shape(lambda: init())))
-    leads = {}
+    leads: dict[Path, places.Leads] = {}
     for path in stacks:
         shapes = {
             collection: marked["/".join((collection, *path, MARK))].shape for collection in places.COLLECTIONS

@@ -140,12 +140,13 @@ def stay_frozen(layer: Module, modules: list[Module]) -> None:
         layer: The layer.
         modules: What holds it: their `train()` gives parameters their gradients back, but not these.
     """
+    kind: Any = type(layer)
     for parameter in layer.parameters():
         parameter.stop_grad()
         for module in modules:
             vars(module).get("backup_grad_state", {}).pop(id(parameter), None)
     if not is_frozen(layer):
-        layer.__class__ = _frozen(type(layer))
+        layer.__class__ = _frozen(kind)
 
 
 def is_frozen(layer: Any) -> bool:

@@ -2,6 +2,9 @@
 
 import functools
 import inspect
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -138,13 +141,78 @@ def test_the_plain_form_exports_with_symbols_for_every_size() -> None:
     "jax.export.export(jax.jit(f))(x)",
 )
 def test_an_exported_program_calls_nothing_of_this_package() -> None:
-    """So that it runs where rbn is not installed."""
     x = normal(2, 4, 4, 3)
     train, evaluate = (runner(RBN(), variables_of(RBN(), x), training) for training in (True, False))
     for function in (evaluate, jax.value_and_grad(lambda x: jnp.sin(train(x)).sum())):
         program = export.export(jax.jit(function))(x)
         assert "custom_call" not in program.mlir_module()
         close(program.call(x), function(x))
+
+
+ALONE = """
+import sys
+from pathlib import Path
+import numpy as np
+
+for name in ("rbn", "rbn_core"):
+    sys.modules[name] = None  # its import is an error
+import jax
+from jax import export
+
+for name in ("rbn", "rbn_core", "rbn.backends.flax"):
+    try:
+        __import__(name)
+    except ImportError:
+        pass
+    else:
+        raise SystemExit(f"{name} was imported")
+programs = sorted(Path(sys.argv[1]).glob("*.program"))
+for path in programs:
+    stored = np.load(path.with_suffix(".npz"))
+    found = jax.tree.leaves(export.deserialize(bytearray(path.read_bytes())).call(stored["x"]))
+    for index, each in enumerate(found):
+        np.testing.assert_allclose(each, stored[f"arr_{index}"], rtol=1e-4, atol=1e-4)
+assert "rbn_kernels" not in Path("/proc/self/maps").read_text()
+print(f"{len(programs)} programs are right")
+"""
+
+
+@pytest.mark.meeting(
+    "`jax.export`",
+    "works, with symbols for every size, and runs where `rbn` is not installed",
+    "jax.export.export(jax.jit(f))(x)",
+)
+def test_exported_programs_run_in_a_process_that_cannot_import_the_package(tmp_path: Path) -> None:
+    class Net(nn.Module):
+        in_loops: bool
+
+        @nn.compact
+        def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+            x = RBN(use_running_average=not train, fused=self.in_loops)(nn.Conv(4, (3, 3))(x))
+            return BNET(use_running_average=not train, fused=self.in_loops)(nn.relu(x))
+
+    x = normal(2, 4, 4, 3)
+    programs: dict[str, Any] = {}
+    for in_loops in (True, False):
+        net = Net(in_loops)
+        variables = jax.jit(lambda net=net: net.init(jax.random.key(0), x, train=False))()
+
+        def loss(x: jax.Array, net: Any = net, variables: Any = variables) -> Any:
+            y, stats = net.apply(variables, x, train=True, mutable=STATS)
+            return jnp.sin(y).sum(), stats
+
+        programs[f"evaluation {in_loops}"] = functools.partial(net.apply, variables, train=False)
+        programs[f"training {in_loops}"] = jax.value_and_grad(loss, has_aux=True)
+        module = nnx.Sequential(rbn_flax.nnx.RBN(3, fused=in_loops, rngs=nnx.Rngs(0)), nnx.relu)
+        module.eval()
+        programs[f"nnx {in_loops}"] = module
+    for name, function in programs.items():
+        compiled = jax.jit(function)
+        (tmp_path / f"{name}.program").write_bytes(export.export(compiled)(x).serialize())
+        np.savez(tmp_path / f"{name}.npz", *jax.tree.leaves(compiled(x)), x=x)
+    command = [sys.executable, "-W", "ignore", "-c", ALONE, tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout == "6 programs are right\n", done.stderr
 
 
 # Costs

@@ -2,15 +2,16 @@
 
 import warnings
 from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx, serialization
+from flax import nnx, serialization, traverse_util
 
-from rbn.backends.flax import from_numpy, network, to_numpy
+from rbn.backends.flax import RBN, convert, from_numpy, network, to_numpy
 from rbn.backends.flax.nnx import network as nnx_network
 from rbn_core.zoos import table
 
@@ -145,6 +146,88 @@ def test_transformers(name, layers):
         return net.init(jax.random.key(0), jnp.ones((1, 64, 64, 3)))
 
     check("transformers-flax", name, init, lambda variables, x: net.apply(variables, x).logits)
+
+
+def converted(net, init, run, count):
+    """A network's BatchNorms become ours, with the same results in evaluation, and go back."""
+    theirs, _ = from_numpy(init, lively(to_numpy(init())))
+    x = np.random.default_rng(1).normal(size=(2, 32, 32, 3)).astype(np.float32)
+    ours, variables, table = convert(net, theirs, init=init, preserve=True)
+    assert str(table).endswith(f"{count} replaced")
+    expected, found = jax.jit(partial(run, net))(theirs, x), jax.jit(partial(run, ours))(variables, x)
+    assert np.max(np.abs(found - expected)) < 1e-5 * np.max(np.abs(expected))
+    _, again, table = convert(ours, variables, "bn", init=lambda: init(ours))
+    assert str(table).endswith(f"{count} replaced")
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6), again, theirs)
+    return ours, variables, x
+
+
+class Defined(nn.Module):
+    """A small residual network that is told its layers, as Flax's example is: by a `ModuleDef`."""
+
+    norm: Any
+
+    @nn.compact
+    def __call__(self, x, train=True):
+        norm = partial(self.norm, use_running_average=not train, momentum=0.9, epsilon=1e-5)
+        x = nn.relu(norm(name="bn_init")(nn.Conv(4, (3, 3), use_bias=False, name="conv_init")(x)))
+        for _ in range(2):
+            x = DefinedBlock(norm)(x)
+        return nn.Dense(7)(x.mean((1, 2)))
+
+
+class DefinedBlock(nn.Module):
+    """Two convolutions, the last norm from 0."""
+
+    norm: Any
+
+    @nn.compact
+    def __call__(self, x):
+        y = nn.relu(self.norm()(nn.Conv(4, (3, 3), use_bias=False)(x)))
+        y = self.norm(scale_init=nn.initializers.zeros)(nn.Conv(4, (3, 3), use_bias=False)(y))
+        return nn.relu(x + y)
+
+
+@pytest.mark.meeting(
+    "linen models that take `norm=`, as Flax's example does",
+    "work with `norm=RBN`, and by `convert`",
+    "ResNet50(norm=RBN, num_classes=1000)",
+)
+def test_a_model_that_is_told_its_norm():
+    def init(net=None):
+        return (net or Defined(nn.BatchNorm)).init(jax.random.key(0), jnp.ones((1, 32, 32, 3)), train=False)
+
+    def run(net, variables, x):
+        return net.apply(variables, x, train=False)
+
+    ours, variables, x = converted(Defined(nn.BatchNorm), init, run, 5)
+    named = {
+        tuple(name.replace("BatchNorm_", "RBN_") for name in path): leaf
+        for path, leaf in traverse_util.flatten_dict(variables).items()
+    }
+    given, built = traverse_util.unflatten_dict(named), Defined(partial(RBN, running_var="biased"))
+    assert jax.tree.map(jnp.shape, given) == jax.tree.map(jnp.shape, init(built))
+    step = {"train": True, "mutable": ["batch_stats"]}
+    due = jax.jit(partial(ours.apply, **step))(variables, x)[0]
+    np.testing.assert_allclose(jax.jit(partial(built.apply, **step))(given, x)[0], due, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.meeting(
+    "transformers' `FlaxResNetModel` by `convert`",
+    "works",
+    "convert(model.module, model.params, init=lambda: model.module.init(key, images))",
+    packages=("transformers",),
+)
+def test_transformers_is_converted():
+    config = ResNetConfig(
+        num_labels=7, layer_type="basic", depths=[1, 1], hidden_sizes=[8, 16], embedding_size=8
+    )
+    net = FlaxResNetForImageClassificationModule(config)
+
+    def init(net=net):
+        return net.init(jax.random.key(0), jnp.ones((1, 32, 32, 3)))
+
+    converted(net, init, lambda net, variables, x: net.apply(variables, x).logits, 6)
 
 
 def test_files_of_pytorchs_zoos(zoo_model, tmp_path):

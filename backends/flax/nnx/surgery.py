@@ -221,9 +221,10 @@ class FrozenParam(nnx.Variable):
 
 def stay_frozen(layer: Any) -> None:
     """Let a layer evaluate, whatever it is told, with parameters that stay."""
+    kind: Any = type(layer)
     _make_parameters(layer, FrozenParam)
     if not is_frozen(layer):
-        layer.__class__ = _frozen(type(layer))
+        layer.__class__ = _frozen(kind)
         layer.use_running_average = True
 
 
