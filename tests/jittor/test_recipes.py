@@ -231,6 +231,7 @@ def test_a_loop_over_batch_norms_finds_the_layers(kind):
     for module in model.modules():
         if isinstance(module, nn.BatchNorm):
             module.eval()
+    assert all(parameter.is_stop_grad() for parameter in model[1].parameters())
     before = model[1].running_mean.numpy()
     model(image()).sync()
     assert (model[1].running_mean.numpy() == before).all()
