@@ -30,7 +30,8 @@ class CalibratedNorm(nn.Cell):
     """What the three layers share: BatchNorm's parameters and statistics, and the forward pass.
 
     No subclass of `nn.BatchNorm2d`: mixed precision, export and evaluation are right without it, and what
-    else asks for the class, mindcv's folding and `nn.thor`, would take these layers for plain BatchNorms.
+    else asks for the class sets gamma and beta or folds, and leaves the calibration out. docs/recipes.md has
+    what was measured.
 
     Attributes:
         spatial_dims: How many spatial axes an input must have; any number where `None`.

@@ -199,6 +199,15 @@ def test_new_kernels_of_a_stack_are_drawn_one_by_one() -> None:
         assert len(np.unique(np.asarray(kernel[:, 0, 0, 0, 0]))) == len(kernel) == due
 
 
+def test_initializers_and_boxes_of_a_stack_are_those_of_its_layers() -> None:
+    net = Scanned()
+    normal = nn.with_partitioning(nn.initializers.normal(), ("model",))
+    new = convert(net, start(net), init=lambda: start(net), scale_bias_init=normal)[1]
+    scale_bias = new["params"]["blocks"]["norm"]["scale_bias"]
+    assert scale_bias.names == (None, "model")
+    assert len(np.unique(scale_bias.value)) == DEPTH * DEPTH
+
+
 def test_one_calibrated_layer_of_a_stack_keeps_the_stack() -> None:
     net = Scanned(RBN)
     variables = start(net)

@@ -9,7 +9,7 @@ import mindspore as ms
 import numpy as np
 import pytest
 from mindspore import Tensor, nn, ops
-from mindspore.nn.optim.thor import get_net_layertype_mask
+from mindspore.nn.optim.thor import get_layer_counter, get_net_layertype_mask
 from mindspore.train import Model
 
 from rbn.backends.mindspore import BNET, IEBN, RBN, convert, freeze, from_numpy, parameter_groups, to_numpy
@@ -19,6 +19,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from mindcv import models
     from mindcv.models.repvgg import RepVGGBlock
+    from mindcv.models.resnet import BasicBlock
     from mindcv.optim import create_optimizer
     from mindcv.optim.optim_factory import init_group_params
     from mindcv.utils import amp
@@ -198,6 +199,39 @@ def test_mindcvs_average_of_the_weights_refuses_the_counter_and_takes_a_layer_wi
         (found,) = (value for name, value in average.items() if name.endswith("1.moving_mean"))
         decay = 0.9999 * (1 - np.exp(-1 / 2000))
         np.testing.assert_allclose(found, (1 - decay) * mean, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.meeting(
+    "mindcv's ResNets with `norm=`",
+    "work",
+    "mindcv.models.ResNet(BasicBlock, [2, 2, 2, 2], norm=RBN)",
+    packages=("mindcv",),
+)
+@pytest.mark.parametrize("kind", [RBN, IEBN, BNET])
+def test_mindcvs_resnets_are_built_with_the_layers(kind) -> None:
+    model = models.ResNet(BasicBlock, [1, 1, 1, 1], num_classes=5, norm=kind).set_train()
+    layers = [cell for _, cell in model.cells_and_names() if type(cell) is kind]
+    assert len(layers) == 12
+    assert np.isfinite(model(ops.randn(2, 3, 32, 32)).asnumpy()).all()
+    assert {int(layer.num_batches_tracked.asnumpy()) for layer in layers} == {1}
+
+
+def test_thor_takes_the_parameters_of_ours_for_those_of_other_layers() -> None:
+    def behind(kind):
+        """What the layer is taken for whose weight is behind the norm."""
+        net = nn.SequentialCell(nn.Conv2d(3, 4, 3), kind(4), nn.Conv2d(4, 4, 3), nn.Dense(4, 2))
+        mask, counter = get_net_layertype_mask(net), 0
+        parameters = net.trainable_params()
+        for i, parameter in enumerate(parameters):
+            if parameter.name == "2.weight":
+                return counter
+            counter = (
+                get_layer_counter(mask[counter], counter, parameters, i) if counter < len(mask) else counter
+            )
+        raise AssertionError
+
+    assert behind(nn.BatchNorm2d) == 2
+    assert behind(RBN) == 3  # and there are 3
 
 
 @pytest.mark.meeting(
