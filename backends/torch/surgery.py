@@ -97,10 +97,9 @@ def convert(
         if isinstance(plan, _Replacement):
             parent, _, name = path.rpartition(".")
             setattr(model.get_submodule(parent), name, plan.carry_out())
+            learned = [parameter.requires_grad for parameter in plan.layer.parameters()]
             detail = conversion.replaced_by(
-                type(plan.layer).__name__,
-                frozen=is_frozen(plan.layer),
-                learns=any(parameter.requires_grad for parameter in plan.layer.parameters()),
+                type(plan.layer).__name__, frozen=is_frozen(plan.layer), learns=any(learned) or not learned
             )
             rows.append(Row(path, "replaced", type(module).__name__, detail))
         elif plan is not None:

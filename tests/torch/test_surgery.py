@@ -186,6 +186,10 @@ def test_what_a_conversion_adds_is_learned_if_a_parameter_before_was(to):
         "bare": name,
     }
     assert not any(parameter.requires_grad for parameter in model["frozen"].parameters())
+    plain = nn.Sequential(nn.BatchNorm2d(3, affine=False))
+    for kind, options in (("rbn", {"centering": None, "scaling": None}), ("bn", {})):
+        row = convert(plain, kind, **options).rows[0]
+        assert row.detail == type(plain[0]).__name__
     for path in ("partly", "bare"):
         learned = {own for own, parameter in model[path].named_parameters() if parameter.requires_grad}
         added = {"conv.bias"} if to == "bnet" else {"scale_weight", "scale_bias"}
