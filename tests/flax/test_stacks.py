@@ -117,7 +117,10 @@ def layer_of(variables: Any, index: int) -> Any:
 @pytest.mark.parametrize(
     ("kind", "name"),
     [
-        *((Scanned, name) for name in LAYERS),
+        (Scanned, "BatchNorm"),
+        (Scanned, "RBN"),
+        pytest.param(Scanned, "IEBN", marks=pytest.mark.long),
+        pytest.param(Scanned, "BNET", marks=pytest.mark.long),
         (Ensemble, "RBN"),
         (Ensemble, "BNET"),
         (Checkpointed, "RBN"),
@@ -167,7 +170,7 @@ def lively(net: Any) -> Any:
     ("net", "to", "options"),
     [
         (Scanned(), "rbn", {"scaling": "channel_std"}),
-        (Ensemble(), "bnet", {}),
+        pytest.param(Ensemble(), "bnet", {}, marks=pytest.mark.long),
         (Scanned(axes="one set of parameters"), "bnet", {"kernel_size": 5}),
     ],
 )
@@ -295,7 +298,9 @@ def alone(stack: Stack, index: int) -> Pair:
     "works",
     "nnx.vmap(lambda module, x: module(x), in_axes=(0, None))(modules, x)",
 )
-@pytest.mark.parametrize("name", ["BatchNorm", "RBN", "BNET"])
+@pytest.mark.parametrize(
+    "name", ["RBN", *(pytest.param(name, marks=pytest.mark.long) for name in ("BatchNorm", "BNET"))]
+)
 def test_nnx_layers_of_a_stack_are_what_they_are_one_by_one(name: str) -> None:
     kind = nnx.BatchNorm if name == "BatchNorm" else getattr(rbn_flax.nnx, name)
     stack, x = Stack(kind), images()

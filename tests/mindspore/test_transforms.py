@@ -58,7 +58,7 @@ def test_a_vector_times_the_jacobian(name, training) -> None:
     "work",
     "ms.vmap(net)(batches)",
 )
-@pytest.mark.parametrize("name", ["BatchNorm2d", "RBN", "BNET"])
+@pytest.mark.parametrize("name", ["BatchNorm2d", "RBN", pytest.param("BNET", marks=pytest.mark.long)])
 def test_vmap_and_jacrev_in_evaluation(name) -> None:
     net, reference = lively(name, False)
     found = ms.vmap(net)(Tensor(np.stack([X, DY])))
