@@ -58,6 +58,7 @@ class Subject(ABC):
             compared, and the average over all batches, momentum=None, is absent.
         devices: On how many devices it can share its statistics; cases of more are absent.
         ways: In which of `cases.WAYS` it can do so, besides its usual one; cases of others are not run.
+        forward_only: Whether it has no gradients; what `run` returns for them is then not compared.
         precisions: In which of `cases.PRECISIONS` it can run; cases of others are not run.
         spoils: Which of `cases.SPOILS` can happen to what it stores; cases of others are not run.
         refusals: What it raises to refuse something. Anything else that it raises is a failure, and so are
@@ -73,6 +74,7 @@ class Subject(ABC):
     counts_batches: bool = True
     devices: int = 1
     ways: Collection[str] = ()
+    forward_only: bool = False
     precisions: Collection[str] = ()
     spoils: Collection[str] = ()
     refusals: tuple[type[Exception], ...] = (ValueError, TypeError)

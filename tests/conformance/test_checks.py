@@ -377,6 +377,30 @@ def test_what_a_subject_lacks_is_absent_and_what_it_always_does_is_due():
     assert {result.status for result in results} == {ABSENT, PASSED}
 
 
+def test_of_a_subject_without_gradients_everything_else_is_compared():
+    class Forward(Reference):
+        forward_only = True
+        factor = 1.0
+
+        def run(self, x, training, cotangent):
+            outcome = super().run(x, training, cotangent)
+            return replace(outcome, y=self.factor * outcome.y, dx=np.full_like(x, np.nan), gradients={})
+
+    case = SOME[0]
+    result = check_case(Forward(), case)
+    assert result.status == PASSED
+    assert {deviation.quantity for deviation in result.deviations} == {
+        *("x", "y", *case.config.state_shapes()),
+        *("loaded state", "cotangent", "earlier y", "earlier dx"),
+    }
+    with_gradients = Forward()
+    with_gradients.forward_only = False
+    assert check_case(with_gradients, case).status == FAILED
+    wrong = Forward()
+    wrong.factor = 1.01
+    assert check_case(wrong, case).worst.quantity == "y"
+
+
 def test_a_case_on_more_devices_than_a_subject_has_is_absent():
     class Single(Reference):
         devices = 1
