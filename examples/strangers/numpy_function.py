@@ -1,12 +1,8 @@
-"""A plain NumPy function held to the reference, with a mistake that the suite names.
-
-python examples/own_batch_norm/numpy_function.py
-"""
+"""A plain NumPy function held to the reference, with a mistake that the suite names."""
 
 from typing import Any
 
 import numpy as np
-from findings import report
 
 from rbn.conformance.subjects.numpy import NumpyFunction
 from rbn_core.config import Config
@@ -49,12 +45,3 @@ def batch_norm(
 
 
 subject = NumpyFunction("a NumPy function", batch_norm, layers=("bn",))
-
-
-def main() -> int:
-    """Print what the suite says about the mistake."""
-    return report(subject)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

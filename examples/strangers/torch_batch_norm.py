@@ -1,16 +1,20 @@
-"""PyTorch's own BatchNorm, held to the reference.
-
-python examples/own_batch_norm/torch_batch_norm.py
-"""
+"""PyTorch's own BatchNorm, held to the reference."""
 
 import torch
-from findings import report
+from findings import Finding, declared
 from torch import nn
 
 from rbn.conformance.subjects.torch import TorchModule
 from rbn_core.config import Config
 
-COUNTED = "counts a batch in num_batches_tracked before it refuses it: one value per channel has no variance"
+COUNTED = Finding(
+    "a batch of one value per channel is refused, but num_batches_tracked has counted it: it is 1 too large",
+    "torch_counts_what_it_refuses.py",
+    ("bn/train/offset0/1x3*",),
+)
+FINDINGS = {"subject": (COUNTED,)}
+KEPT = ("running_mean", "running_var", "num_batches_tracked")
+NAMES = {"gamma": "weight", "beta": "bias", **{name: name for name in KEPT}}
 
 
 def make(config: Config, dtype: torch.dtype) -> nn.Module:
@@ -29,23 +33,8 @@ def make(config: Config, dtype: torch.dtype) -> nn.Module:
 subject = TorchModule(
     "torch BatchNorm",
     make,
-    {
-        "gamma": "weight",
-        "beta": "bias",
-        "running_mean": "running_mean",
-        "running_var": "running_var",
-        "num_batches_tracked": "num_batches_tracked",
-    },
+    NAMES,
     momentum="new",
     fixed={"running_var": "unbiased"},
-    expected_failures={"bn/train/offset0/1x3*": COUNTED},
+    expected_failures=declared(FINDINGS["subject"]),
 )
-
-
-def main() -> int:
-    """Print what differs."""
-    return report(subject)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -1,0 +1,7 @@
+import haiku as hk
+import jax.numpy as jnp
+
+layer = hk.transform_with_state(lambda x: hk.BatchNorm(True, True, 0.9)(x, is_training=True))
+x = jnp.array([[7.0, 8.0, 9.0]])
+y, state = layer.apply(*layer.init(None, x), None, x)
+print("Y is", y[0], "and the running variance", state["batch_norm/~/var_ema"]["average"][0])
