@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from rbn.conformance.cases import Case, config_of
-from rbn.conformance.comparison import Deviation, deviations, worst_of_each
-from rbn.conformance.diagnosis import Diagnosis
-from rbn.conformance.readable import readable, said
+from rbn.conformance.comparison import Deviation, deviations, raised, worst_of_each
+from rbn.conformance.diagnosis import Diagnosis, Evidence
+from rbn.conformance.readable import readable
 from rbn.conformance.subject import NoResultInTimeError, Outcome, Subject
 from rbn.conformance.suite import all_cases
 from rbn_core.config import Config
@@ -25,6 +25,18 @@ NO_OPTIONS_OF = {
     "bnet": ("centering", "scaling", "gamma", "beta"),
 }
 """What a layer has no choice of, whatever a subject always does in others."""
+
+
+class Results(list["Result"]):
+    """The results of a subject's cases, and what they say together.
+
+    Attributes:
+        diagnosis: What is wrong with the subject, and empty where nothing is.
+    """
+
+    def __init__(self, results: Iterable[Result] = (), diagnosis: Diagnosis | None = None) -> None:
+        self.diagnosis = diagnosis or Diagnosis()
+        super().__init__(replace(result, causes=self.diagnosis.of(result.case)) for result in results)
 
 
 class ConformanceError(AssertionError):
@@ -45,7 +57,7 @@ class Result:
         message: Why the case failed, is late or absent, or is expected to fail; and what a subject said that
             refused something as it should.
         seconds: How long it took.
-        causes: What the failure looks like, the likeliest first; see `rbn.conformance.diagnosis`.
+        causes: Those of the run's causes that predict the failure; see `rbn.conformance.diagnosis`.
     """
 
     case: str
@@ -68,7 +80,7 @@ def check(
     *,
     expected_failures: Mapping[str, str] | None = None,
     on_failure: Literal["raise", "collect"] = "raise",
-) -> list[Result]:
+) -> Results:
     """Hold a subject to the reference.
 
     Args:
@@ -79,41 +91,32 @@ def check(
         on_failure: "raise" an error at the end if any case failed, or "collect" the results.
 
     Returns:
-        One result for every case, and one for every wrong declaration.
+        One result for every case, and one for every wrong declaration, as a list with a `diagnosis`.
 
     Raises:
         ConformanceError: A case failed, or is late.
     """
     if on_failure not in ("raise", "collect"):
         raise ValueError(f'expected on_failure to be "raise" or "collect", got {on_failure!r}.')
-    results = list(run_checks(subject, cases, expected_failures))
+    cases = tuple(all_cases() if cases is None else cases)
+    evidence = Evidence()
+    found = [check_case(subject, case, expected_failures, evidence) for case in cases if subject.takes(case)]
+    found += wrong_declarations(subject, cases, expected_failures)
+    results = Results(found, evidence.diagnose())
     failed = [result for result in results if result.status in (FAILED, LATE)]
     if failed and on_failure == "raise":
-        raise ConformanceError(describe(subject.name, failed, len(results)))
+        raise ConformanceError(describe(subject.name, failed, len(results), results.diagnosis))
     return results
 
 
-def describe(name: str, failed: Sequence[Result], total: int, shown: int = 10) -> str:
-    """What failed, each with what it looks like, as lines of text."""
+def describe(name: str, failed: Sequence[Result], total: int, diagnosis: Diagnosis, shown: int = 10) -> str:
+    """What failed and what is wrong, as lines of text."""
     lines = [f"{name}: {len(failed)} of {total} cases failed"]
-    for result in failed[:shown]:
-        lines.append(f"  {result.case}: {result.message}")
-        lines += [f"    {cause}" for cause in result.causes]
+    lines += [f"  {line}" for line in diagnosis.lines]
+    lines += [f"  {result.case}: {result.message}" for result in failed[:shown]]
     if len(failed) > shown:
         lines.append(f"  and {len(failed) - shown} more")
     return "\n".join(lines)
-
-
-def run_checks(
-    subject: Subject, cases: Iterable[Case] | None = None, expected_failures: Mapping[str, str] | None = None
-) -> Iterator[Result]:
-    """As `check`, one result after the other, without raising."""
-    cases = tuple(all_cases() if cases is None else cases)
-    diagnosis = Diagnosis()
-    for case in cases:
-        if subject.takes(case):
-            yield check_case(subject, case, expected_failures, diagnosis)
-    yield from wrong_declarations(subject, cases, expected_failures)
 
 
 def wrong_declarations(
@@ -132,14 +135,14 @@ def check_case(
     subject: Subject,
     case: Case,
     expected_failures: Mapping[str, str] | None = None,
-    diagnosis: Diagnosis | None = None,
+    evidence: Evidence | None = None,
 ) -> Result:
     """Run one case; whatever the subject raises becomes a failed result."""
     start = time.perf_counter()
     lacking = lacks(subject, case)
     if lacking is not None:
         return Result(case.id, case.group, ABSENT, message=lacking)
-    mine = replace(case, config=config_for(subject, case))
+    mine = as_run(subject, case)
     outcomes: list[Outcome] = []
     try:
         found = tuple(worst_of_each(deviations(subject, mine, outcomes)))
@@ -149,11 +152,13 @@ def check_case(
             case.id, case.group, LATE, message=readable(f"no result in time: {error}"), seconds=seconds
         )
     except Exception as error:  # the suite outlives any subject
-        found = (Deviation("raised", float("inf"), 0.0, said(error)),)
+        found = (raised(error),)
     result = Result(case.id, case.group, PASSED, found, seconds=time.perf_counter() - start)
     right, worst = result.worst.ratio <= 1.0, result.worst
     absent = reason(case, subject.absent)
     expected = reason(case, {**subject.expected_failures, **(expected_failures or {})})
+    if right and evidence is not None:
+        evidence.add(case.id, mine, (), found)
     if right and (absent or expected):
         message = f"declared ({absent or expected}), but it passes. Drop the declaration."
         return replace(result, status=FAILED, message=message)
@@ -162,11 +167,25 @@ def check_case(
         return replace(result, message=next(refusals, ""))
     if absent:
         return replace(result, status=ABSENT, message=absent)
-    causes = diagnosis.causes(mine, outcomes, found) if diagnosis is not None else ()
     # Whatever is wrong can raise: that is no deviation that anybody knew of.
     if expected and worst.quantity != "raised":
-        return replace(result, status=EXPECTED, message=expected, causes=causes)
-    return replace(result, status=FAILED, message=f"{worst.quantity} {worst.message}", causes=causes)
+        return replace(result, status=EXPECTED, message=expected)
+    if evidence is not None:
+        evidence.add(case.id, mine, outcomes, found)
+    return replace(result, status=FAILED, message=f"{worst.quantity} {worst.message}")
+
+
+def as_run(subject: Subject, case: Case) -> Case:
+    """The case with the options that the subject has."""
+    return replace(case, config=config_for(subject, case))
+
+
+def remember(evidence: Evidence, subject: Subject, cases: Iterable[Case], results: Iterable[Result]) -> None:
+    """Add what another process has found out, whose numbers are gone, to the evidence."""
+    by_name = {case.id: case for case in cases}
+    for result in results:
+        if result.status in (PASSED, FAILED) and result.deviations and result.worst.quantity != "process":
+            evidence.add(result.case, as_run(subject, by_name[result.case]), (), result.deviations)
 
 
 def reason(case: Case, declared: Mapping[str, str]) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -16,7 +16,7 @@ from rbn.conformance.readable import said
 from rbn.conformance.subject import Array, Outcome, Subject
 from rbn.conformance.tolerances import roundings, tolerances
 from rbn_core.matching import State
-from rbn_core.reference import Layer
+from rbn_core.reference import Layer, Steps
 
 MEMORY = ("x", "cotangent", "loaded state", "earlier y", "earlier dx")
 """What no step may change: the arrays that a layer was given, and those that its earlier steps returned."""
@@ -24,6 +24,10 @@ MEMORY = ("x", "cotangent", "loaded state", "earlier y", "earlier dx")
 
 OPTIONAL = ("gamma", "beta", "num_batches_tracked")
 """What a layer can do without: there are right numbers of what is left."""
+
+
+SMALL = 500
+"""Up to so many values what is due in a case is kept for long."""
 
 
 @dataclass(frozen=True)
@@ -60,12 +64,14 @@ class Step:
         cotangent: The gradient of the output.
         outcome: What the reference gives.
         tolerances: What each quantity may be off by.
+        inside: What the reference computed on its way to the output.
     """
 
     x: Array
     cotangent: Array
     outcome: Outcome
     tolerances: Mapping[str, float]
+    inside: Steps
 
 
 class Extended(Layer):
@@ -74,9 +80,12 @@ class Extended(Layer):
     dtype = np.longdouble
 
 
-@lru_cache(maxsize=8)  # a failed case is looked at again, once for every mutant
 def due(case: Case) -> tuple[Step, ...]:
     """What the reference gives in a case, step by step."""
+    return _small(case) if math.prod(case.shape) <= SMALL else _large(case)
+
+
+def _due(case: Case) -> tuple[Step, ...]:
     state, config = case.state(), case.config
     name, kind = case.spoil
     if kind == "missing" and name in config.parameters and name in OPTIONAL:
@@ -101,8 +110,15 @@ def due(case: Case) -> tuple[Step, ...]:
             name: np.asarray(value) for name, value in reference.statistics.items()
         }
         exact = dict.fromkeys(("x", *reference.parameters), 0.0)
-        steps.append(Step(x, cotangent, Outcome(y, dx, gradients, after, x), allowed | exact))
+        assert reference.steps is not None
+        outcome = Outcome(y, dx, gradients, after, x)
+        steps.append(Step(x, cotangent, outcome, allowed | exact, reference.steps))
     return tuple(steps)
+
+
+# A failed case is looked at again, once for every mistake, and the small ones once for every diagnosis.
+_small = lru_cache(maxsize=512)(_due)
+_large = lru_cache(maxsize=8)(_due)
 
 
 def deviations(subject: Subject, case: Case, outcomes: list[Outcome] | None = None) -> Iterator[Deviation]:
@@ -122,7 +138,7 @@ def deviations(subject: Subject, case: Case, outcomes: list[Outcome] | None = No
     subject.build(case.config, given, case.dtype, case.layout)
     yield from compare_arrays("state", subject.state(), without(state, ignored), dict.fromkeys(state, 0.0))
     if case.refused:
-        yield from refusal(subject, case)
+        yield from refusal(subject, case, outcomes)
         return
     if case.spoilt:
         yield from hostile(subject, case, ignored, outcomes)
@@ -143,7 +159,7 @@ def deviations(subject: Subject, case: Case, outcomes: list[Outcome] | None = No
         yield compare(quantity, after, before, 0.0)
 
 
-def refusal(subject: Subject, case: Case) -> Iterator[Deviation]:
+def refusal(subject: Subject, case: Case, outcomes: list[Outcome] | None) -> Iterator[Deviation]:
     """Whether a subject refuses the input that has to be refused, and its state is then as it was."""
     (x, cotangent), *_ = case.inputs()
     before = copy.deepcopy(subject.state())
@@ -152,6 +168,8 @@ def refusal(subject: Subject, case: Case) -> Iterator[Deviation]:
     except Exception as error:
         yield from refused(subject, error, before)
         return
+    if outcomes is not None:
+        outcomes.append(copy.deepcopy(outcome))
     yield not_refused("one value per channel has no variance", outcome)
 
 
@@ -269,6 +287,11 @@ def compare(
     return Deviation(quantity, float(distance[place]), tolerance, at)
 
 
+def raised(error: Exception) -> Deviation:
+    """That a subject raised where it should not."""
+    return Deviation("raised", math.inf, 0.0, said(error))
+
+
 def worst_of_each(found: Iterable[Deviation]) -> Iterator[Deviation]:
     """Of every quantity its worst deviation."""
     worst: dict[str, Deviation] = {}
@@ -277,34 +300,6 @@ def worst_of_each(found: Iterable[Deviation]) -> Iterator[Deviation]:
         if known is None or deviation.ratio > known.ratio:
             worst[deviation.quantity] = deviation
     yield from worst.values()
-
-
-def are_alike(
-    case: Case, some: Sequence[Outcome], others: Sequence[Outcome], counts: Callable[[str], bool]
-) -> bool:
-    """Whether two implementations, right or wrong, gave the same in a case, to its tolerances.
-
-    What only one of them stores, such as the number of batches, is not compared.
-
-    Args:
-        case: What they ran.
-        some: What one of them gave, step by step.
-        others: What the other gave.
-        counts: Which quantities are compared.
-    """
-    return all(
-        (one.y.dtype, one.dx.dtype) == (other.y.dtype, other.dx.dtype)
-        and all(
-            each.ratio <= 1.0
-            for each in compare_outcomes(
-                replace(one, state=without(one.state, one.state.keys() - other.state.keys())),
-                replace(other, state=without(other.state, other.state.keys() - one.state.keys())),
-                step.tolerances,
-            )
-            if counts(each.quantity)
-        )
-        for one, other, step in zip(some, others, due(case), strict=True)
-    )
 
 
 def without(state: State, ignored: Iterable[str]) -> State:

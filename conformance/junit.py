@@ -31,7 +31,8 @@ def write_junit(path: Path, runs: Sequence[Run], command: str) -> None:
     GitHub shows the failures there.
 
     Absent cases and expected failures are skipped, with their reasons, and late ones are errors; what a
-    subject said that refused something as it should is the output of the case. A run that ended early is an
+    subject said that refused something as it should is the output of the case, and what is wrong with the
+    subject that of its suite. A run that ended early is an
     error in the suite of its last subject.
 
     Args:
@@ -83,6 +84,8 @@ def _suite(root: Element, run: Run, name: str, results: Sequence[Result], comman
             SubElement(case, "system-out").text = readable(result.message)
         elif result.status != PASSED:
             SubElement(case, "skipped", message=readable(f"{result.status}: {result.message}"))
+    if name in run.diagnoses:
+        SubElement(suite, "system-out").text = readable("\n".join(run.diagnoses[name].lines))
     return suite
 
 

@@ -39,7 +39,7 @@ def kills(cases: Sequence[Case]) -> Iterator[tuple[Case, tuple[str, ...]]]:
     """
     for case in (case for case in cases if math.prod(case.shape) <= LARGE):
         mutants = [mutant for mutant in those_for(case) if not case.spoilt or mutant.kind == "hostile"]
-        yield case, tuple(mutant.name for mutant in mutants if behaviour(mutant, case)[1])
+        yield case, tuple(mutant.name for mutant in mutants if behaviour(mutant, case).wrong)
 
 
 def shipped_kills(cases: Iterable[Case]) -> Iterator[tuple[Case, tuple[str, ...]]]:

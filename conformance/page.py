@@ -19,6 +19,7 @@ from rich.console import Console
 import rbn
 from rbn.conformance.cases import LAYERS, Case
 from rbn.conformance.checks import ABSENT, EXPECTED, FAILED, LATE, PASSED, Result
+from rbn.conformance.diagnosis import Diagnosis
 from rbn.conformance.kills import shipped_kills, shipped_table
 from rbn.conformance.loading import SUBJECTS, registered
 from rbn.conformance.mutants import MUTANTS, Mutant
@@ -112,6 +113,7 @@ class Column:
         run: The run that it belongs to.
         results: What came of its cases.
         groups: The same by the rows of the matrix.
+        diagnosis: What is wrong with it.
     """
 
     anchor: str
@@ -119,6 +121,7 @@ class Column:
     run: Run
     results: Sequence[Result]
     groups: dict[str, Group]
+    diagnosis: Diagnosis
 
     @property
     def failed_first(self) -> list[Group]:
@@ -134,11 +137,6 @@ class Column:
     def expected(self) -> int:
         """How many of its cases differ as was declared."""
         return sum(result.status == EXPECTED for result in self.results)
-
-    @property
-    def causes(self) -> list[tuple[str, int]]:
-        """What the failures look like, the commonest first, with their numbers."""
-        return Counter(cause for result in self.results for cause in result.causes).most_common()
 
     @property
     def declared(self) -> list[tuple[str, str, int]]:
@@ -233,7 +231,7 @@ def laid_out(runs: Sequence[Run]) -> list[Column]:
     numbers = count()
     for run in runs:
         again, ids = reproduction(run), {case.id for case in run.cases}
-        for results in run.results.values():
+        for subject, results in run.results.items():
             anchor = f"s{len(columns)}"
             groups: dict[str, Group] = {}
             for result in sorted(results, key=lambda result: result.status != FAILED):
@@ -243,7 +241,8 @@ def laid_out(runs: Sequence[Run]) -> list[Column]:
                 command = f"{again} --only {shlex.quote(result.case)}" if result.case in ids else again
                 group.entries.append(Entry(f"c{index}", index, result, command))
             groups = {name: groups[name] for name in dict.fromkeys(result.group for result in results)}
-            columns.append(Column(anchor, next(names), run, results, groups))
+            diagnosis = run.diagnoses.get(subject, Diagnosis())
+            columns.append(Column(anchor, next(names), run, results, groups, diagnosis))
     return columns
 
 

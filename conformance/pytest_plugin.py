@@ -55,12 +55,13 @@ def _check(case: Case) -> Check:
             check_case,
             describe,
         )
-        from rbn.conformance.diagnosis import Diagnosis
+        from rbn.conformance.diagnosis import Evidence
 
         __tracebackhide__ = True
-        result = check_case(subject, case, diagnosis=Diagnosis())
+        evidence = Evidence()
+        result = check_case(subject, case, evidence=evidence)
         if result.status in (FAILED, LATE):
-            raise ConformanceError(describe(subject.name, [result], 1))
+            raise ConformanceError(describe(subject.name, [result], 1, evidence.diagnose()))
         if result.status == ABSENT:
             pytest.skip(result.message)
         if result.status == EXPECTED:

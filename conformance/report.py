@@ -19,6 +19,7 @@ from rich.text import Text
 import rbn
 from rbn.conformance.cases import Case
 from rbn.conformance.checks import ABSENT, EXPECTED, FAILED, LATE, PASSED, Result, describe
+from rbn.conformance.diagnosis import Diagnosis
 from rbn.conformance.readable import readable
 from rbn.conformance.runner import Run
 from rbn.progress import Row
@@ -66,7 +67,7 @@ def progress_row(run: Run) -> Row:
     seconds = run.seconds or (time.monotonic() - run.started if run.started else 0.0)
     stage = IMPORTING.get(run.name, run.stage) if run.stage == "importing" else run.stage
     stage = f"{stage}, {run.finished} of {run.total} cases, {seconds:.0f} s"
-    return Row(run.name, run.finished, run.total, stage, run.stage in ("importing", "checking"))
+    return Row(run.name, run.finished, run.total, stage, run.stage not in ("waiting", "done"))
 
 
 def seconds_left(runs: Sequence[Run], processors: int) -> float | None:
@@ -129,7 +130,8 @@ def render(runs: Sequence[Run]) -> RenderableType:
     parts: list[RenderableType | None] = [_Matrix(columns)]
     if any(name.endswith(".plain") for name in columns):
         parts.append(Text(PLAIN, style="dim"))
-    parts += [_failures(name, results) for name, results in columns.items()]
+    diagnoses = diagnoses_of(runs)
+    parts += [_failures(name, results, diagnoses.get(name, Diagnosis())) for name, results in columns.items()]
     parts += [Text(f"{run.name}: {run.early_end}", style="red") for run in runs if run.early_end]
     parts += [_late(columns), _refused(columns), _declared(columns)]
     if not any(run.stopped for run in runs):  # else most of it did not run
@@ -199,6 +201,12 @@ def columns_of(runs: Sequence[Run]) -> dict[str, list[Result]]:
     }
 
 
+def diagnoses_of(runs: Sequence[Run]) -> dict[str, Diagnosis]:
+    """What is wrong with every subject, under the names of `columns_of`."""
+    each = [run.diagnoses.get(name, Diagnosis()) for run in runs for name in run.results]
+    return dict(zip(columns_of(runs), each, strict=True))
+
+
 def coverage_of(
     columns: Sequence[Sequence[Result]], runs: Sequence[Run]
 ) -> dict[str, tuple[list[str], list[list[str]]]]:
@@ -234,14 +242,11 @@ def _cell(results: Sequence[Result]) -> Text:
     return Text(f"{failed} failed: {number}", style="bold red") if failed else Text(number, style="green")
 
 
-def _failures(name: str, results: Sequence[Result]) -> Text | None:
+def _failures(name: str, results: Sequence[Result], diagnosis: Diagnosis) -> Text | None:
     failed = [result for result in results if result.status == FAILED]
     if not failed:
         return None
-    text = describe(name, failed, len(results), FAILURES_SHOWN)
-    causes = Counter(cause for result in failed for cause in result.causes)
-    lines = [f"  {count} of them: {cause}" for cause, count in causes.most_common(FAILURES_SHOWN)]
-    return Text("\n".join([text, *lines]), style="red")
+    return Text(describe(name, failed, len(results), diagnosis, FAILURES_SHOWN), style="red")
 
 
 def _late(columns: Mapping[str, Sequence[Result]]) -> Text | None:
@@ -309,6 +314,9 @@ def write_json(path: Path, runs: Sequence[Run]) -> None:
                 "missing": run.missing,
                 "subjects": {
                     name: [_plain(result) for result in results] for name, results in run.results.items()
+                },
+                "diagnoses": {
+                    name: dataclasses.asdict(diagnosis) for name, diagnosis in run.diagnoses.items()
                 },
             }
             for run in runs

@@ -22,9 +22,9 @@ import numpy as np
 
 from rbn.backends.frameworks import FRAMEWORKS, versions
 from rbn.conformance.cases import Case
-from rbn.conformance.checks import FAILED, LATE, Result, check_case, wrong_declarations
+from rbn.conformance.checks import FAILED, LATE, Result, Results, check_case, remember, wrong_declarations
 from rbn.conformance.comparison import Deviation
-from rbn.conformance.diagnosis import Diagnosis
+from rbn.conformance.diagnosis import Diagnosis, Evidence
 from rbn.conformance.expectations import Expectations
 from rbn.conformance.loading import SubjectError, load, shortened
 from rbn.conformance.readable import readable
@@ -47,10 +47,11 @@ class Run:
         name: "numpy", "torch", ... or what a subject was asked for by.
         references: Its subjects as "package.module:Name".
         cases: What each of its subjects runs, as far as it has the layer.
-        stage: What it does now: "waiting", "importing", "checking" or "done".
+        stage: What it does now: "waiting", "importing", "checking", "looking for the cause" or "done".
         started: `time.monotonic()` when its process started.
         seconds: How long it took, once done.
         results: For every subject its results, in order.
+        diagnoses: What is wrong with every subject that has failures.
         versions: The versions of what it ran on.
         failure: Why the run ended before its last case, else "".
         total: How many cases its subjects have.
@@ -72,6 +73,7 @@ class Run:
     takes: list[str] = field(default_factory=list)
     stopped: str = ""
     file: str = ""
+    diagnoses: dict[str, Diagnosis] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.total = self.total or len(self.references) * len(self.cases)
@@ -228,7 +230,7 @@ class _Process:
         """Start a process on what is left to do."""
         context = multiprocessing.get_context("spawn")
         self.receiver, sender = context.Pipe()
-        arguments = (self.todo, sender, self.log, self.known, self.hold)
+        arguments = (self.todo, sender, self.log, self.run, self.known, self.hold)
         self.process: BaseProcess = context.Process(target=_work, args=arguments)
         self.process.start()
         sender.close()
@@ -304,6 +306,18 @@ class _Process:
         results.append(result)
         self.record(self.run, name, result)
 
+    def on_looking(self, _: None) -> None:
+        """A subject's cases are done, and what is wrong with it is looked for."""
+        self.run.stage = "looking for the cause"
+
+    def on_diagnosis(self, content: tuple[str, Diagnosis]) -> None:
+        """What is wrong with a subject."""
+        name, diagnosis = content
+        self.run.stage = "checking"
+        if diagnosis.lines:
+            self.run.diagnoses[name] = diagnosis
+            self.run.results[name] = Results(self.run.results[name], diagnosis)
+
     def on_finished(self, _: None) -> None:
         """A subject has no more cases."""
         del self.todo[0]
@@ -365,7 +379,12 @@ class _Process:
 
 
 def _work(
-    todo: Sequence[tuple[str, Sequence[Case]]], sender: Connection, log: Path, known: Expectations, hold: bool
+    todo: Sequence[tuple[str, Sequence[Case]]],
+    sender: Connection,
+    log: Path,
+    run: Run,
+    known: Expectations,
+    hold: bool,
 ) -> None:
     """The body of a process. What the subjects print goes to the log, not into the report."""
     os.setsid()  # a group of its own, so that what it starts ends with it
@@ -383,19 +402,22 @@ def _work(
             sender.recv()
         for subject, cases in subjects:
             known.declare(subject)
-            diagnosis = Diagnosis()
+            evidence = Evidence()
+            remember(evidence, subject, run.cases, run.results.get(subject.name, ()))
             mine = [case for case in cases if subject.takes(case)]
             send("subject", mine)
             for case in mine:
                 send("case", (subject.name, case))
-                result = check_case(subject, case, diagnosis=diagnosis)
+                result = check_case(subject, case, evidence=evidence)
                 if result.status == LATE:  # what was compiled by then need not be compiled again
                     send("again")
-                    result = check_case(subject, case, diagnosis=diagnosis)
+                    result = check_case(subject, case, evidence=evidence)
                 send("result", (subject.name, result))
             gc.collect()  # what a spoilt state has ruined ends the process here, and not where nobody looks
             for result in wrong_declarations(subject, cases):
                 send("result", (subject.name, result))
+            send("looking")
+            send("diagnosis", (subject.name, evidence.diagnose()))
             send("finished")
     except SubjectError as error:
         lines = traceback.format_exception(error.__cause__, limit=-6) if error.__cause__ else ()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache
@@ -22,6 +23,7 @@ from rbn.conformance.cases import (
     config_of,
     parse,
 )
+from rbn.conformance.comparison import SMALL
 from rbn.conformance.data import EXTREMES, OFFSETS, REAL, REAL_SHAPES
 from rbn_core.config import RESTRICTIONS, RUNNING_VARIANCES, STATISTICS
 from rbn_core.errors import RBNValueError
@@ -156,6 +158,38 @@ def quick_cases() -> tuple[Case, ...]:
         if not case.shares and case.dtype != "float64":
             first.setdefault((case.group, home.get(case.precision, ""), kind), case)
     return tuple(first.values())
+
+
+@cache
+def telling_cases() -> tuple[Case, ...]:
+    """Small cases of every kind, in which every planted mistake shows; the suite's own tests run on them.
+
+    Each is there once, in float64 if it is in both, and in the ways into mixed precision that any layer has.
+    Of what is spoilt it is one array of a kind.
+    """
+    every = all_cases()
+    ids = {case.id for case in every}
+    spoilt = ("gamma", "running_mean", "center_weight", "num_batches_tracked")
+    halves: dict[tuple[str, bool, str], Case] = {}
+
+    def tells(case: Case) -> bool:
+        twice = case.dtype == "float32" and replace(case, dtype="float64").id in ids
+        if (
+            twice
+            or case.way
+            or math.prod(case.shape) > SMALL
+            or case.precision not in ("", *PRECISIONS_OF[""])
+        ):
+            return False
+        if case.spoilt:
+            names = spoilt if case.layer == "rbn" else ("running_var", "num_batches_tracked")
+            return case.training and case.spoil[0] in names
+        if case.dtype in HALF_DTYPES and not case.precision:
+            return halves.setdefault((case.layer, case.training, case.dtype), case) is case
+        statistics = {case.config.centering, case.config.scaling}
+        return len(statistics) == 1 or bool(statistics & {None, "channel_mean", "input_mean"})
+
+    return tuple(case for case in every if tells(case))
 
 
 def select(cases: Iterable[Case], only: Sequence[str] = (), exclude: Sequence[str] = ()) -> tuple[Case, ...]:

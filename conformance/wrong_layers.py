@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from rbn_core.config import Config
+from rbn_core.config import Config, Statistic
 from rbn_core.reference import (
     Array,
     Layer,
@@ -21,6 +21,7 @@ from rbn_core.reference import (
     depthwise_convolution,
     over_channel,
     per_channel,
+    sigmoid,
     spatial_axes,
     statistic_axes,
 )
@@ -34,6 +35,20 @@ class OtherRunningVariance(Layer):
         super().accumulate(
             mean, var / bessel if self.config.running_var == "unbiased" else var * bessel, values
         )
+
+
+class BiasedRunningVariance(Layer):
+    """The running variance has no Bessel's correction, whatever the option says."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(replace(config, running_var="biased"))
+
+
+class UnbiasedRunningVariance(Layer):
+    """The running variance has Bessel's correction, whatever the option says."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(replace(config, running_var="unbiased"))
 
 
 class UnbiasedNormalization(Layer):
@@ -204,9 +219,10 @@ class CounterStandsStill(Layer):
     """num_batches_tracked is never counted up."""
 
     def accumulate(self, mean: Array, var: Array, values: int) -> None:
-        before = self.statistics["num_batches_tracked"]
+        before = self.statistics.get("num_batches_tracked")
         super().accumulate(mean, var, values)
-        self.statistics["num_batches_tracked"] = before
+        if before is not None:
+            self.statistics["num_batches_tracked"] = before
 
 
 class RunningMeanOfX(Layer):
@@ -556,6 +572,268 @@ class OneKernelForAll(Layer):
         return depthwise_convolution(x_cs, same, self.parameters["conv_bias"])
 
 
+class CenteringByMaxPooling(Layer):
+    """K_m is the maximum over its values instead of their mean."""
+
+    def calibrate_centering(self, x: Array) -> tuple[Array | None, Array]:
+        if not is_mean(self.config.centering):
+            return super().calibrate_centering(x)
+        k_m = maximum(self.config.centering, x)
+        return k_m, x + per_channel(self.parameters["center_weight"], x) * k_m
+
+
+class ScalingByMaxPooling(Layer):
+    """K_s is the maximum over its values instead of their mean."""
+
+    def scaling_statistic(self, x: Array, x_s: Array) -> Array | None:
+        if not is_mean(self.config.scaling):
+            return super().scaling_statistic(x, x_s)
+        return maximum(self.config.scaling, x if self.config.scaling == "input_mean" else x_s)
+
+
+class MaxPooling(CenteringByMaxPooling, ScalingByMaxPooling):
+    """K_m and K_s both are maxima instead of means."""
+
+
+class CenteringOfXItself(Layer):
+    """K_m is X itself, so that X_cm = (1 + w_m) X."""
+
+    def calibrate_centering(self, x: Array) -> tuple[Array | None, Array]:
+        k_m, x_cm = super().calibrate_centering(x)
+        return (k_m, x_cm) if k_m is None else (x, x + per_channel(self.parameters["center_weight"], x) * x)
+
+
+class FirstValueForAll(Layer):
+    """A mistake about a parameter `name`, of which every channel takes the first channel's value."""
+
+    name: str
+
+    def forward(self, x: Any, training: bool) -> Array:
+        own = self.parameters
+        if self.name in own:
+            self.parameters = own | {self.name: np.resize(own[self.name][:1], np.shape(own[self.name]))}
+        try:
+            return super().forward(x, training)
+        finally:
+            self.parameters = own
+
+
+class OneCenterWeight(FirstValueForAll):
+    """w_m is one scalar for all channels."""
+
+    name = "center_weight"
+
+
+class OneScaleWeight(FirstValueForAll):
+    """w_v is one scalar for all channels."""
+
+    name = "scale_weight"
+
+
+class OtherRestriction(Layer):
+    """A mistake about R, where it is the sigmoid: `restrict` gives another one of z."""
+
+    def restrict(self, z: Array) -> Array:
+        """What is taken for R."""
+        raise NotImplementedError
+
+    def calibrate_scaling(self, x_s: Array, k_s: Array | None) -> tuple[Array | None, Array]:
+        if k_s is None or self.config.restrict != "sigmoid":
+            return super().calibrate_scaling(x_s, k_s)
+        w_v = per_channel(self.parameters["scale_weight"], x_s)
+        restriction = self.restrict(w_v * k_s + per_channel(self.parameters["scale_bias"], x_s))
+        return restriction, x_s * restriction
+
+
+class TwiceTheSigmoid(OtherRestriction):
+    """R is 2 sigmoid, so that it is 1 at 0."""
+
+    def restrict(self, z: Array) -> Array:
+        return 2.0 * sigmoid(z)
+
+
+class HyperbolicTangent(OtherRestriction):
+    """R is tanh instead of the sigmoid."""
+
+    def restrict(self, z: Array) -> Array:
+        return np.tanh(z)
+
+
+class SoftmaxOverChannels(OtherRestriction):
+    """R is the softmax over the channels instead of the sigmoid."""
+
+    def restrict(self, z: Array) -> Array:
+        powers = np.exp(z - z.max(axis=1, keepdims=True))
+        return powers / powers.sum(axis=1, keepdims=True)
+
+
+class RestrictIgnored(Layer):
+    """R is the sigmoid whatever the option says."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(replace(config, restrict="sigmoid"))
+
+
+class BiasInsideTheProduct(Layer):
+    """R is taken of w_v (K_s + w_b): the bracket is in the wrong place."""
+
+    def calibrate_scaling(self, x_s: Array, k_s: Array | None) -> tuple[Array | None, Array]:
+        own = self.parameters
+        if k_s is not None:
+            self.parameters = own | {"scale_bias": own["scale_weight"] * own["scale_bias"]}
+        result = super().calibrate_scaling(x_s, k_s)
+        self.parameters = own
+        return result
+
+
+class ScalingStatisticOfY(Layer):
+    """K_s is taken behind the affine step, from X_s gamma + beta."""
+
+    def scaling_statistic(self, x: Array, x_s: Array) -> Array | None:
+        affine = super().transform(x_s) if self.config.kernel_size is None else x_s
+        return super().scaling_statistic(x, affine)
+
+
+class ScalingStatisticOfXm(Layer):
+    """K_s is taken from X_m, before it is divided by the deviation."""
+
+    def standardize(self, x_cm: Array, mean: Array, var: Array) -> tuple[Array, Array]:
+        self.x_m = x_cm - per_channel(mean, x_cm)
+        return super().standardize(x_cm, mean, var)
+
+    def scaling_statistic(self, x: Array, x_s: Array) -> Array | None:
+        return super().scaling_statistic(x, self.x_m)
+
+
+class ScalingStatisticOfTheBatch(Layer):
+    """K_s is averaged over the batch too, and one value per channel."""
+
+    def scaling_statistic(self, x: Array, x_s: Array) -> Array | None:
+        k_s = super().scaling_statistic(x, x_s)
+        return k_s if k_s is None else np.broadcast_to(k_s.mean(axis=0, keepdims=True), k_s.shape)
+
+
+class VarianceForDeviation(Layer):
+    """sigma_c and sigma_s are variances: the root is forgotten."""
+
+    def calibrate_centering(self, x: Array) -> tuple[Array | None, Array]:
+        k_m, x_cm = super().calibrate_centering(x)
+        if k_m is None or is_mean(self.config.centering):
+            return k_m, x_cm
+        return np.square(k_m), x + per_channel(self.parameters["center_weight"], x) * np.square(k_m)
+
+    def scaling_statistic(self, x: Array, x_s: Array) -> Array | None:
+        k_s = super().scaling_statistic(x, x_s)
+        return k_s if k_s is None or is_mean(self.config.scaling) else np.square(k_s)
+
+
+class StatisticsIgnored(Layer):
+    """K_m and K_s are means over the positions whatever the options say."""
+
+    def __init__(self, config: Config) -> None:
+        own = {name: getattr(config, name) for name in ("centering", "scaling")}
+        means: dict[str, Any] = {name: "channel_mean" for name, value in own.items() if value is not None}
+        super().__init__(replace(config, **means) if config.layer == "RBN" else config)
+
+
+class GammaFromOne(Layer):
+    """gamma is taken for what it differs from 1 by: Y = X_cs (1 + gamma) + beta."""
+
+    def transform(self, x_cs: Array) -> Array:
+        return super().transform(x_cs) + x_cs if self.config.gamma else super().transform(x_cs)
+
+
+class KernelOffCentre(Layer):
+    """BNET pads all its zeros in front of every axis, so that the kernels stand off their centre."""
+
+    def transform(self, x_cs: Array) -> Array:
+        if self.config.kernel_size is None:
+            return super().transform(x_cs)
+        margin = self.config.kernel_size // 2
+        before = np.pad(x_cs, [(0, 0), (0, 0), *[(margin, 0)] * (x_cs.ndim - 2)])
+        inside: Any = (..., *(slice(0, size) for size in x_cs.shape[2:]))
+        return super().transform(before)[inside]
+
+
+class RunningVarianceOfX(Layer):
+    """The running variance follows X, as before the centering calibration, and not X_cm."""
+
+    def calibrate_centering(self, x: Array) -> tuple[Array | None, Array]:
+        _, self.x_var = batch_mean_and_variance(x)
+        return super().calibrate_centering(x)
+
+    def accumulate(self, mean: Array, var: Array, values: int) -> None:
+        super().accumulate(mean, self.x_var, values)
+
+
+class RunningVarianceWithEps(Layer):
+    """The running variance accumulates Var + eps."""
+
+    def accumulate(self, mean: Array, var: Array, values: int) -> None:
+        super().accumulate(mean, var + self.config.eps, values)
+
+
+class BesselOfTheImages(Layer):
+    """The running variance is made unbiased with N / (N - 1) instead of N H W / (N H W - 1)."""
+
+    def forward(self, x: Any, training: bool) -> Array:
+        self.images = len(x)
+        return super().forward(x, training)
+
+    def accumulate(self, mean: Array, var: Array, values: int) -> None:
+        super().accumulate(mean, var, self.images if self.images > 1 else values)
+
+
+class DebiasedMomentum(Layer):
+    """The running statistics are divided by 1 - m^t, as Adam's moments are."""
+
+    def accumulate(self, mean: Array, var: Array, values: int) -> None:
+        super().accumulate(mean, var, values)
+        m, t = self.config.momentum, self.statistics.get("num_batches_tracked")
+        if m is not None and m < 1.0 and t is not None:
+            for name in ("running_mean", "running_var"):
+                self.statistics[name] = self.statistics[name] / (1.0 - m**t)
+
+
+class AccumulatedTwice(Layer):
+    """Every batch is accumulated twice, as where the forward pass is computed again."""
+
+    def accumulate(self, mean: Array, var: Array, values: int) -> None:
+        super().accumulate(mean, var, values)
+        super().accumulate(mean, var, values)
+
+
+class ScaleBiasGradientTimesTen(Layer):
+    """The gradient of w_b is ten times what is due."""
+
+    def backward(self, dy: Any) -> tuple[Array, dict[str, Array]]:
+        dx, gradients = super().backward(dy)
+        tenfold = {name: 10.0 * value for name, value in gradients.items() if name == "scale_bias"}
+        return dx, gradients | tenfold
+
+
+class InputGradientAveraged(Layer):
+    """dX is divided by the number of images."""
+
+    def backward(self, dy: Any) -> tuple[Array, dict[str, Array]]:
+        dx, gradients = super().backward(dy)
+        return dx / max(len(dx), 1), gradients
+
+
+def is_mean(statistic: Statistic | None) -> bool:
+    """Whether a statistic is a mean, and is there."""
+    return statistic is not None and statistic.endswith("mean")
+
+
+def maximum(statistic: Statistic | None, x: Array) -> Array:
+    """The maximum over what a statistic averages."""
+    assert statistic is not None
+    axes = statistic_axes(statistic, x)
+    if not axes:
+        return x
+    return x.max(axis=axes, keepdims=True) if x.size else x.sum(axis=axes, keepdims=True)
+
+
 WRONG_LAYERS: dict[str, tuple[type[Layer], ...]] = {
     "formula": (
         EpsOutsideTheRoot,
@@ -575,6 +853,19 @@ WRONG_LAYERS: dict[str, tuple[type[Layer], ...]] = {
         BorderRepeated,
         NoConvolutionBias,
         NaNSwallowed,
+        CenteringByMaxPooling,
+        ScalingByMaxPooling,
+        MaxPooling,
+        CenteringOfXItself,
+        OneCenterWeight,
+        OneScaleWeight,
+        TwiceTheSigmoid,
+        HyperbolicTangent,
+        SoftmaxOverChannels,
+        RestrictIgnored,
+        BiasInsideTheProduct,
+        GammaFromOne,
+        KernelOffCentre,
     ),
     "gradient": (
         CenteringWithoutGradient,
@@ -585,6 +876,8 @@ WRONG_LAYERS: dict[str, tuple[type[Layer], ...]] = {
         GammaGradientOfXs,
         CenterWeightGradientOfTheMean,
         GradientsAveraged,
+        ScaleBiasGradientTimesTen,
+        InputGradientAveraged,
     ),
     "statistics": (
         OnePassVariance,
@@ -594,9 +887,16 @@ WRONG_LAYERS: dict[str, tuple[type[Layer], ...]] = {
         ScalingStatisticOfX,
         AttentionOfXs,
         CenteringStatisticOfTheBatch,
+        ScalingStatisticOfY,
+        ScalingStatisticOfXm,
+        ScalingStatisticOfTheBatch,
+        VarianceForDeviation,
+        StatisticsIgnored,
     ),
     "state": (
         OtherRunningVariance,
+        BiasedRunningVariance,
+        UnbiasedRunningVariance,
         FlippedMomentum,
         CumulativeAverageOffByOne,
         RunningMeanOfX,
@@ -604,6 +904,11 @@ WRONG_LAYERS: dict[str, tuple[type[Layer], ...]] = {
         VarianceAboutTheRunningMean,
         TrainingDoesNotAccumulate,
         CounterStandsStill,
+        RunningVarianceOfX,
+        RunningVarianceWithEps,
+        BesselOfTheImages,
+        DebiasedMomentum,
+        AccumulatedTwice,
     ),
     "mode": (
         ModeIgnored,

@@ -15,8 +15,17 @@ from rich.progress import track
 from rich.table import Table
 
 from rbn.conformance.cases import Case
-from rbn.conformance.checks import ABSENT, EXPECTED, FAILED, PASSED, Result, check_case, wrong_declarations
-from rbn.conformance.diagnosis import Diagnosis
+from rbn.conformance.checks import (
+    ABSENT,
+    EXPECTED,
+    FAILED,
+    PASSED,
+    Result,
+    Results,
+    check_case,
+    wrong_declarations,
+)
+from rbn.conformance.diagnosis import Evidence
 from rbn.conformance.subject import Subject
 from rbn.conformance.suite import all_cases, select
 
@@ -55,12 +64,13 @@ def declared(findings: Iterable[Finding]) -> dict[str, str]:
     return {pattern: finding.what for finding in findings for pattern in finding.cases}
 
 
-def held(subject: Subject, cases: Sequence[Case] = CASES, diagnosis: Diagnosis | None = None) -> list[Result]:
+def held(subject: Subject, cases: Sequence[Case] = CASES) -> Results:
     """The results of a subject, without raising."""
+    evidence = Evidence()
     taken = [case for case in cases if subject.takes(case) and len(case.shares) <= subject.devices]
     watched = track(taken, f"checking {subject.name}", console=Console(stderr=True), transient=True)
-    results = [check_case(subject, case, diagnosis=diagnosis) for case in watched]
-    return [*results, *wrong_declarations(subject, cases)]
+    results = [check_case(subject, case, evidence=evidence) for case in watched]
+    return Results([*results, *wrong_declarations(subject, cases)], evidence.diagnose())
 
 
 def few(subject: Subject) -> list[Case]:
@@ -93,13 +103,12 @@ def rows(results: Iterable[Result]) -> list[dict[str, Any]]:
                 "quantities": quantities,
                 "worst": worst.worst.ratio,
                 "said": f"{worst.case}: {worst.worst.quantity} {said}",
-                "causes": worst.causes,
             }
         )
     return table
 
 
-def printed(console: Console, subject: Subject, results: Sequence[Result]) -> None:
+def printed(console: Console, subject: Subject, results: Results) -> None:
     """Print what came of it."""
     count = Counter(result.status for result in results)
     console.print(
@@ -111,10 +120,12 @@ def printed(console: Console, subject: Subject, results: Sequence[Result]) -> No
     for row in rows(results):
         worst = f"{row['worst']:.1f}" if row["status"] != "lacks" else ""
         what = WHAT.get(row["status"], "lacks")
-        lines = (row["why"], row["said"] if row["status"] != "lacks" else "", *row["causes"])
+        lines = (row["why"], row["said"] if row["status"] != "lacks" else "")
         table.add_row(what, str(row["cases"]), worst, escape("\n".join(filter(None, lines))))
     if table.row_count:
         console.print(table)
+    for line in results.diagnosis.lines:
+        console.print(line, markup=False, highlight=False)
 
 
 def load(reference: str) -> tuple[Subject, Sequence[Finding]]:
@@ -143,7 +154,7 @@ def main() -> int:
     given = parser.parse_args()
     subject, findings = load(given.subject)
     cases = few(subject) if given.few else (*all_cases(), *select((), (*OVERFLOW, *SHARED)))
-    results = held(subject, cases, None if given.json else Diagnosis())
+    results = held(subject, cases)
     if given.json:
         given.json.write_text(json.dumps(as_data(subject, findings, results)), "utf-8")
     console = Console()

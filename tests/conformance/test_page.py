@@ -16,6 +16,7 @@ from rbn.conformance import kills, page
 from rbn.conformance.cases import parse
 from rbn.conformance.checks import Result
 from rbn.conformance.comparison import Deviation
+from rbn.conformance.diagnosis import Cause, Diagnosis
 from rbn.conformance.loading import SUBJECTS
 from rbn.conformance.mutants import MUTANTS
 from rbn.conformance.report import coverage_of
@@ -71,8 +72,12 @@ def fake_runs():
         names[5], cases[5].group, "passed", (Deviation("refusal", message="ValueError: it says why"),), "said"
     )
     results.append(Result("rbn/no/*", "declarations", "failed", message="no case matches"))
+    causes = (Cause(f"behaves like: {NASTY}", (names[0],)),)
+    told = Diagnosis(causes, (f"y is wrong {NASTY}",), f"Something is left. {NASTY}")
+    torch = Run("torch", SUBJECTS["torch"], cases, "done", 0.0, 12.5, {"torch": results}, {"torch": "2.13"})
+    torch.diagnoses["torch"] = told
     return [
-        Run("torch", SUBJECTS["torch"], cases, "done", 0.0, 12.5, {"torch": results}, {"torch": "2.13"}),
+        torch,
         Run(
             "my.layers:Mine & more", ("my.layers:Mine & more",), cases, "done", results={NASTY: results[4:-1]}
         ),

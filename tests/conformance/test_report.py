@@ -12,6 +12,7 @@ from rich.console import Console
 from rbn.conformance import loading, runner
 from rbn.conformance.checks import ABSENT, EXPECTED, FAILED, LATE, PASSED, Result
 from rbn.conformance.comparison import Deviation
+from rbn.conformance.diagnosis import Cause, Diagnosis
 from rbn.conformance.report import (
     CASES,
     TYPICAL,
@@ -32,7 +33,12 @@ def finished_run(status=PASSED, failure=""):
     causes = (CAUSE,) if status == FAILED else ()
     why = "" if status == PASSED else "why"
     result = Result("rbn/train/x/float32", "rbn/train/float32", status, (worst,), why, 0.1, causes)
-    return runner.Run("numpy", ("a:B",), (), "done", 0.0, 1.0, {"numpy": [result]}, {"numpy": "1"}, failure)
+    run = runner.Run("numpy", ("a:B",), (), "done", 0.0, 1.0, {"numpy": [result]}, {"numpy": "1"}, failure)
+    if status == FAILED:
+        run.diagnoses["numpy"] = Diagnosis(
+            (Cause(CAUSE, (result.case,)),), ("y is wrong.",), "Something is left."
+        )
+    return run
 
 
 def shown(runs):
@@ -46,8 +52,8 @@ def test_the_matrix_shows_the_worst_ratio_what_failed_and_the_cause():
     assert "conforms: 1 passed" in shown([finished_run()])
     text = shown([finished_run(FAILED)])
     assert "1 failed: inf" in text
-    assert f"rbn/train/x/float32: why\n    {CAUSE}" in text
-    assert f"1 of them: {CAUSE}" in text
+    assert "rbn/train/x/float32: why\n" in text
+    assert f"  {CAUSE} (1 failed case)\n  Something is left.\n  - y is wrong.\n" in text
     assert "DIFFERS" in text
 
 
