@@ -81,7 +81,7 @@ class Look:
             )
 
 
-def facts_of(seen: Sequence[Seen]) -> Iterator[str]:
+def facts_of(seen: Sequence[Seen]) -> list[str]:
     """The facts, the most useful first.
 
     Args:
@@ -92,14 +92,15 @@ def facts_of(seen: Sequence[Seen]) -> Iterator[str]:
     looks = looks_of(usable)
     roots = roots_of(usable)
     lines = [overview(usable, roots)] if roots else []
-    said = {quantity: said_of(quantity, looks.get(quantity, ())) for quantity in roots}
+    with np.errstate(all="ignore"):  # NaN and infinity are what some cases are about
+        said = {quantity: said_of(quantity, looks.get(quantity, ())) for quantity in roots}
     where = {quantity: condition(cases_with(usable, quantity, roots)) for quantity in roots}
     lines += together(said)
     lines += together({quantity: [text] if text else [] for quantity, text in where.items()})
     # Last where more cases are wrong for another reason.
     often = sum("raised" in each.wrong for each in seen) > sum(bool(each.wrong) for each in usable)
     kept = lines[: LINES - len(raised)]
-    yield from raised + kept if often else kept + raised
+    return raised + kept if often else kept + raised
 
 
 def said_of(quantity: str, looks: Sequence[Look]) -> list[str]:

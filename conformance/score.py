@@ -35,6 +35,7 @@ RIGHT_ONE = Mutant("Right", "", "", partial(NumpyLayer, "right", Layer))
 
 PARTS: dict[str, tuple[str, ...]] = {
     "OtherRunningVariance": ("BiasedRunningVariance", "UnbiasedRunningVariance"),
+    "OwnStatistics": ("RunningStatisticsOfOwnShare",),
     "CenteringAfterwards": ("RunningMeanOfX", "RunningVarianceOfX"),
     "TrainingDoesNotAccumulate": ("CounterStandsStill",),
     "ModeIgnored": ("BatchStatisticsInEvaluation", "EvaluationAccumulates", "EvaluationCounts"),

@@ -345,24 +345,21 @@ def test_a_mistake_of_rounding_is_found_by_the_size_of_its_errors():
     assert "quantity by quantity" in results.diagnosis.summary
 
 
-def test_in_float32_the_smallest_mistake_is_ten_times_beyond_the_tolerance(killers):
+def test_in_float32_every_mistake_is_ten_times_beyond_the_tolerance_somewhere(killers):
     """While test_tolerances.py shows that what is right stays within it."""
-    worst = {}
     for mutant in MUTANTS:
         if mutant.kind not in ("dtype", "precision"):  # those are of other dtypes
-            chosen = [case for case in killers[mutant.name] if case.dtype in DTYPES][-6:]
-            seen = [behaviour(mutant, replace(case, dtype="float32")) for case in chosen]
-            worst[mutant.name] = max(max(each.ratios.values()) for each in seen)
-    smallest = min(worst, key=worst.__getitem__)
-    print(f"the smallest: {smallest}, {worst[smallest]:.0f} times the tolerance")
-    assert worst[smallest] >= 10
+            chosen = [replace(case, dtype="float32") for case in killers[mutant.name] if case.dtype in DTYPES]
+            assert any(max(behaviour(mutant, case).ratios.values()) >= 10 for case in chosen), mutant.name
 
 
-def test_mistakes_about_dtypes_are_ten_times_beyond_the_tolerance_of_theirs(killers, scorer):
+def test_mistakes_about_dtypes_are_ten_times_beyond_the_tolerance_of_theirs(killers):
+    shape = "rbn/train/offset10/2x3x64x64"
+    long = [parse(f"{shape}/{dtype}/precision=mixed_{dtype}") for dtype in ("float16", "bfloat16")]
     for mutant in MUTANTS:
         if mutant.kind in ("dtype", "precision"):
-            seen = [scorer.behaviour(mutant, case) for case in killers[mutant.name]]
-            assert max(max(each.ratios.values()) for each in seen) >= 10
+            chosen = (*killers[mutant.name], *long)
+            assert any(max(behaviour(mutant, case).ratios.values()) >= 10 for case in chosen), mutant.name
 
 
 def test_the_score_in_the_documents_is_that_of_the_mistakes_that_are_held_out(scorer):
