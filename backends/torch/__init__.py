@@ -3,6 +3,7 @@
 from rbn.backends.torch.activated import BNETAct2d, IEBNAct2d, RBNAct2d
 from rbn.backends.torch.activations import activations
 from rbn.backends.torch.layers import BNET, IEBN, RBN
+from rbn.backends.torch.lazy import LazyBNET, LazyIEBN, LazyRBN
 from rbn.backends.torch.networks import Network, network
 from rbn.backends.torch.optimizers import optimizer_from_numpy, optimizer_to_numpy
 from rbn.backends.torch.recipes import fold, freeze, parameter_groups, update_rbn
@@ -15,6 +16,9 @@ __all__ = [
     "RBN",
     "BNETAct2d",
     "IEBNAct2d",
+    "LazyBNET",
+    "LazyIEBN",
+    "LazyRBN",
     "Network",
     "RBNAct2d",
     "activations",
