@@ -17,13 +17,19 @@ NEWEST_STAMP := $(NEWEST)/$(notdir $(STAMP))
 NEWEST_FRAMEWORKS := flax $(if $(TORCH),torch)
 RUN_NEWEST = $(NEWEST)/bin/python tools/elapsed.py $(NEWEST)/set-up.log
 
-.PHONY: help setup lint types test conform newest clean
+# Libraries that meet the layers, with the versions of both files.
+INTEGRATIONS := .venv-integrations
+INTEGRATIONS_STAMP := $(INTEGRATIONS)/.set-up-$(shell cat $(SET_UP_BY) constraints-integrations.txt | sha256sum | cut -c1-16)
+RUN_INTEGRATIONS = $(INTEGRATIONS)/bin/python tools/elapsed.py $(INTEGRATIONS)/set-up.log
+
+.PHONY: help setup lint types test conform newest integrations clean
 
 help:
 	@echo "make conform  check every framework against the NumPy reference and print the matrix"
 	@echo "make test     run the tests; with LONG=1 the long searches, too"
 	@echo "make lint     check style and types"
 	@echo "make newest   check Flax, and with TORCH=1 PyTorch, in the newest versions there are, on Python 3.12"
+	@echo "make integrations  run the libraries that users put the layers into: Lightning, mmdet, ultralytics and others"
 	@echo "make setup    install everything into .venv; the targets above do so themselves"
 	@echo "make clean    remove builds, reports and caches, but no environment"
 
@@ -83,6 +89,20 @@ $(NEWEST_STAMP):
 	@"$(PYTHON_NEWEST)" -m venv $(NEWEST)
 	@$(RUN_NEWEST) $(NEWEST)/bin/python -m pip install --upgrade pip setuptools
 	@$(RUN_NEWEST) $(NEWEST)/bin/python -m pip install --no-build-isolation -e '.[cli,test,flax]'
+	@touch $@
+
+integrations: $(INTEGRATIONS_STAMP)
+	$(INTEGRATIONS)/bin/pytest --framework torch tests/integrations/torch
+	$(INTEGRATIONS)/bin/pytest --framework flax -m "not long" tests/integrations/flax
+
+$(INTEGRATIONS_STAMP):
+	@test -n "$(PYTHON)" || { echo "The set-up needs Python 3.11 as python3.11 or python3: install it." >&2; exit 1; }
+	@echo "integrations: setting $(INTEGRATIONS) up with $(PYTHON), about 3 GB"
+	@rm -f $(INTEGRATIONS)/.set-up-* $(INTEGRATIONS)/set-up.log
+	@$(PYTHON) -m venv $(INTEGRATIONS)
+	@$(RUN_INTEGRATIONS) $(INTEGRATIONS)/bin/python -m pip install -c constraints.txt pip setuptools wheel
+	@$(RUN_INTEGRATIONS) $(INTEGRATIONS)/bin/python -m pip install -c constraints.txt -c constraints-integrations.txt \
+		-e '.[integrations]'
 	@touch $@
 
 clean:

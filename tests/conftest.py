@@ -18,6 +18,9 @@ from rbn import porting
 from rbn.backends.frameworks import FRAMEWORKS
 
 TESTS = Path(__file__).parent
+LIBRARIES = TESTS / "integrations"
+"""What needs libraries that make test does not install; it has a folder for each framework, too."""
+
 CHOSEN, LEFT_OUT = pytest.StashKey(), pytest.StashKey()
 
 
@@ -149,7 +152,12 @@ def zoo_model(request, zoo):
 
 
 def pytest_ignore_collect(collection_path, config):
-    """Leave the folders of the other frameworks alone: their tests import the framework."""
+    """Leave the folders of the other frameworks alone, whose tests import them, and those of libraries.
+
+    pytest does not ask of what is named on the command line.
+    """
+    if collection_path == LIBRARIES:
+        return True
     name = _folder(collection_path)
     return True if name in FRAMEWORKS and name != config.option.framework else None
 
@@ -192,6 +200,7 @@ def pytest_terminal_summary(terminalreporter, config):
 
 
 def _folder(path):
-    """The top folder of tests/ that a path lies in."""
-    parts = path.relative_to(TESTS).parts if path.is_relative_to(TESTS) else ()
+    """The top folder of tests/, or of tests/integrations/, that a path lies in."""
+    top = LIBRARIES if path.is_relative_to(LIBRARIES) else TESTS
+    parts = path.relative_to(top).parts if path.is_relative_to(top) else ()
     return parts[0] if parts else None

@@ -1,6 +1,7 @@
 """Every Python block of the README and the documentation runs, in the framework it is about.
 
-But for docs/porting.md, whose blocks build on one another: that page is in tests/porting/test_page.py.
+But for docs/porting.md, whose blocks build on one another (tests/porting/test_page.py), and for
+docs/libraries.md, whose libraries are not installed here (tests/integrations/).
 """
 
 import re
@@ -12,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 BLOCKS = [
     (f"{page.name}:{text[: found.start()].count(chr(10)) + 1}", found[1])
     for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
-    if page.name != "porting.md"
+    if page.name not in ("porting.md", "libraries.md")
     for text in [page.read_text()]
     for found in re.finditer(r"^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from rbn.backends.torch.networks import LAYERS
 from rbn.backends.torch.weights import config_of, to_numpy, to_tensor, unwrapped
 from rbn_core import conversion
 from rbn_core.config import check_choice
-from rbn_core.errors import RBNTypeError
+from rbn_core.errors import RBNTypeError, RBNWarning
 from rbn_core.matching import Row, State, Table
 from rbn_core.names import NAMES, STATISTICS
 
@@ -71,6 +72,9 @@ def convert(
     Raises:
         RBNError: `to`, `where` or an option is refused, `where` matches no layer, or the model itself is what
             is to be replaced; nothing has changed.
+
+    Warns:
+        RBNWarning: The model is that of a `YOLO` of ultralytics, whose `train` would drop the new layers.
     """
     chosen = conversion.chooser(to, where)
     model = unwrapped(model)
@@ -104,6 +108,14 @@ def convert(
             rows.append(Row(path, "replaced", type(module).__name__, detail))
         elif plan is not None:
             rows.append(Row(path, "kept", type(module).__name__, plan))
+    if to != "bn" and any(row.status == "replaced" for row in rows) and _is_of_yolo(model):
+        warnings.warn(
+            "convert: expected a model that is trained as it is, got one of ultralytics' YOLO. YOLO.train "
+            "builds it anew, with BatchNorm, and drops the new layers. Convert in a class of your own, as "
+            "docs/libraries.md shows.",
+            RBNWarning,
+            stacklevel=2,
+        )
     return conversion.report(rows, to)
 
 
@@ -175,6 +187,14 @@ def _is_replaceable(module: nn.Module, to: str) -> bool:
 def _is_frozen_batch_norm(module: nn.Module) -> bool:
     """Whether a module is what torchvision, timm, detectron2 or transformers have for frozen BatchNorms."""
     return "FrozenBatchNorm" in type(module).__name__
+
+
+def _is_of_yolo(model: nn.Module) -> bool:
+    """Whether a model belongs to a `YOLO` of ultralytics, which gives it a task."""
+    return any(
+        type(module).__module__.startswith("ultralytics.") and {"yaml", "task"} <= vars(module).keys()
+        for module in model.modules()
+    )
 
 
 def _is_activated(module: nn.Module) -> bool:

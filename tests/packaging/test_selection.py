@@ -19,6 +19,8 @@ FILES = {
     "tests/torch/test_folder.py": "def test_in_torch_folder(): pass\n",
     "tests/flax/test_folder.py": "import pytest\n@pytest.mark.long\ndef test_long(): pass\n",
     "tests/jittor/test_folder.py": "raise ImportError('collected')\n",
+    "tests/integrations/torch/test_library.py": "def test_library(): pass\n",
+    "tests/integrations/flax/test_library.py": "raise ImportError('collected')\n",
 }
 
 
@@ -70,6 +72,14 @@ def test_what_is_left_out_is_counted(run, processes):
 
 def test_the_folder_of_the_framework_is_collected(run):
     assert "ImportError: collected" in run("--framework", "jittor").stdout
+
+
+def test_the_tests_of_libraries_run_where_they_are_named(run):
+    for named in ("tests/integrations", "tests/integrations/torch"):
+        result = run("--framework", "torch", named)
+        assert "test_library PASSED" in result.stdout
+        assert "1 passed in" in result.stdout
+    assert "ImportError: collected" in run("--framework", "flax", "tests/integrations/flax").stdout
 
 
 def test_an_unknown_framework_is_a_usage_error(run):

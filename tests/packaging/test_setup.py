@@ -33,7 +33,7 @@ if grep -qxF -- "$(basename "$0") $*" "$FAIL"; then echo "it broke"; exit 1; fi
 def make(tmp_path):
     tree = tmp_path / "tree"
     shutil.copytree(ROOT / "tools", tree / "tools")
-    for name in ("Makefile", "pyproject.toml", "constraints.txt", "setup.py"):
+    for name in ("Makefile", "pyproject.toml", "constraints.txt", "constraints-integrations.txt", "setup.py"):
         shutil.copy(ROOT / name, tree)
     shutil.copytree(ROOT / "kernels", tree / "kernels", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     stubs = tmp_path / "bin"
@@ -90,6 +90,16 @@ TESTS_NEWEST = (
     "pytest -n 2 --dist loadfile --framework {0} tests/{0} --ignore tests/{0}/test_zoos.py -m not long"
 )
 NEWEST = ["python -m pip list --format freeze", "rbn conform flax", TESTS_NEWEST.format("flax")]
+
+INSTALL_LIBRARIES = [
+    "python3.11 -m venv .venv-integrations",
+    "python -m pip install -c constraints.txt pip setuptools wheel",
+    "python -m pip install -c constraints.txt -c constraints-integrations.txt -e .[integrations]",
+]
+LIBRARIES = [
+    "pytest --framework torch tests/integrations/torch",
+    "pytest --framework flax -m not long tests/integrations/flax",
+]
 
 
 def stamps(make, environment=".venv"):
@@ -220,7 +230,27 @@ def test_the_newest_needs_python_3_12(make, tmp_path):
     assert make("newest", PYTHON_NEWEST=named)[1][0] == "python3.11 -m venv .venv-newest"
 
 
-@pytest.mark.parametrize("target", ["setup", "test"])
+def test_the_libraries_are_installed_once_and_again_when_their_versions_change(make):
+    result, calls = make("integrations")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert calls == INSTALL_LIBRARIES + LIBRARIES
+    assert make("integrations")[1] == LIBRARIES
+    with (make.tree / "constraints-integrations.txt").open("a") as file:
+        file.write("# changed\n")
+    assert make("setup")[1] == INSTALL
+    assert make("integrations")[1] == INSTALL_LIBRARIES + LIBRARIES
+    assert len(stamps(make, ".venv-integrations")) == 1
+
+
+@pytest.mark.parametrize("failing", [*INSTALL_LIBRARIES, *LIBRARIES])
+def test_a_failure_in_the_libraries_counts(make, failing):
+    result, calls = make("integrations", fails=failing)
+    assert result.returncode != 0
+    assert calls[-1] == failing
+    assert len(stamps(make, ".venv-integrations")) == (failing in LIBRARIES)
+
+
+@pytest.mark.parametrize("target", ["setup", "test", "integrations"])
 def test_no_python_3_11(make, target, tmp_path):
     stub = tmp_path / "bin" / "python3.11"
     stub.write_text("#!/bin/sh\nexit 1\n")

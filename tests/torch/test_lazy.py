@@ -58,6 +58,11 @@ def assert_same(layer, other):
     assert not layer._load_state_dict_pre_hooks
 
 
+@pytest.mark.meeting(
+    "lazy layers, as `torch.nn.LazyBatchNorm2d`",
+    "`LazyRBN`, `LazyIEBN` and `LazyBNET` become the layer with their first input",
+    "nn.Sequential(nn.LazyConv2d(8, 3), LazyRBN())",
+)
 @KINDS
 @pytest.mark.parametrize(
     "options",

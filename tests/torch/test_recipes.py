@@ -339,6 +339,50 @@ def test_resnets_of_torchvision_and_timm_take_the_layers(kind, torchvision, timm
 
 
 @pytest.mark.meeting(
+    "torchvision's feature pyramid and heads built with `norm_layer=`, as Panoptic FPN is made of them",
+    "work",
+    "FeaturePyramidNetwork([64, 128], 256, norm_layer=RBN)",
+    packages=("torchvision",),
+)
+@KINDS
+def test_the_parts_of_panoptic_fpn_take_the_layers(kind, torchvision):
+    """The branch for what has no instances is torchvision's blocks on the pyramid's levels."""
+    ops, detection = torchvision.ops, torchvision.models.detection
+    pyramid = ops.FeaturePyramidNetwork([4, 8], 6, norm_layer=kind)
+    branch = nn.Sequential(ops.Conv2dNormActivation(6, 5, norm_layer=kind), nn.Upsample(scale_factor=2))
+    masks = detection.mask_rcnn.MaskRCNNHeads(6, (5, 5), 1, norm_layer=kind)
+    boxes = detection.faster_rcnn.FastRCNNConvFCHead((6, 7, 7), (5,), (8,), norm_layer=kind)
+    retina = detection.retinanet.RetinaNetHead(6, 2, 3, norm_layer=kind)
+    x = {"0": torch.randn(2, 4, 8, 8), "1": torch.randn(2, 8, 4, 4)}
+    levels = list(pyramid(x).values())
+    found = [branch(levels[1]) + nn.functional.conv2d(levels[0], torch.ones(5, 6, 1, 1)), masks(levels[0])]
+    found += [boxes(torch.randn(3, 6, 7, 7)), *retina(levels).values()]
+    sum(each.square().mean() for each in found).backward()
+    layers = [
+        layer
+        for part in (pyramid, branch, masks, boxes, retina)
+        for layer in part.modules()
+        if type(layer) is kind
+    ]
+    assert len(layers) == 4 + 1 + 2 + 1 + 8
+    assert all(parameter.grad is not None for layer in layers for parameter in layer.parameters())
+
+
+@pytest.mark.meeting(
+    "norms by name in timm",
+    "a KeyError of timm's, whose names are fixed: pass the class",
+    "timm.layers.create_norm_layer(RBN, 64)",
+    packages=("timm",),
+)
+@KINDS
+def test_timm_takes_the_class_and_no_name(kind, timm):
+    for name in (kind.__name__.lower(), "instancenorm2d"):  # one of PyTorch's own that is not in its list
+        with pytest.raises(KeyError, match=name):
+            timm.layers.create_norm_layer(name, 8)
+    assert type(timm.layers.create_norm_layer(kind, 8)) is kind
+
+
+@pytest.mark.meeting(
     "`FrozenBatchNorm2d` of torchvision and transformers",
     "works by `convert`: the layers in their place are frozen",
     "convert(torchvision.models.detection.fasterrcnn_resnet50_fpn(weights_backbone=None), preserve=True)",

@@ -10,6 +10,7 @@ from torch.nn.utils import parametrize
 
 from rbn.backends.torch import BNET, IEBN, RBN, convert, network, to_numpy
 from rbn_core import RBNError, RBNTypeError, RBNValueError
+from rbn_core.errors import RBNWarning
 from rbn_core.matching import Row
 
 TARGETS = ["rbn", "iebn", "bnet"]
@@ -317,6 +318,20 @@ def test_a_model_on_the_meta_device_is_converted():
         model = nn.Sequential(*convolutional())
     convert(model)
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+
+
+def test_a_network_that_its_library_builds_anew_is_warned_of():
+    """A stand-in for ultralytics' `DetectionModel`; tests/integrations has the library."""
+    kind = type("DetectionModel", (nn.Sequential,), {"__module__": "ultralytics.nn.tasks"})
+    model = kind(*convolutional())
+    model.yaml = {}
+    convert(model)  # as in a class of one's own, which is no YOLO's yet
+    convert(model, "bn")
+    model.task = "detect"
+    with pytest.warns(RBNWarning, match=r"YOLO.train builds it anew, with BatchNorm, .* docs/libraries.md"):
+        convert(nn.Sequential(model))
+    convert(model)  # which finds nothing to replace
+    convert(model, "bn")
 
 
 @pytest.mark.parametrize(
