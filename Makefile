@@ -94,6 +94,7 @@ $(NEWEST_STAMP):
 integrations: $(INTEGRATIONS_STAMP)
 	$(INTEGRATIONS)/bin/pytest --framework torch tests/integrations/torch
 	$(INTEGRATIONS)/bin/pytest --framework flax -m "not long" tests/integrations/flax
+	$(INTEGRATIONS)/bin/pytest tests/integrations/test_strangers.py
 
 $(INTEGRATIONS_STAMP):
 	@test -n "$(PYTHON)" || { echo "The set-up needs Python 3.11 as python3.11 or python3: install it." >&2; exit 1; }

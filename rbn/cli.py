@@ -168,7 +168,10 @@ def conform(
         int, typer.Option(min=1, metavar="N", help="Run every case with so many sets of numbers.")
     ] = 1,
     quick: Annotated[bool, typer.Option("--quick", help="One case for each row, within a minute.")] = False,
-    fail_fast: Annotated[bool, typer.Option("--fail-fast", help="Stop at the first failed case.")] = False,
+    fail_fast: Annotated[
+        bool,
+        typer.Option("--fail-fast", help="Stop at the first failed case, without looking for its cause."),
+    ] = False,
     time_limit: Annotated[
         float, typer.Option(min=1, metavar="SECONDS", help="What one case may take.")
     ] = 600.0,

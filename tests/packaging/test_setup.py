@@ -99,6 +99,7 @@ INSTALL_LIBRARIES = [
 LIBRARIES = [
     "pytest --framework torch tests/integrations/torch",
     "pytest --framework flax -m not long tests/integrations/flax",
+    "pytest tests/integrations/test_strangers.py",
 ]
 
 
