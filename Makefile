@@ -57,7 +57,8 @@ lint: $(STAMP)
 types: $(STAMP)
 	@# mypy looks for modules by their folder: give it the tree of import names.
 	@rm -rf build/types && mkdir -p build/types/rbn
-	@ln -s "$(CURDIR)"/rbn/* $(foreach name,backends kernels conformance benchmarks formats,"$(CURDIR)"/$(name)) build/types/rbn/
+	@ln -s "$(CURDIR)"/rbn/* $(foreach name,backends kernels conformance benchmarks formats training,"$(CURDIR)"/$(name)) \
+		build/types/rbn/
 	@ln -s "$(CURDIR)"/rbn_core build/types/
 	cd build/types && ../../.venv/bin/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p rbn -p rbn_core
 

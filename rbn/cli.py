@@ -34,6 +34,7 @@ from rbn.backends.frameworks import (
     untested,
     versions,
 )
+from rbn.training import command as training
 
 app = typer.Typer(no_args_is_help=True, help="Representative Batch Normalization.")
 
@@ -548,3 +549,7 @@ def port(
         )
         if not difference.allowed:
             raise typer.Exit(1)
+
+
+app.command("train")(training.train)
+app.command("eval")(training.evaluate)

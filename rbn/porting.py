@@ -376,6 +376,9 @@ def read(
         told = told_kinds(state) | {owner: cast("Kind", layer["kind"]) for owner, layer in described.items()}
         said = said_kinds(kinds, told)
         content = Content(state, told | said, known.layers, known.network, known.training)
+        if known.run is not None:
+            note = f"where the training run was stays in {path}: rbn train --resume takes that file itself"
+            content = replace(content, notes=(note,))
     else:
         beside: dict[str, str] = {}
         reader = format_of(framework)

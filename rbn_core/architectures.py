@@ -396,7 +396,9 @@ ARCHITECTURES: dict[str, Callable[[Builder, int], None]] = {
     "mobilenet_v2": mobilenet_v2,
     "cifar_resnet50": residual(bottleneck(), (3, 4, 6, 3), cifar=True),
     "cifar_resnext29_8x64d": residual(bottleneck(8, 64), (3, 3, 3), cifar=True),
+    "cifar_resnet20": residual(basic, (3, 3, 3), 16, stem=16, cifar=True),
     "cifar_resnet164": residual(bottleneck(), (18, 18, 18), 16, stem=16, cifar=True),
     "cifar_resnet164_basic": residual(basic, (27, 27, 27), 16, stem=16, cifar=True),
 }
-"""How each network is built: 164 is 9n + 2 in bottlenecks (n = 18) and 6n + 2 in basic blocks (n = 27)."""
+"""How each network is built: 164 is 9n + 2 in bottlenecks (n = 18) and 6n + 2 in basic blocks (n = 27), of
+which 20 has n = 3."""

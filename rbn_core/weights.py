@@ -3,7 +3,8 @@
 The metadata's `format` is "rbn" and its `schema` the version of this description. `layers` holds, as JSON,
 what owns the arrays: by dotted path an object with the `kind` (one of `rbn_core.names.KINDS`) and, for RBN,
 IEBN and BNET, the options. `network` holds `rbn_core.networks.Network` as JSON. An optimizer's arrays are
-called "training/SLOT/NAME" and the rest of it is in `training`. All but `format` and `schema` may lack.
+called "training/SLOT/NAME" and the rest of it is in `training`. `run` holds, as JSON, an object with what
+else a training run needs to go on, which is the run's own. All but `format` and `schema` may lack.
 A file whose metadata names no format is taken for arrays under canonical names.
 
 Schema 1 differs in `training` alone: it has one `learning_rate` in place of `groups` and `decoupled`, and
@@ -50,8 +51,8 @@ LONGEST_HEADER = 100_000_000
 """How many bytes the header of a safetensors file may have, as its library has it."""
 
 LONGEST_TEXT = 500_000
-"""How many characters `layers`, `network` and `training` may have each: Python needs up to thirty times as
-much memory for what they say. ResNet-164's have 73,000."""
+"""How many characters `layers`, `network`, `training` and `run` may have each: Python needs up to thirty
+times as much memory for what they say. ResNet-164's have 73,000."""
 
 Layers = dict[str, dict[str, Any]]
 """What owns the arrays: by dotted path an object with its `kind`, and options where it is a layer of ours."""
@@ -65,6 +66,7 @@ class Weights:
     layers: Layers = field(default_factory=dict)
     network: Network | None = None
     training: Training | None = None
+    run: dict[str, Any] | None = None
 
 
 def save(
@@ -74,6 +76,7 @@ def save(
     layers: Layers | None = None,
     network: Network | None = None,
     training: Training | None = None,
+    run: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a state, and what is known about it, as a safetensors file, in one step.
 
@@ -83,6 +86,7 @@ def save(
         layers: What owns them, as a backend's `describe` returns it.
         network: The network they belong to.
         training: The optimizer that goes on with them.
+        run: What else a run needs to go on, of what JSON has.
 
     Raises:
         RBNTypeError: An array is of another dtype.
@@ -101,6 +105,8 @@ def save(
         metadata["layers"] = json.dumps(layers)
     if network is not None:
         metadata["network"] = network.to_json()
+    if run is not None:
+        metadata["run"] = json.dumps(run)
     if training is not None:
         check(training)
         if wrong := _astray(training, state):
@@ -162,6 +168,9 @@ def read(path: str | PathLike[str]) -> Weights:
         layers = json.loads(_text(metadata, "layers", "{}"))
         network = Network.from_json(_text(metadata, "network")) if "network" in metadata else None
         known = json.loads(_text(metadata, "training", "null"))
+        run = json.loads(_text(metadata, "run", "null"))
+        if not isinstance(run, dict | None):
+            raise TypeError(f"its run is {str(run)[:60]!r}, and no object")
         state = {name: array for name, array in arrays.items() if not name.startswith(TRAINING)}
         slots = {name: array for name, array in arrays.items() if name not in state}
         training = _training(known, slots, state, with_groups=schema != "1")
@@ -171,7 +180,7 @@ def read(path: str | PathLike[str]) -> Weights:
         raise RBNValueError(
             f"RBN: expected a weight file with whole metadata, got {path} ({error}). Write it again."
         ) from error
-    return Weights(state, layers, network, training)
+    return Weights(state, layers, network, training, run)
 
 
 def read_safetensors(path: str | PathLike[str]) -> tuple[State, dict[str, str]]:

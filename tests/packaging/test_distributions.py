@@ -88,7 +88,7 @@ def test_a_wheel_is_for_every_python_and_holds_the_package_alone(wheel):
     assert re.fullmatch(r"rbn-[\d.]+-py3-none-linux_\w+\.whl", path.name)
     names = zipfile.ZipFile(path).namelist()
     kinds = {name.rpartition(".")[2] for name in names if ".dist-info/" not in name}
-    assert kinds == {"py", "typed", "json", "html", "css", "js", "h"}
+    assert kinds == {"py", "typed", "json", "html", "css", "js", "h", "toml"}
     assert {name for name in names if name.endswith(".h")} == {"rbn/kernels/rbn_kernels.h"}
     assert {name.split("/")[0].split("-")[0] for name in names} == {"rbn", "rbn_core"}
 

@@ -24,6 +24,7 @@ NAMES = [
     "rbn.conformance",
     "rbn.kernels",
     "rbn.benchmarks",
+    "rbn.training",
 ]
 FOLDERS = {
     "rbn": "rbn",
@@ -33,6 +34,7 @@ FOLDERS = {
     "rbn.formats": "formats",
     "rbn.kernels": "kernels",
     "rbn.benchmarks": "benchmarks",
+    "rbn.training": "training",
 }
 
 # Prints where each module came from. site is left out (-S), and with it the editable install's finder; what

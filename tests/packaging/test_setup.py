@@ -179,14 +179,25 @@ def test_what_a_killed_run_measured_is_left_out(make):
 
 
 def test_mypy_gets_the_tree_of_import_names(make):
-    for folder in ("rbn", "rbn_core", "backends", "kernels", "conformance", "benchmarks", "formats"):
+    folders = (
+        "rbn",
+        "rbn_core",
+        "backends",
+        "kernels",
+        "conformance",
+        "benchmarks",
+        "formats",
+        "training",
+    )
+    for folder in folders:
         (make.tree / folder).mkdir(exist_ok=True)
         (make.tree / folder / "__init__.py").touch()
     result, calls = make("lint")
     assert result.returncode == 0, result.stderr
     assert calls[-1].startswith("mypy ")
     types = make.tree / "build" / "types"
-    for name in ("rbn", "rbn_core", "rbn/backends", "rbn/kernels", "rbn/conformance", "rbn/benchmarks"):
+    parts = ("backends", "kernels", "conformance", "benchmarks", "training")
+    for name in ("rbn", "rbn_core", *(f"rbn/{part}" for part in parts)):
         assert (types / name / "__init__.py").is_file()
 
 

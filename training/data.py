@@ -1,0 +1,220 @@
+"""Batches of images: the same for a seed in every framework and for every number of workers."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import grain
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from rbn.training.preset import Preset
+from rbn.training.sources import Source
+from rbn.training.transforms import evaluation_image, training_image
+from rbn_core.errors import RBNValueError
+
+DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+"""What Pillow raises for an image that it cannot decode."""
+
+PREFETCH = 4
+"""How many batches are made ahead."""
+
+NOTHING = -1
+"""The class of what is there only to fill a batch, and the number of no image."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images with their classes.
+
+    Args:
+        images: (N, 3, H, W), float32.
+        labels: (N,), int64; `NOTHING` where there is no image, as in the last batch of an evaluation.
+        damaged: The numbers of the images that could not be decoded.
+    """
+
+    images: NDArray[np.float32]
+    labels: NDArray[np.int64]
+    damaged: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which part of every batch a process gets.
+
+    Args:
+        index: The process.
+        count: How many there are.
+    """
+
+    index: int = 0
+    count: int = 1
+
+
+class _Sample(grain.transforms.RandomMap):
+    """An image to train with, by its number.
+
+    One that cannot be decoded is replaced by the next that can, so that every batch is whole.
+    """
+
+    def __init__(self, source: Source, preset: Preset) -> None:
+        self.source, self.preset = source, preset
+
+    def random_map(self, element: int, rng: np.random.Generator) -> dict[str, Any]:
+        """The image, its class, and the number of what could not be decoded."""
+        damaged = NOTHING
+        for index in (*range(element, len(self.source)), *range(element)):
+            try:
+                image = self.source.image(index)
+            except DAMAGED:
+                damaged = element
+                continue
+            return {
+                "image": training_image(image, self.preset, rng),
+                "label": np.int64(self.source.label(index)),
+                "damaged": np.int64(damaged),
+            }
+        raise RBNValueError(
+            f"train: expected images, got {len(self.source)} files of which Pillow can decode none, such as "
+            f"{self.source.name(element)}. Download the data again."
+        )
+
+
+class _Test(grain.transforms.Map):
+    """An image to evaluate with, by its number; one that cannot be decoded is left out."""
+
+    def __init__(self, source: Source, preset: Preset) -> None:
+        self.source, self.preset = source, preset
+
+    def map(self, element: int) -> dict[str, Any]:
+        """The image, its class, and the number of what could not be decoded."""
+        size = self.preset.image_size
+        try:
+            image = evaluation_image(self.source.image(element), self.preset)
+        except DAMAGED:
+            image = np.zeros((3, size, size), np.float32)
+            return {"image": image, "label": np.int64(NOTHING), "damaged": np.int64(element)}
+        return {
+            "image": image,
+            "label": np.int64(self.source.label(element)),
+            "damaged": np.int64(NOTHING),
+        }
+
+
+class _Filled(grain.transforms.Map):
+    """A batch with as many images as all others: what lacks has no class."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def map(self, element: dict[str, Any]) -> dict[str, Any]:
+        """The batch."""
+        lacking = self.size - len(element["label"])
+        return {
+            name: np.pad(
+                array,
+                ((0, lacking), *((0, 0),) * (array.ndim - 1)),
+                constant_values=0 if name == "image" else NOTHING,
+            )
+            for name, array in element.items()
+        }
+
+
+def steps_per_epoch(source: Source, preset: Preset) -> int:
+    """The steps of an epoch: what is left of the data at its end is less than a batch, and is not used.
+
+    Raises:
+        RBNValueError: A batch has more images than there are.
+    """
+    if preset.batch_size > len(source):
+        raise RBNValueError(
+            f"train: expected a batch_size of up to {len(source)}, which is how many images there are, got "
+            f"{preset.batch_size}. Give a smaller one: --batch-size {min(64, len(source))}."
+        )
+    return len(source) // preset.batch_size
+
+
+def training_batches(
+    source: Source, preset: Preset, step: int = 0, *, workers: int = 0, share: Share = Share()
+) -> Generator[Batch, None, None]:
+    """The batches of a run from a step on, without an end; each epoch has another order.
+
+    What a batch holds is decided by the seed and its step alone.
+
+    Args:
+        source: The images.
+        preset: The run.
+        step: The first step, from 0.
+        workers: How many processes decode images; 0 decodes in threads of this one.
+        share: Which part of every batch this process gets.
+
+    Raises:
+        RBNValueError: A batch has more images than there are, or cannot be dealt to all processes.
+    """
+    size, steps = preset.batch_size, steps_per_epoch(source, preset)
+    check_share(preset, share)
+    samples = (
+        grain.MapDataset.source(range(len(source)))
+        .seed(preset.seed % 2**32)
+        .shuffle()
+        .random_map(_Sample(source, preset))
+    )
+    # Dealt out behind all that is random, which goes by the place of a sample.
+    own = samples[: steps * size][share.index :: share.count]
+    batches = own.batch(size // share.count, drop_remainder=True).repeat()
+    yield from _iterated(batches[step:], workers)
+
+
+def evaluation_batches(
+    source: Source, preset: Preset, *, workers: int = 0, share: Share = Share()
+) -> Generator[Batch, None, None]:
+    """All images once, in order; the last batch is filled up.
+
+    Args:
+        source: The images.
+        preset: The run.
+        workers: As in `training_batches`.
+        share: Which part of every batch this process gets.
+    """
+    check_share(preset, share)
+    size = preset.batch_size // share.count
+    samples = grain.MapDataset.source(range(len(source))).map(_Test(source, preset))
+    batches = samples[share.index :: share.count].batch(size).map(_Filled(size))
+    yield from _iterated(batches, workers)
+
+
+def check_share(preset: Preset, share: Share) -> None:
+    """Refuse a batch of which the processes would get parts of several sizes.
+
+    Raises:
+        RBNValueError: It would be so.
+    """
+    if preset.batch_size % share.count:
+        raise RBNValueError(
+            f"train: expected a batch_size that {share.count} processes can share, got {preset.batch_size}. "
+            f"Give a multiple of {share.count}."
+        )
+
+
+def _iterated(batches: Any, workers: int) -> Generator[Batch, None, None]:
+    """The batches one by one; processes and threads end with the iteration."""
+    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=PREFETCH)
+    dataset = batches.to_iter_dataset(options)
+    if workers:
+        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(workers, per_worker_buffer_size=2))
+    iterator = iter(dataset)
+    try:
+        for batch in iterator:
+            yield _batch(batch)
+    finally:
+        iterator.close()
+
+
+def _batch(batch: Mapping[str, Any]) -> Batch:
+    """A batch in memory of this process: that of a worker's is taken back by it."""
+    damaged = tuple(int(index) for index in batch["damaged"] if index != NOTHING)
+    return Batch(np.array(batch["image"]), np.array(batch["label"]), damaged)
