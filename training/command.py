@@ -94,14 +94,14 @@ def train(
             )
         options = run.Options(name, folder, device, workers, log_every, save_every, keep)
         with _progress(console) as progress:
-            run.train(plan, options, _throttled(progress), _teller(progress))
-        console.print(f"the run is in {folder}", markup=False, highlight=False)
-    except KeyboardInterrupt:
-        last = folder / run.LAST
-        console.print(f"stopped and saved: rbn train --resume {last} goes on", markup=False, soft_wrap=True)
-        raise typer.Exit(130) from None
+            finished = run.train(plan, options, _throttled(progress), _teller(progress))
     except RBNError as error:
         _fail(error)
+    if not finished:
+        last = folder / run.LAST
+        console.print(f"stopped and saved: rbn train --resume {last} goes on", markup=False, soft_wrap=True)
+        raise typer.Exit(130)
+    console.print(f"the run is in {folder}", markup=False, highlight=False)
 
 
 def evaluate(

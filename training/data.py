@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import struct
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
@@ -202,16 +203,21 @@ def check_share(preset: Preset, share: Share) -> None:
 
 def _iterated(batches: Any, workers: int) -> Generator[Batch, None, None]:
     """The batches one by one; processes and threads end with the iteration."""
-    options = grain.ReadOptions(num_threads=2, prefetch_buffer_size=PREFETCH)
-    dataset = batches.to_iter_dataset(options)
+    dataset = batches.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=PREFETCH))
     if workers:
-        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(workers, per_worker_buffer_size=2))
+        options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=2)
+        dataset = dataset.mp_prefetch(options, worker_init_fn=_leave_ctrl_c)
     iterator = iter(dataset)
     try:
         for batch in iterator:
             yield _batch(batch)
     finally:
         iterator.close()
+
+
+def _leave_ctrl_c(index: int, count: int) -> None:
+    """Leave Ctrl-C, which a terminal sends to the workers, too, to the run: it ends them once it is saved."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _batch(batch: Mapping[str, Any]) -> Batch:

@@ -166,8 +166,8 @@ def check_fit(network: Network, preset: Preset) -> None:
             )
 
 
-def train(plan: Plan, options: Options, show: Show, tell: Tell) -> Scores:
-    """Train to the end of the schedule, or until Ctrl-C, which saves first.
+def train(plan: Plan, options: Options, show: Show, tell: Tell) -> bool:
+    """Train to the end of the schedule, or until Ctrl-C or a request to end, when it saves first.
 
     Args:
         plan: The run.
@@ -176,10 +176,9 @@ def train(plan: Plan, options: Options, show: Show, tell: Tell) -> Scores:
         tell: Called with what a person should read.
 
     Returns:
-        The scores of the last evaluation.
+        Whether it came to the end.
 
     Raises:
-        KeyboardInterrupt: Ctrl-C, once the run is saved.
         RBNError: The loss is not finite, or a file cannot be written; the last file of the run is whole.
     """
     preset, progress = plan.preset, plan.progress
@@ -198,7 +197,6 @@ def train(plan: Plan, options: Options, show: Show, tell: Tell) -> Scores:
 
     shown = Shown(progress.step, plan.total, plan.steps_per_epoch, progress.step)
     damaged: set[int] = set()
-    scores = Scores()
     batches = training_batches(plan.training_data, preset, progress.step, workers=options.workers)
     with Log(out, progress.step) as log, _stopping() as stopped, closing(batches):
         began = time.monotonic()
@@ -251,10 +249,10 @@ def train(plan: Plan, options: Options, show: Show, tell: Tell) -> Scores:
                 if options.keep:
                     save(f"step-{progress.step}.safetensors")
             if stopped() and progress.step < plan.total:
-                raise KeyboardInterrupt
+                return False
     if damaged:
         tell(f"{len(damaged)} images could not be decoded, and others took their places")
-    return scores
+    return True
 
 
 def evaluate(

@@ -15,7 +15,7 @@ from test_loops import call, small
 from rbn.backends import torch  # noqa: F401
 from rbn.training import loop_torch, run, run_file  # noqa: F401
 
-STEPS = 25
+STEPS = 12
 """What a run makes between two kills, about; each step writes a file of its own."""
 
 

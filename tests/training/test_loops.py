@@ -325,7 +325,7 @@ def test_a_full_disk_leaves_the_last_file(tmp_path):
 
 
 @pytest.mark.framework("torch")
-@pytest.mark.parametrize("kills", [4, pytest.param(50, marks=pytest.mark.long)])
+@pytest.mark.parametrize("kills", [3, pytest.param(50, marks=pytest.mark.long)])
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path, kills):
     done = python(os.path.join(os.path.dirname(__file__), "killed.py"), tmp_path, kills)
     assert done.returncode == 0, done.stdout + done.stderr

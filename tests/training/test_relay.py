@@ -34,14 +34,15 @@ def losses(folder):
 
 
 def relay(folder, order, each, *options):
-    """So many steps in each framework; returns the losses, and those of all steps in the first."""
+    """The losses of so many steps in each framework but the first, and those of the first."""
     options = (*options, "--batch-size", 32, "--epochs", 2)  # of 42 steps each
     whole, moved = folder / "whole", folder / "moved"
-    train("--out", whole, "--framework", order[0], "--steps", each * len(order), *options)
-    last = moved / "last.safetensors"
-    train("--out", moved, "--framework", order[0], "--steps", each, *options)
+    steps = each * len(order)
+    train("--out", whole, "--framework", order[0], "--steps", steps, "--save-every", each, "--keep", *options)
+    file = whole / f"step-{each}.safetensors"
     for number, name in enumerate(order[1:], 2):
-        train("--resume", last, "--framework", name, "--steps", each * number)
+        train("--resume", file, "--out", moved, "--framework", name, "--steps", each * number)
+        file = moved / "last.safetensors"
     return losses(moved), losses(whole)
 
 
@@ -50,16 +51,16 @@ CONSTANT = ("--schedule", "step", "--milestones", "", "--learning-rate")
 
 
 def check(moved, whole, tolerance, count):
-    difference = np.abs(moved - whole).max()
+    difference = np.abs(moved - whole[-count:]).max()
     print(f"largest difference of {count} losses: {difference:.1e}")
-    assert len(moved) == len(whole) == count
+    assert len(moved) == count
     assert whole[-5:].mean() < whole[:5].mean()  # it learns
     assert difference < tolerance
 
 
 def test_a_run_through_all_four_frameworks_is_the_run_of_one(tmp_path):
     moved, whole = relay(tmp_path, tuple(FRAMEWORKS), 5, *CONSTANT, 0.1)
-    check(moved, whole, 1e-4, 20)
+    check(moved, whole, 1e-4, 15)
 
 
 @pytest.mark.long
@@ -68,7 +69,7 @@ def test_a_run_through_all_four_frameworks_is_the_run_of_one(tmp_path):
 def test_eighty_steps_through_all_four_are_those_of_one(tmp_path, norm, optimizer, rate):
     options = (*CONSTANT, rate, "--norm", norm, "--optimizer", optimizer)
     moved, whole = relay(tmp_path, tuple(FRAMEWORKS), 20, *options)
-    check(moved, whole, 1e-4, 80)
+    check(moved, whole, 1e-4, 60)
 
 
 @pytest.mark.long
@@ -77,11 +78,11 @@ def test_in_float64_they_are_so_to_1e_8(tmp_path, norm):
     """MindSpore's optimizers have float32 alone."""
     order = tuple(name for name in FRAMEWORKS if name != "mindspore")
     moved, whole = relay(tmp_path, order, 20, *CONSTANT, 0.1, "--norm", norm, "--dtype", "float64")
-    check(moved, whole, 1e-8, 60)
+    check(moved, whole, 1e-8, 40)
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("first", "second"), permutations(FRAMEWORKS, 2))
+@pytest.mark.parametrize(("first", "second"), [*permutations(FRAMEWORKS, 2)])
 def test_a_run_moves_between_every_two(tmp_path, first, second):
     moved, whole = relay(tmp_path, (first, second), 20, *CONSTANT, 0.1)
-    check(moved, whole, 1e-4, 40)
+    check(moved, whole, 1e-4, 20)
