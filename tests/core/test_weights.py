@@ -342,3 +342,17 @@ def test_what_is_no_file_is_said(tmp_path):
     for path in (tmp_path / "absent", tmp_path):
         with pytest.raises(RBNValueError, match="which is no file"):
             load(path)
+
+
+def test_what_a_run_needs_goes_along(path):
+    run = {"step": 3, "preset": {"norm": {"layer": "rbn"}}, "best": 0.1}
+    save(path, {"gamma": np.ones(2)}, run=run)
+    assert read(path).run == run
+    save(path, {"gamma": np.ones(2)})
+    assert read(path).run is None
+
+
+def test_a_run_that_is_no_object_is_refused(path):
+    save(path, {"gamma": np.ones(2)}, run=[1])
+    with pytest.raises(RBNValueError, match=r"its run is '\[1\]', and no object"):
+        read(path)

@@ -709,3 +709,12 @@ def test_a_network_that_no_machine_could_run_is_refused(tmp_path, canonical, sma
     weights.save(tmp_path / "a.safetensors", state, network=Network.from_json(json.dumps(described)))
     with pytest.raises(RBNValueError, match="a network that runs on images of 224 pixels, got small"):
         verification.verify(tmp_path / "a.safetensors", tmp_path / "a.safetensors")
+
+
+def test_where_a_training_run_was_stays_in_its_file(tmp_path):
+    described = network("cifar_resnet20", "rbn")
+    state = initial_state(described)
+    weights.save(tmp_path / "a.safetensors", state, network=described, run={"step": 3})
+    table = port(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+    assert any("rbn train --resume takes that file itself" in note for note in table.notes)
+    assert weights.read(tmp_path / "b.safetensors").run is None

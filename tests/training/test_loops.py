@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -336,3 +337,23 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path, kills):
         np.testing.assert_array_equal(array, found.state[each], err_msg=each)
     for each, array in expected.training.slots["momentum"].items():
         np.testing.assert_array_equal(array, found.training.slots["momentum"][each], err_msg=each)
+
+
+@pytest.mark.long
+@pytest.mark.framework("torch")
+def test_ctrl_c_in_a_terminal_leaves_the_workers_to_the_run(tmp_path):
+    """A terminal sends it to all processes of a command."""
+    out = tmp_path / "run"
+    arguments = ("train", "--framework", "torch", "--out", out, "--workers", 2, *SHORT[:4], "--epochs", 500)
+    command = [sys.executable, "-m", "rbn", *map(str, arguments)]
+    process = subprocess.Popen(
+        command, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    while process.poll() is None and not ((out / "log.csv").is_file() and len(read_log(out)) > 2):
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, output
+    assert "stopped and saved" in output
+    assert "Traceback" not in output
+    assert run_file.load(out / "last.safetensors").progress.step > 2
