@@ -75,9 +75,10 @@ def test_eighty_steps_through_all_four_are_those_of_one(tmp_path, norm, optimize
 @pytest.mark.long
 @pytest.mark.parametrize("norm", ["rbn", "iebn", "bnet"])
 def test_in_float64_they_are_so_to_1e_8(tmp_path, norm):
-    """MindSpore's optimizers have float32 alone."""
-    order = tuple(name for name in FRAMEWORKS if name != "mindspore")
-    moved, whole = relay(tmp_path, order, 20, *CONSTANT, 0.1, "--norm", norm, "--dtype", "float64")
+    """MindSpore's optimizers have float32 alone, and in Jittor constants are rounded to it: 4e-7 there."""
+    moved, whole = relay(
+        tmp_path, ("torch", "flax", "torch"), 20, *CONSTANT, 0.1, "--norm", norm, "--dtype", "float64"
+    )
     check(moved, whole, 1e-8, 40)
 
 
