@@ -20,7 +20,7 @@ _pyproject = _checkout / "pyproject.toml"
 class _TopFolders:
     """Finds rbn.backends and others of a source checkout, which are top folders there."""
 
-    FOLDERS = ("backends", "benchmarks", "conformance", "formats", "kernels")
+    FOLDERS = ("backends", "benchmarks", "conformance", "formats", "kernels", "training")
 
     @classmethod
     def find_spec(
