@@ -70,13 +70,13 @@ conform: $(STAMP)
 
 # Installed again when the project changes; upgraded each time, so that what a new release breaks shows by itself. The
 # model zoos are left out: each of their releases is for one of the frameworks'. The tests do without XLA's optimizer, as in
-# make test; the suite has it.
+# make test; the suite has it, one case of each row, or with LONG=1 all cases.
 newest: $(NEWEST_STAMP)
 	@echo "newest: upgrading $(NEWEST)"
 	@$(RUN_NEWEST) $(NEWEST)/bin/python -m pip install --upgrade --upgrade-strategy eager pip setuptools \
 		$$($(NEWEST)/bin/python tools/requirements.py cli test $(NEWEST_FRAMEWORKS))
 	@$(NEWEST)/bin/python -m pip list --format freeze | grep -E '^(flax|jax|jaxlib|numpy|optax|orbax-checkpoint|torch)=='
-	$(NEWEST)/bin/rbn conform $(NEWEST_FRAMEWORKS)
+	$(NEWEST)/bin/rbn conform $(NEWEST_FRAMEWORKS) $(if $(LONG),,--quick)
 	@for name in $(NEWEST_FRAMEWORKS); do \
 		echo "pytest -n 2 --framework $$name tests/$$name"; \
 		$(NEWEST)/bin/pytest -n 2 --dist loadfile --framework $$name tests/$$name \

@@ -89,7 +89,7 @@ UPGRADE = "python -m pip install --upgrade --upgrade-strategy eager pip setuptoo
 TESTS_NEWEST = (
     "pytest -n 2 --dist loadfile --framework {0} tests/{0} --ignore tests/{0}/test_zoos.py -m not long"
 )
-NEWEST = ["python -m pip list --format freeze", "rbn conform flax", TESTS_NEWEST.format("flax")]
+NEWEST = ["python -m pip list --format freeze", "rbn conform flax --quick", TESTS_NEWEST.format("flax")]
 
 INSTALL_LIBRARIES = [
     "python3.11 -m venv .venv-integrations",
@@ -196,7 +196,7 @@ def test_mypy_gets_the_tree_of_import_names(make):
     assert result.returncode == 0, result.stderr
     assert calls[-1].startswith("mypy ")
     types = make.tree / "build" / "types"
-    parts = ("backends", "kernels", "conformance", "benchmarks", "training")
+    parts = ("backends", "kernels", "conformance", "benchmarks", "formats", "training")
     for name in ("rbn", "rbn_core", *(f"rbn/{part}" for part in parts)):
         assert (types / name / "__init__.py").is_file()
 
@@ -216,7 +216,7 @@ def test_the_newest_is_installed_once_and_upgraded_each_time(make):
     assert "flax==99\n" in result.stdout
     assert make("newest")[1] == calls[3:]
     assert make("newest", TORCH="1")[1][2:] == [
-        "rbn conform flax torch",
+        "rbn conform flax torch --quick",
         TESTS_NEWEST.format("flax"),
         TESTS_NEWEST.format("torch"),
     ]
