@@ -294,6 +294,11 @@ class Case:
             "running_var": rng.uniform(0.5, 2.0, channels),
             "num_batches_tracked": np.array(7),
         }
+        if (
+            self.config.restrict == "hard_sigmoid"
+        ):  # the ends of R, far from the corners, where it has two slopes
+            values["scale_weight"][[0, -1]] *= 0.25
+            values["scale_bias"][[0, -1]] += [5.0, -6.0]
         if self.config.kernel_size is not None:
             shape = self.config.state_shapes()["conv_weight"]
             values["conv_weight"] = rng.normal(scale=math.prod(shape[2:]) ** -0.5, size=shape)

@@ -250,7 +250,10 @@ def relations(quantity: str, looks: Sequence[Look]) -> Iterator[str]:
         return
     if quantity == COUNTER:
         return
-    if all(largest(look.found - look.right) <= CLEAR * look.tolerance for look in looks):
+    # A relation with a number in it holds of any single value.
+    if sum(look.right.size for look in looks) < 2 or all(
+        largest(look.found - look.right) <= CLEAR * look.tolerance for look in looks
+    ):
         yield from sizes(looks)
         return
     for name, base in bases(quantity):
@@ -657,10 +660,16 @@ def places(quantity: str, looks: Sequence[Look]) -> Iterator[str]:
             hit, telling = [], set()
             for look, mask in masks:
                 value = look.case.state().get(name)
-                wrong = mask.any(axis=(0, *range(2, mask.ndim)))
+                axes = (0, *range(2, mask.ndim))
+                wrong = mask.any(axis=axes)
                 if value is not None and not wrong.all():
                     telling.add(look.case)
-                hit.append(value is not None and bool(np.array_equal(wrong, sign * np.asarray(value) > 0)))
+                if value is None:
+                    hit.append(False)
+                    continue
+                named = sign * np.asarray(value) > 0
+                flat = np.ptp(look.right, axis=axes) == 0.0  # as where R is 0: nothing can be wrong there
+                hit.append(bool(np.array_equal(wrong, named & (wrong | ~flat))))
             if all(hit) and len(telling) > 2:
                 yield f"{{}} {{}} wrong in the channels whose {name} is {word}, and in no other."
                 return

@@ -1,7 +1,8 @@
-"""Mistakes that the diagnosis has never seen: it is scored on them, and was not made from them.
+"""Mistakes that are not among the mutants: the diagnosis is scored on them.
 
-None of them is among the mutants. A class's docstring says the mistake, as somebody who ports the layer
-might make it; `HELD_OUT` says beside each what the facts have to tell him.
+A class's docstring says the mistake, as somebody who ports the layer might make it; `HELD_OUT` says beside
+each what the facts have to tell him. Those from `SequencesUncalibrated` on were written when the diagnosis
+was finished.
 """
 
 from __future__ import annotations
@@ -205,6 +206,114 @@ class SpatialMeanOfTheImage(Layer):
         return k_m, x + per_channel(self.parameters["center_weight"], x) * k_m
 
 
+class SequencesUncalibrated(Layer):
+    """K_m is left out of sequences."""
+
+    def calibrate_centering(self, x: Array) -> tuple[Array | None, Array]:
+        k_m, x_cm = super().calibrate_centering(x)
+        return k_m, x if x.ndim == 3 else x_cm
+
+
+class CenterWeightGradientHalved(Layer):
+    """The gradient of w_m is half of what it should be."""
+
+    def backward(self, dy: Any) -> tuple[Array, dict[str, Array]]:
+        dx, gradients = super().backward(dy)
+        if "center_weight" in gradients:
+            gradients["center_weight"] = gradients["center_weight"] / 2.0
+        return dx, gradients
+
+
+class ConvBiasGradientDoubled(Layer):
+    """The gradient of BNET's bias is doubled."""
+
+    def backward(self, dy: Any) -> tuple[Array, dict[str, Array]]:
+        dx, gradients = super().backward(dy)
+        if "conv_bias" in gradients:
+            gradients["conv_bias"] = 2.0 * gradients["conv_bias"]
+        return dx, gradients
+
+
+class RunningMeanForCentering(Layer):
+    """In evaluation K_m is the running mean."""
+
+    def forward(self, x: Any, training: bool) -> Array:
+        self.running = not training and self.config.track_running_stats
+        return super().forward(x, training)
+
+    def calibrate_centering(self, x: Array) -> tuple[Array | None, Array]:
+        k_m, x_cm = super().calibrate_centering(x)
+        if k_m is None or not self.running or self.config.centering != "channel_mean":
+            return k_m, x_cm
+        k_m = np.broadcast_to(per_channel(self.statistics["running_mean"], x), k_m.shape)
+        return k_m, x + per_channel(self.parameters["center_weight"], x) * k_m
+
+
+class LastChannelLeft(Layer):
+    """The last channel is not normalized."""
+
+    def standardize(self, x_cm: Array, mean: Array, var: Array) -> tuple[Array, Array]:
+        x_s, inverse_std = super().standardize(x_cm, mean, var)
+        return np.concatenate([x_s[:, :-1], x_cm[:, -1:]], axis=1), inverse_std
+
+
+class VarianceMomentumFlipped(Layer):
+    """The running variance takes the momentum the other way round, the running mean does not."""
+
+    def accumulate(self, mean: Array, var: Array, values: int) -> None:
+        old, m = self.statistics["running_var"], self.config.momentum
+        super().accumulate(mean, var, values)
+        if m is not None and 0.0 < m < 1.0:
+            batch = (self.statistics["running_var"] - m * old) / (1.0 - m)
+            self.statistics["running_var"] = (1.0 - m) * old + m * batch
+
+
+class ScalingStatisticClipped(Layer):
+    """K_s is kept within -1 and 1."""
+
+    def scaling_statistic(self, x: Array, x_s: Array) -> Array | None:
+        k_s = super().scaling_statistic(x, x_s)
+        return None if k_s is None else np.clip(k_s, -1.0, 1.0)
+
+
+class GammaSquared(Layer):
+    """gamma is squared."""
+
+    def transform(self, x_cs: Array) -> Array:
+        own = self.parameters
+        if self.config.gamma:
+            self.parameters = own | {"gamma": own["gamma"] ** 2}
+        y = super().transform(x_cs)
+        self.parameters = own
+        return y
+
+
+class StatisticInSingle(Layer):
+    """K_s is rounded to float32."""
+
+    def scaling_statistic(self, x: Array, x_s: Array) -> Array | None:
+        k_s = super().scaling_statistic(x, x_s)
+        return None if k_s is None else k_s.astype(np.float32).astype(float)
+
+
+class OneImageByRunningStatistics(Layer):
+    """A training batch of one image is normalized with the running statistics."""
+
+    def statistics_of(self, x_cm: Array, training: bool) -> tuple[Array, Array]:
+        mean, var = super().statistics_of(x_cm, training)
+        if training and len(x_cm) == 1 and self.config.track_running_stats:
+            return self.statistics["running_mean"], self.statistics["running_var"]
+        return mean, var
+
+
+class RunningVarianceHeldUp(Layer):
+    """The running variance is kept above 0.5."""
+
+    def accumulate(self, mean: Array, var: Array, values: int) -> None:
+        super().accumulate(mean, var, values)
+        self.statistics["running_var"] = np.maximum(self.statistics["running_var"], 0.5)
+
+
 HELD_OUT: dict[type[Layer], tuple[str, ...]] = {
     MomentumHardcoded: ("running_mean", "0.99 times"),
     BetaSubtracted: ("y is what is due less 2 times beta",),
@@ -228,5 +337,16 @@ HELD_OUT: dict[type[Layer], tuple[str, ...]] = {
     FirstStatisticKept: ("right in the first step", "with scaling"),
     BetaGradientOfOneImage: ("d beta", "more than one image"),
     SpatialMeanOfTheImage: ("centering spatial_mean",),
+    SequencesUncalibrated: ("spatial axes 1",),
+    CenterWeightGradientHalved: ("d center_weight is 0.5",),
+    ConvBiasGradientDoubled: ("d conv_bias is 2 times",),
+    RunningMeanForCentering: ("in evaluation",),
+    LastChannelLeft: ("last channel",),
+    VarianceMomentumFlipped: ("running_var",),
+    ScalingStatisticClipped: ("scaling",),
+    GammaSquared: ("y less its beta", "one factor per channel"),
+    StatisticInSingle: ("float64",),
+    OneImageByRunningStatistics: ("one image",),
+    RunningVarianceHeldUp: ("running_var",),
 }
 """Every mistake, with what the facts have to say of it, as patterns."""

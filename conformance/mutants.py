@@ -48,7 +48,10 @@ ABOUT_LAYERS: tuple[tuple[str, Callable[[Case], bool]], ...] = (
         lambda case: case.layer == "bnet",
     ),
     ("AttentionOfXs AttentionWithoutGradient", lambda case: case.layer == "iebn"),
-    ("OtherHardSigmoid RestrictIgnored", lambda case: case.config.restrict == "hard_sigmoid"),
+    (
+        "OtherHardSigmoid HardSigmoidWithoutEnds HardSigmoidSlopeBeyondItsEnds RestrictIgnored",
+        lambda case: case.config.restrict == "hard_sigmoid",
+    ),
     ("HardcodedEps", lambda case: case.config.eps != 1e-5),
     ("CumulativeAverageOffByOne", lambda case: case.config.momentum is None),
     ("OneValueAccepted", lambda case: case.refused),

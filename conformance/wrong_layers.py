@@ -451,6 +451,32 @@ class OtherHardSigmoid(Layer):
         return restriction, x_s * restriction
 
 
+class HardSigmoidWithoutEnds(Layer):
+    """The hard sigmoid is not held within 0 and 1."""
+
+    def calibrate_scaling(self, x_s: Array, k_s: Array | None) -> tuple[Array | None, Array]:
+        if k_s is None or self.config.restrict != "hard_sigmoid":
+            return super().calibrate_scaling(x_s, k_s)
+        w_v = per_channel(self.parameters["scale_weight"], x_s)
+        z = w_v * k_s + per_channel(self.parameters["scale_bias"], x_s)
+        restriction = z / 6.0 + 0.5
+        return restriction, x_s * restriction
+
+
+class HardSigmoidSlopeBeyondItsEnds(Layer):
+    """The slope of the hard sigmoid is 1 / 6 beyond its ends, too."""
+
+    def calibrate_scaling_backward(
+        self, dx_cs: Array, s: Steps, gradients: dict[str, Array]
+    ) -> tuple[Array, Array | float]:
+        if self.config.restrict != "hard_sigmoid" or s.restriction is None:
+            return super().calibrate_scaling_backward(dx_cs, s, gradients)
+        # At any value within the ends the slope is 1 / 6, and R itself is only multiplied with dX_cs.
+        inside = replace(s, restriction=np.clip(s.restriction, 0.25, 0.75))
+        dx_s, dx_attention = super().calibrate_scaling_backward(dx_cs, inside, gradients)
+        return dx_s + dx_cs * (s.restriction - inside.restriction), dx_attention
+
+
 class ScaleWeightAndBiasSwapped(Layer):
     """w_v and w_b are taken for each other."""
 
@@ -843,6 +869,8 @@ WRONG_LAYERS: dict[str, tuple[type[Layer], ...]] = {
         CenteringAfterwards,
         NoRestriction,
         OtherHardSigmoid,
+        HardSigmoidWithoutEnds,
+        HardSigmoidSlopeBeyondItsEnds,
         NoScaleBias,
         ScaleWeightAndBiasSwapped,
         BetaInsideTheRestriction,

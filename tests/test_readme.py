@@ -1,4 +1,4 @@
-"""Every Python block of the README and the documentation runs, in the framework it is about.
+"""Every `python` block of the README and the documentation runs, in the framework it is about.
 
 But for docs/porting.md, whose blocks build on one another (tests/porting/test_page.py), and for
 docs/libraries.md, whose libraries are not installed here (tests/integrations/).

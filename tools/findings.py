@@ -74,6 +74,8 @@ STRANGERS = (
     ),
     Stranger("mindspore_batch_norm:subject", ("mindspore",)),
     Stranger("mint_batch_norm:subject", ("mindspore",)),
+    # Its kernels for CUDA and oneDNN are left out, as in the project's own backend.
+    Stranger("jittor_batch_norm:subject", ("jittor",), environment={"nvcc_path": "", "use_mkl": "0"}),
     Stranger("onnx_reference:subject", ("onnx",)),
     Stranger("onnx_reference:opset9", ("onnx",)),
     Stranger("onnxruntime_batch_norm:subject", ("onnxruntime", "onnx")),

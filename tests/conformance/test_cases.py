@@ -42,6 +42,7 @@ from rbn_core.config import (
     STATISTICS,
     Statistic,
 )
+from rbn_core.reference import Layer
 
 
 def test_case_ids_are_unique():
@@ -302,3 +303,20 @@ def test_a_pattern_that_matches_nothing_is_refused(where, pattern):
 def test_every_seed_has_numbers_of_its_own():
     one, other = (dict(case.state()) for case in with_seeds([parse("bn/train/offset0/8x3/float32")], 2))
     assert not np.array_equal(one["gamma"], other["gamma"])
+
+
+HARD = [case for case in all_cases() if case.config.restrict == "hard_sigmoid" and case.config.scaling]
+
+
+@pytest.mark.parametrize("case", HARD, ids=lambda case: case.id)
+def test_the_hard_sigmoid_reaches_both_ends_and_the_slope_and_stays_off_its_corners(case):
+    layer = Layer(case.config)
+    layer.load(case.state())
+    for x, _ in case.inputs():
+        layer.forward(x, case.training)
+        z = layer.parameters["scale_weight"].reshape(1, -1, *[1] * (x.ndim - 2)) * layer.steps.k_s
+        z = z + layer.parameters["scale_bias"].reshape(1, -1, *[1] * (x.ndim - 2))
+        assert z.max() > 3.0
+        assert z.min() < -3.0
+        assert np.any(np.abs(z) < 3.0)
+        assert np.min(np.abs(np.abs(z) - 3.0)) > 0.01
