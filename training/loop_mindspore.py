@@ -32,8 +32,10 @@ class Loop:
 
     def __init__(self, network: Network, preset: Preset, device: str) -> None:
         known = [each.partition(" ")[0] for each in devices()]
-        check_device(device or known[-1], known)
-        ms.set_device(device or known[-1])
+        device = device or known[-1]
+        check_device(device, known)
+        if ms.get_context("device_target") != device:  # MindSpore refuses any call once it has computed
+            ms.set_device(device)
         if preset.dtype != "float32":
             raise RBNValueError(
                 f"train: expected float32 in MindSpore, whose optimizers have no other, got {preset.dtype}. "
