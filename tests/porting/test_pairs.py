@@ -36,6 +36,7 @@ NETWORKS = [
     ("resnext50_32x4d", "iebn"),
     ("res2net50_26w_4s", "rbn"),
     ("mobilenet_v2", "bn"),
+    ("cifar_resnet20", "rbn"),
     ("cifar_resnet50", STAGES),
     ("cifar_resnext29_8x64d", "rbn"),
     ("cifar_resnet164", "iebn"),
