@@ -439,30 +439,6 @@ class CenteringStatisticOfTheBatch(Layer):
         return k_m, x + per_channel(self.parameters["center_weight"], x) * k_m
 
 
-class OtherHardSigmoid(Layer):
-    """The hard sigmoid is z / 5 + 1 / 2 within 0 and 1, with the slope of another library."""
-
-    def calibrate_scaling(self, x_s: Array, k_s: Array | None) -> tuple[Array | None, Array]:
-        if k_s is None or self.config.restrict != "hard_sigmoid":
-            return super().calibrate_scaling(x_s, k_s)
-        w_v = per_channel(self.parameters["scale_weight"], x_s)
-        z = w_v * k_s + per_channel(self.parameters["scale_bias"], x_s)
-        restriction = np.clip(0.2 * z + 0.5, 0.0, 1.0)
-        return restriction, x_s * restriction
-
-
-class HardSigmoidWithoutEnds(Layer):
-    """The hard sigmoid is not held within 0 and 1."""
-
-    def calibrate_scaling(self, x_s: Array, k_s: Array | None) -> tuple[Array | None, Array]:
-        if k_s is None or self.config.restrict != "hard_sigmoid":
-            return super().calibrate_scaling(x_s, k_s)
-        w_v = per_channel(self.parameters["scale_weight"], x_s)
-        z = w_v * k_s + per_channel(self.parameters["scale_bias"], x_s)
-        restriction = z / 6.0 + 0.5
-        return restriction, x_s * restriction
-
-
 class HardSigmoidSlopeBeyondItsEnds(Layer):
     """The slope of the hard sigmoid is 1 / 6 beyond its ends, too."""
 
@@ -657,14 +633,16 @@ class OneScaleWeight(FirstValueForAll):
 
 
 class OtherRestriction(Layer):
-    """A mistake about R, where it is the sigmoid: `restrict` gives another one of z."""
+    """A mistake about R, where that is `instead_of`: `restrict` gives another one of z."""
+
+    instead_of = "sigmoid"
 
     def restrict(self, z: Array) -> Array:
         """What is taken for R."""
         raise NotImplementedError
 
     def calibrate_scaling(self, x_s: Array, k_s: Array | None) -> tuple[Array | None, Array]:
-        if k_s is None or self.config.restrict != "sigmoid":
+        if k_s is None or self.config.restrict != self.instead_of:
             return super().calibrate_scaling(x_s, k_s)
         w_v = per_channel(self.parameters["scale_weight"], x_s)
         restriction = self.restrict(w_v * k_s + per_channel(self.parameters["scale_bias"], x_s))
@@ -691,6 +669,24 @@ class SoftmaxOverChannels(OtherRestriction):
     def restrict(self, z: Array) -> Array:
         powers = np.exp(z - z.max(axis=1, keepdims=True))
         return powers / powers.sum(axis=1, keepdims=True)
+
+
+class OtherHardSigmoid(OtherRestriction):
+    """The hard sigmoid is z / 5 + 1 / 2 within 0 and 1, with the slope of another library."""
+
+    instead_of = "hard_sigmoid"
+
+    def restrict(self, z: Array) -> Array:
+        return np.clip(0.2 * z + 0.5, 0.0, 1.0)
+
+
+class HardSigmoidWithoutEnds(OtherRestriction):
+    """The hard sigmoid is not held within 0 and 1."""
+
+    instead_of = "hard_sigmoid"
+
+    def restrict(self, z: Array) -> Array:
+        return z / 6.0 + 0.5
 
 
 class RestrictIgnored(Layer):

@@ -11,8 +11,7 @@ import shlex
 import signal
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -121,26 +120,6 @@ NEW = "new"
 """What makes `rbn conform` write a subject instead of checking one."""
 
 
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """The signals that asked for an end in the meantime; only the second one is obeyed at once."""
-    got: list[int] = []
-
-    def note(number: int, _: object) -> None:
-        got.append(number)
-        for each, before in handlers.items():
-            signal.signal(each, before)
-
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        for number in handlers:
-            signal.signal(number, note)
-        yield got
-    finally:
-        for number, before in handlers.items():
-            signal.signal(number, before)
-
-
 @command
 def conform(
     names: Annotated[
@@ -220,6 +199,7 @@ def conform(
     from rbn.conformance.runner import ignore, run
     from rbn.conformance.suite import all_cases, quick_cases, select, with_seeds
     from rbn.progress import Progress
+    from rbn.stopping import stopping
     from rbn_core import RBNError
 
     if names and names[0] == NEW:
@@ -274,7 +254,7 @@ def conform(
             return "interrupted"
         return "stopped at the first failure" if fail_fast and any(each.failed for each in runs) else ""
 
-    with _signals() as signals:
+    with stopping() as signals:
         try:
             with Progress(
                 console, progress_row, left=lambda runs: seconds_left(runs, processors)

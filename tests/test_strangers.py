@@ -214,7 +214,7 @@ def test_jittor_is_right_in_float64_where_its_constants_are_powers_of_two(exampl
 
 @pytest.mark.parametrize("name", ["onnx_reference", "onnxruntime_batch_norm"])
 def test_onnx_is_right_in_float64_where_its_attributes_are_powers_of_two(example, monkeypatch, name):
-    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxruntime", reason="the package onnxruntime is not installed")
     subject = example(name).subject
     monkeypatch.setattr(subject, "expected_failures", {})
     for mode in ("train", "eval"):

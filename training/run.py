@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
-import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from rbn.stopping import stopping
 from rbn.training import run_file
 from rbn.training.data import Batch, evaluation_batches, steps_per_epoch, training_batches
 from rbn.training.log import Log
@@ -198,7 +198,7 @@ def train(plan: Plan, options: Options, show: Show, tell: Tell) -> bool:
     shown = Shown(progress.step, plan.total, plan.steps_per_epoch, progress.step)
     damaged: set[int] = set()
     batches = training_batches(plan.training_data, preset, progress.step, workers=options.workers)
-    with Log(out, progress.step) as log, _stopping() as stopped, closing(batches):
+    with Log(out, progress.step) as log, stopping() as signals, closing(batches):
         began = time.monotonic()
         for batch in itertools.islice(batches, plan.total - progress.step):
             _tell_damaged(batch, plan.training_data, damaged, tell)
@@ -242,13 +242,13 @@ def train(plan: Plan, options: Options, show: Show, tell: Tell) -> bool:
                 if best:
                     save(BEST)
                 tell(_told(plan, values))
-            elif stopped():
+            elif signals:
                 save(LAST)
             elif options.save_every and progress.step % options.save_every == 0:
                 save(LAST)
                 if options.keep:
                     save(f"step-{progress.step}.safetensors")
-            if stopped() and progress.step < plan.total:
+            if signals and progress.step < plan.total:
                 return False
     if damaged:
         tell(f"{len(damaged)} images could not be decoded, and others took their places")
@@ -333,23 +333,3 @@ def _make_folder(out: Path) -> None:
             f"train: expected a folder for the run, got {out} ({error.strerror or error}). Give another one "
             "with --out."
         ) from error
-
-
-@contextmanager
-def _stopping() -> Iterator[Callable[[], bool]]:
-    """Have Ctrl-C, and a request to end, wait for the step that runs; tells whether there was one."""
-    asked: list[int] = []
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def ask(number: int, _: object) -> None:
-        if asked:  # the second time at once
-            raise KeyboardInterrupt
-        asked.append(number)
-
-    for number in before:
-        signal.signal(number, ask)
-    try:
-        yield lambda: bool(asked)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -63,7 +63,7 @@ class Lazy(LazyModuleMixin, CalibratedNorm):
         self.num_features = loaded[0] if loaded else input.shape[1] if input.dim() > 1 else 0
         try:
             self._check(input, training=False, values=None)
-        except Exception:
+        except BaseException:  # Ctrl-C, too, leaves a layer without channels
             self.num_features = 0
             raise
         if self.has_uninitialized_params():
