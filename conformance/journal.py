@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from rbn.conformance.cases import Case, parse
-from rbn.conformance.checks import Result
+from rbn.conformance.checks import Result, Results
 from rbn.conformance.comparison import Deviation
+from rbn.conformance.diagnosis import Cause, Diagnosis
 from rbn.conformance.readable import first_line
 from rbn.conformance.runner import Run
 from rbn_core.errors import RBNValueError
@@ -49,7 +50,8 @@ class Journal:
             takes = [self.places[case] for case in run.takes]
             self.write(run=run.name, versions=run.versions, file=run.file, takes=takes)
         if result is None:
-            self.write(run=run.name, seconds=run.seconds, failure=run.failure)
+            diagnoses = {name: dataclasses.asdict(each) for name, each in run.diagnoses.items()}
+            self.write(run=run.name, seconds=run.seconds, failure=run.failure, diagnoses=diagnoses)
         else:
             self.write(run=run.name, subject=name, result=dataclasses.asdict(result))
 
@@ -106,3 +108,7 @@ def take(line: dict[str, Any], runs: Mapping[str, Run]) -> None:
     else:
         run.stage = "done"
         run.seconds, run.failure = line["seconds"], line["failure"]
+        for name, content in line["diagnoses"].items():
+            causes = tuple(Cause(cause["mistake"], tuple(cause["cases"])) for cause in content["causes"])
+            run.diagnoses[name] = Diagnosis(causes, tuple(content["facts"]), content["summary"])
+            run.results[name] = Results(run.results[name], run.diagnoses[name])

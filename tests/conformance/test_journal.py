@@ -7,6 +7,7 @@ import pytest
 
 from rbn.conformance.checks import FAILED, PASSED, Result
 from rbn.conformance.comparison import Deviation
+from rbn.conformance.diagnosis import Cause, Diagnosis
 from rbn.conformance.journal import Journal, read_journal
 from rbn.conformance.runner import Run
 from rbn.conformance.suite import all_cases, select
@@ -49,6 +50,17 @@ def test_the_runs_are_read_as_they_were(journal):
     assert second.early_end == f"interrupted: {len(CASES) - 2} of {len(CASES)} cases have no result"
     assert third.missing == [case.id for case in CASES]
     assert third.verdict == "interrupted"
+
+
+def test_what_is_wrong_with_a_subject_is_read_as_it_was_said(journal):
+    cause = Cause("behaves like: it.", (CASES[0].id,))
+    run = Run("m:A", ("m:A",), CASES, results={"a": [result(0, FAILED)]})
+    run.diagnoses = {"a": Diagnosis((cause,), ("y is wrong.",), "This predicts it.")}
+    journal.record(run, "a", result(0, FAILED))
+    journal.record(run, "", None)
+    _, (_, read, _) = read_journal(journal.path)
+    assert read.diagnoses == run.diagnoses
+    assert read.results["a"] == [result(0, FAILED)]
 
 
 def test_half_a_last_line_is_left_out(journal):
