@@ -30,7 +30,7 @@ from rbn.backends.torch import IEBN, RBN
 from rbn.benchmarks import cases
 from rbn.benchmarks.cases import EVALUATION, TRAINING, Shape
 from rbn.benchmarks.timing import Comparison, Step, compare, median_time
-from rbn_core.config import Statistic
+from rbn_core.options import Statistic
 
 DEVICE = "cuda"
 SHAPES: tuple[Shape, ...] = (*cases.SHAPES, (256, 64, 56, 56))

@@ -23,8 +23,9 @@ import typer
 from rich.progress import track
 
 from rbn.conformance.tolerances import tolerances
-from rbn_core.config import STATISTICS, Config
+from rbn_core.config import Config
 from rbn_core.matching import State
+from rbn_core.options import INSTANCE_STATISTICS
 from rbn_core.reference import Array, Layer
 
 FOLDER = Path(__file__).with_name("golden")
@@ -185,7 +186,7 @@ def settings() -> Iterator[tuple[str, Config, str, tuple[int, ...], float]]:
     """The id, options, mode, shape and offset of every case, in the order of the files."""
     calibrations = [
         {"centering": centering, "scaling": scaling}
-        for centering, scaling in itertools.product(STATISTICS, STATISTICS)
+        for centering, scaling in itertools.product(INSTANCE_STATISTICS, INSTANCE_STATISTICS)
     ]
     hard = [{"restrict": "hard_sigmoid", "scaling": scaling} for scaling in ("channel_mean", "spatial_mean")]
     kernels: list[tuple[tuple[int, ...], dict[str, Any]]] = [

@@ -25,8 +25,8 @@ from rbn.conformance.cases import (
 )
 from rbn.conformance.comparison import SMALL
 from rbn.conformance.data import EXTREMES, OFFSETS, REAL, REAL_SHAPES
-from rbn_core.config import RESTRICTIONS, RUNNING_VARIANCES, STATISTICS
 from rbn_core.errors import RBNValueError
+from rbn_core.options import INSTANCE_STATISTICS, RESTRICTIONS, RUNNING_VARIANCES
 
 MODES = (True, False)
 """Training and evaluation."""
@@ -54,7 +54,7 @@ OPTION_SHAPE = (3, 4, 2, 3)
 
 CALIBRATIONS: tuple[dict[str, Any], ...] = tuple(
     {"centering": centering, "scaling": scaling}
-    for centering, scaling in itertools.product(STATISTICS, STATISTICS)
+    for centering, scaling in itertools.product(INSTANCE_STATISTICS, INSTANCE_STATISTICS)
     if (centering, scaling) != ("channel_mean", "channel_mean")
 )
 """Every choice of the two statistics but the default one, which the other rows have."""
@@ -259,7 +259,7 @@ def _rbn() -> Iterator[Case]:
         yield _case(layer, training, "offset0", shape, dtype, layout="channels_last")
     for training, layout in itertools.product(MODES, ("strided", "expanded")):
         yield _case(layer, training, "offset10", (3, 2, 4, 5), "float32", layout=layout)
-    calibrations = [[{name: value} for value in STATISTICS] for name in ("centering", "scaling")]
+    calibrations = [[{name: value} for value in INSTANCE_STATISTICS] for name in ("centering", "scaling")]
     yield from _mixed(layer, MIXED_SHAPES, *calibrations, MIXED_OPTIONS)
 
 

@@ -38,7 +38,7 @@ from collections.abc import Iterator, Mapping
 import ml_dtypes
 import numpy as np
 
-from rbn_core.config import Statistic
+from rbn_core.options import Statistic
 from rbn_core.reference import (
     RESTRICT_SLOPE,
     Array,

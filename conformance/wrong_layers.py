@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from rbn_core.config import Config, Statistic
+from rbn_core.config import Config
+from rbn_core.options import Statistic
 from rbn_core.reference import (
     Array,
     Layer,

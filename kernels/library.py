@@ -15,8 +15,8 @@ from itertools import chain
 from pathlib import Path
 from typing import TypeAlias
 
-from rbn_core.config import Statistic
 from rbn_core.errors import RBNValueError
+from rbn_core.options import Statistic
 
 INTERFACE = 2
 """`RBN_INTERFACE` of rbn_kernels.h: a library from before a change of it must not be called."""

@@ -38,7 +38,7 @@ from rbn_core.counting import PIECE, Meter
 from rbn_core.errors import RBNTypeError, RBNValueError
 from rbn_core.files import replacing
 from rbn_core.matching import COUNTER, Row, State, Status, Table, match, summed_up
-from rbn_core.names import KINDS, PARAMETERS, STATISTICS, Kind, from_own, own_name, to_layout, to_own
+from rbn_core.names import KINDS, PARAMETERS, RUNNING_STATISTICS, Kind, from_own, own_name, to_layout, to_own
 from rbn_core.networks import Linear, Network, Norm
 from rbn_core.training import Training, few
 from rbn_core.weights import Layers
@@ -81,7 +81,7 @@ IMPOSTORS = {
 LAYOUTS = {"torch": ("own", "published"), "flax": ("linen", "nnx"), "jittor": ("own", "published")}
 """The forms of a framework's files: the papers' published code has its own, and so have linen and NNX."""
 
-WEIGHTS = {"weight", "bias", *PARAMETERS, *STATISTICS}
+WEIGHTS = {"weight", "bias", *PARAMETERS, *RUNNING_STATISTICS}
 """What layers call the arrays that they compute with."""
 
 COUNTERS = {"torch": "int64", "flax": "int32", "mindspore": "int32", "jittor": "int32"}
@@ -720,7 +720,7 @@ def told_kinds(state: State) -> dict[str, Kind]:
     kinds: dict[str, Kind] = {}
     for full_name, array in state.items():
         path, _, name = full_name.rpartition(".")
-        if name in (*PARAMETERS, *STATISTICS):
+        if name in (*PARAMETERS, *RUNNING_STATISTICS):
             kinds[path] = "norm"
         elif name == "weight" and array.ndim >= 2:
             kinds.setdefault(path, "linear" if array.ndim == 2 else "convolution")

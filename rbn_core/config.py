@@ -9,40 +9,37 @@ import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
 from rbn_core.errors import RBNError, RBNTypeError, RBNValueError
+from rbn_core.options import (
+    FRAMEWORKS,
+    LAYERS,
+    NEW_VALUE,
+    OPTIONS,
+    SPATIAL_STATISTICS,
+    Statistic,
+    meant,
+)
 
-Statistic = Literal["channel_mean", "channel_std", "spatial_mean", "spatial_std", "input_mean"]
-"""An instance statistic: mu_c, sigma_c, mu_s, sigma_s of RBN's Table 3, and IEBN's mu_c of X itself."""
-
-CHANNEL_STATISTICS: tuple[Statistic, ...] = ("channel_mean", "channel_std")
-SPATIAL_STATISTICS: tuple[Statistic, ...] = ("spatial_mean", "spatial_std")
-STATISTICS = (*CHANNEL_STATISTICS, *SPATIAL_STATISTICS, None)
-FIXED: dict[str, tuple[tuple[Statistic | None, ...], ...]] = {
-    "IEBN": ((None,), ("input_mean",)),
-    "BNET": ((None,), (None,)),
-}
-"""What centering and scaling are in the layers that have no choice of them."""
-RESTRICTIONS = ("sigmoid", "hard_sigmoid")
-RUNNING_VARIANCES = ("unbiased", "biased")
-KNOWN = {
-    layer: frozenset(
-        itertools.product(*FIXED.get(layer, (STATISTICS, STATISTICS)), RESTRICTIONS, RUNNING_VARIANCES)
-    )
-    for layer in ("RBN", "IEBN", "BNET")
-}
-"""The choices of centering, scaling, restrict and running_var that each layer has."""
 FLOATING = ("float16", "bfloat16", "float32", "float64")
-SPATIAL_RANKS = (1, 2, 3)
 
 CALIBRATION_STARTS = {"center_weight": 0.0, "scale_weight": 0.0, "scale_bias": 1.0}
 """Where w_m, w_v and w_b start, so that the calibrations play no role at first (Section 4.1 of the paper)."""
 
 IEBN_STARTS = {"scale_weight": 0.0, "scale_bias": -1.0}
 """Where IEBN's weight and bias start."""
+
+CHOSEN = ("centering", "scaling", "restrict", "running_var")
+"""The options that say what a layer computes."""
+
+KNOWN = {
+    layer: frozenset(itertools.product(*(OPTIONS[name].choices[layer] for name in CHOSEN)))
+    for layer in LAYERS
+}
+"""What these can be together in each layer."""
 
 LayerType = TypeVar("LayerType", bound=type[Any])
 
@@ -93,7 +90,9 @@ class Config:
         check_options(self.centering, self.scaling, self.restrict, self.running_var, self.layer)
         if self.layer == "BNET":
             _check_kernel_size(self.kernel_size)
-            check_choice("spatial_dims", self.spatial_dims, SPATIAL_RANKS, self.layer)
+            check_choice(
+                "spatial_dims", self.spatial_dims, OPTIONS["spatial_dims"].choices["BNET"], self.layer
+            )
 
     @classmethod
     def iebn(cls, num_features: int, **options: Any) -> Config:
@@ -146,18 +145,87 @@ class Config:
 
     @property
     def uses_spatial_statistics(self) -> bool:
-        """Whether a statistic over the channels is used; those have no two-pass form."""
+        """Whether a spatial statistic is used; those have no two-pass form."""
         return self.centering in SPATIAL_STATISTICS or self.scaling in SPATIAL_STATISTICS
 
 
+def config_of(framework: str, layer: Any, **known: Any) -> Config:
+    """The options that a framework's layer has now, checked: its attributes can be assigned.
+
+    Args:
+        framework: Whose layer it is, of `rbn_core.options.FRAMEWORKS`.
+        layer: The layer; its attribute `layer` says which of the three it is.
+        known: Options of `Config` that no attribute of the layer's says.
+
+    Raises:
+        RBNError: An option is none.
+    """
+    values: dict[str, Any] = {"layer": layer.layer}
+    for name, attribute, usual in _attributes(framework, layer.layer):
+        if name in known:
+            values[name] = known[name]
+        else:
+            values[name] = usual if attribute is None else getattr(layer, attribute, usual)
+    if framework in NEW_VALUE:
+        values["momentum"] = old_value_weight(values["momentum"], layer.layer)
+    try:
+        return _known_config(**values)
+    except TypeError:  # also of what has no hash, and is refused for what it is
+        return Config(**values)
+
+
+@functools.cache
+def _attributes(framework: str, layer: str) -> tuple[tuple[str, str | None, object], ...]:
+    """Every option with the attribute that holds it, if one does, and its value if none does."""
+    return tuple(
+        (
+            option.name,
+            option.attribute(framework) if layer in option.layers or layer in option.choices else None,
+            option.usual(layer),
+        )
+        for option in OPTIONS.values()
+    )
+
+
+def arguments(framework: str, config: Config) -> dict[str, Any]:
+    """A layer's options as the constructor of a framework's layer takes them, without the number of channels.
+
+    Args:
+        framework: Whose layer, of `rbn_core.options.FRAMEWORKS`.
+        config: The options.
+
+    Raises:
+        RBNValueError: The layers of the framework cannot be so.
+    """
+    given = {}
+    for option in OPTIONS.values():
+        value, argument = getattr(config, option.name), option.argument(framework)
+        if config.layer not in option.layers or option.name == "num_features":
+            continue
+        needed = option.needs.get(framework)
+        possible = needed is None or bool(getattr(config, needed))
+        due: object = False if not possible else option.default if argument is None else value
+        if value != due:
+            beside = "" if needed is None else f" beside {needed}={getattr(config, needed)!r}"
+            raise RBNValueError(
+                f"{config.layer}: expected {option.name}={due!r}{beside}, as the layers of "
+                f"{FRAMEWORKS[framework]} have it, got {value!r}. Give it that value."
+            )
+        if option.name == "momentum" and framework in NEW_VALUE:
+            value = old_value_weight(value, config.layer)
+        if argument is not None:
+            given[argument] = value
+    return given
+
+
 def old_value_weight(momentum: float | None, layer: str = "RBN") -> float | None:
-    """The paper's m of a momentum that weighs the new value, as PyTorch's and Jittor's do.
+    """The paper's m of a momentum that weighs the new value, as PyTorch's and Jittor's do, or the other way.
 
     Raises:
         RBNError: The momentum, as the user gave it, is not a number in [0, 1] or `None`.
     """
     check_momentum(momentum, layer)
-    return None if momentum is None else 1.0 - momentum
+    return None if momentum is None else round(1.0 - momentum, 15)  # 0.3, and not 1 - (1 - 0.3)
 
 
 def check_momentum(momentum: float | None, layer: str = "RBN") -> None:
@@ -174,6 +242,10 @@ def check_momentum(momentum: float | None, layer: str = "RBN") -> None:
             f"{layer}: expected momentum in [0, 1], got {momentum!r}. "
             "Pass a weight between 0 and 1, or None for the average of all batches."
         )
+
+
+_known_config = functools.lru_cache(maxsize=1024, typed=True)(Config)
+"""The same, of what was checked before: some layers ask at every call."""
 
 
 def check_input(
@@ -283,10 +355,8 @@ def check_options(
     centering: object, scaling: object, restrict: object, running_var: object, layer: str = "RBN"
 ) -> None:
     """Refuse choices that a layer does not have, when it is made and when it is called: attributes change."""
-    choices = *FIXED.get(layer, (STATISTICS, STATISTICS)), RESTRICTIONS, RUNNING_VARIANCES
-    names = ("centering", "scaling", "restrict", "running_var")
-    for name, value, known in zip(names, (centering, scaling, restrict, running_var), choices, strict=True):
-        check_choice(name, value, known, layer)
+    for name, value in zip(CHOSEN, (centering, scaling, restrict, running_var), strict=True):
+        check_choice(name, value, OPTIONS[name].choices[layer], layer)
 
 
 def check_counter(counter: object, momentum: float | None, layer: str = "RBN") -> None:
@@ -307,7 +377,8 @@ def refuse_unknown_options(layer: LayerType) -> LayerType:
     def checked(self: Any, *args: Any, **options: Any) -> None:
         for option in options:
             if option not in known:
-                near = difflib.get_close_matches(option, known, n=1)
+                same = meant(option, known)
+                near = [same] if same else difflib.get_close_matches(option, known, n=1)
                 way_out = f"Did you mean {near[0]!r}?" if near else "See the layer's documentation."
                 raise RBNTypeError(
                     f"{layer.__name__}: expected an option of this layer, got {option!r}. {way_out}"

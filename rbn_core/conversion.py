@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -13,6 +13,10 @@ from rbn_core.config import Config, check_choice
 from rbn_core.errors import RBNTypeError, RBNValueError
 from rbn_core.matching import Row, State, Table
 from rbn_core.networks import Norm
+from rbn_core.options import OPTIONS
+
+LayerType = TypeVar("LayerType")
+PlanType = TypeVar("PlanType")
 
 LAYERS = ("bn", "rbn", "iebn", "bnet")
 """What a layer can be converted to."""
@@ -63,6 +67,89 @@ def check_hits(where: str | None, paths: Collection[str], hits: Collection[Any])
         )
 
 
+def check_options(
+    to: str,
+    options: Mapping[str, Any],
+    kept: Collection[str],
+    build: Callable[..., object],
+    of_batch_norm: Collection[str] = (),
+) -> None:
+    """Refuse options that no layer could be built with, whether there is one or not.
+
+    Args:
+        to: What the layers become.
+        options: What the caller wants of them.
+        kept: The arguments that come from the layer before.
+        build: Makes such a layer with the options, to see whether it takes them; not called for "bn".
+        of_batch_norm: The options that "bn" has.
+
+    Raises:
+        RBNError: One is refused.
+    """
+    if taken := [name for name in options if name in kept]:
+        raise RBNTypeError(
+            f"convert: expected options that the layer before has not, got {', '.join(taken)}. "
+            "These stay as they are: set them on the layers afterwards."
+        )
+    if to != "bn":
+        build(**options)
+        return
+    if unknown := set(options) - set(of_batch_norm):
+        raise RBNTypeError(
+            f"convert: expected no option{' but ' if of_batch_norm else ''}{', '.join(of_batch_norm)} for "
+            f"'bn', got {', '.join(sorted(unknown))}. Leave it out."
+        )
+    choices = OPTIONS["spatial_dims"].choices["BNET"]
+    check_choice("spatial_dims", options.get("spatial_dims", 2), choices, "convert")
+
+
+def plans(
+    found: Sequence[tuple[str, LayerType]],
+    chosen: re.Pattern[str],
+    where: str | None,
+    plan: Callable[[str, LayerType], PlanType | str],
+) -> dict[int, PlanType | str]:
+    """What is to become of every layer that is chosen, by its identity: of one under two names once.
+
+    Args:
+        found: The layers that could be converted, with their dotted paths.
+        chosen: What `chooser` gives.
+        where: The caller's pattern.
+        plan: Takes a path and a layer to what becomes of it, or why it stays; it changes nothing.
+
+    Raises:
+        RBNValueError: No layer is chosen.
+    """
+    hit = {id(layer) for path, layer in found if chosen.fullmatch(path)}
+    check_hits(where, [path for path, _ in found], hit)
+    planned: dict[int, PlanType | str] = {}
+    for path, layer in found:
+        if id(layer) in hit and id(layer) not in planned:
+            planned[id(layer)] = plan(path, layer)
+    return planned
+
+
+def rows(
+    found: Sequence[tuple[str, LayerType]],
+    planned: Mapping[int, PlanType | str],
+    replaced: Callable[[PlanType], str],
+) -> list[Row]:
+    """The rows of the table that a conversion returns.
+
+    Args:
+        found: The layers that could be converted, with their dotted paths.
+        planned: What `plans` gives; a text says why a layer stays.
+        replaced: What to say of a layer that takes another's place.
+    """
+    return [
+        Row(path, "kept", type(layer).__name__, plan)
+        if isinstance(plan, str)
+        else Row(path, "replaced", type(layer).__name__, replaced(plan))
+        for path, layer in found
+        if (plan := planned.get(id(layer))) is not None
+    ]
+
+
 def replaced_by(new: str, *, frozen: bool, learns: bool) -> str:
     """What a row of the table says of a layer in another's place.
 
@@ -74,17 +161,17 @@ def replaced_by(new: str, *, frozen: bool, learns: bool) -> str:
     return f"{new}, frozen" if frozen else new if learns else f"{new}, not learned, as the layer before"
 
 
-def report(rows: Sequence[Row], to: str) -> Table:
+def report(found: Sequence[Row], to: str) -> Table:
     """The rows of a conversion as a table, which says so where nothing was replaced.
 
     Args:
-        rows: One for each layer that was "replaced" or "kept".
+        found: One for each layer that was "replaced" or "kept".
         to: What the layers were to become.
     """
-    if any(row.status == "replaced" for row in rows):
-        return Table(tuple(rows))
+    if any(row.status == "replaced" for row in found):
+        return Table(tuple(found))
     absent = "RBN, IEBN or BNET" if to == "bn" else "BatchNorm"
-    return Table(tuple(rows), ("0 replaced" if rows else f"0 replaced: there is no {absent}",))
+    return Table(tuple(found), ("0 replaced" if found else f"0 replaced: there is no {absent}",))
 
 
 def from_batch_norm(config: Config, state: Mapping[str, Any], preserve: bool) -> State | str:

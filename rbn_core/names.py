@@ -36,7 +36,7 @@ PARAMETERS = (
     "conv_weight",
     "conv_bias",
 )
-STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+RUNNING_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 NAMES: dict[str, dict[str, str]] = {
     "torch": {
@@ -230,7 +230,7 @@ def _told_by(framework: str, collection: str, own: str, rank: int) -> Kind | Non
     canonical = _NORMS[framework].get((collection, own))
     # "weight" and "bias" are anyone's, and a norm's where its statistics are there; "gamma" and "scale" tell.
     if (
-        canonical in (*STATISTICS, *PARAMETERS)
+        canonical in (*RUNNING_STATISTICS, *PARAMETERS)
         and own not in ("weight", "bias")
         and (canonical != "gamma" or rank == 1)
     ):

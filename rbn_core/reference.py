@@ -15,16 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rbn_core.config import (
-    SPATIAL_STATISTICS,
-    Config,
-    Statistic,
-    check_counter,
-    check_input,
-    check_shape,
-    refuse_unknown_options,
-)
+from rbn_core.config import Config, check_counter, check_input, check_shape, refuse_unknown_options
 from rbn_core.matching import State, match
+from rbn_core.options import SPATIAL_STATISTICS, Statistic
 
 Array = NDArray[Any]
 
@@ -301,6 +294,15 @@ class RBN(Layer):
 
     Raises:
         RBNError: An option or an input is refused; see `rbn_core.config`.
+
+    Example:
+        >>> import numpy as np
+        >>> from rbn_core import RBN
+        >>> layer, x = RBN(2, scaling="channel_std"), np.random.default_rng(0).normal(size=(4, 2, 3, 3))
+        >>> y = layer.forward(x, training=True)
+        >>> dx, gradients = layer.backward(np.ones_like(y))
+        >>> y.shape, sorted(gradients)
+        ((4, 2, 3, 3), ['beta', 'center_weight', 'gamma', 'scale_bias', 'scale_weight'])
     """
 
     def __init__(
@@ -340,19 +342,14 @@ class IEBN(Layer):
         X_s = (X - E(X)) / sqrt(Var(X) + eps)
         Y   = X_s sigmoid(w_v mean_c(X) + w_b) gamma + beta        mean_c over the positions of one channel
 
-    w_v starts at 0 and w_b at -1.
+    w_v starts at 0 and w_b at -1. Options and errors are those of `RBN`, without `centering`, `scaling` and
+    `restrict`.
 
-    Args:
-        num_features: C, the number of channels.
-        eps: epsilon.
-        momentum: The weight of the old running value; `None` averages all batches equally.
-        running_var: "unbiased" or "biased", the batch variance that is accumulated.
-        gamma: Whether there is a gamma.
-        beta: Whether there is a beta.
-        track_running_stats: Whether there are running statistics; without them evaluation uses the batch's.
-
-    Raises:
-        RBNError: An option or an input is refused; see `rbn_core.config`.
+    Example:
+        >>> import numpy as np
+        >>> from rbn_core import IEBN
+        >>> IEBN(2).forward(np.ones((4, 2, 3)), training=False).shape
+        (4, 2, 3)
     """
 
     def __init__(
@@ -387,19 +384,18 @@ class BNET(Layer):
         Y   = depthwise convolution of X_s, zero padded, plus a bias
 
     A new reference layer has 1 at the centre of every kernel and is plain BatchNorm; the frameworks' layers
-    start as their own depthwise convolutions do.
+    start as their own depthwise convolutions do. Options and errors are those of `RBN`, without `centering`,
+    `scaling`, `restrict`, `gamma` and `beta`.
 
     Args:
-        num_features: C, the number of channels.
         kernel_size: The extent of the kernel along every axis; odd.
         spatial_dims: The number of spatial axes: 1, 2 or 3.
-        eps: epsilon.
-        momentum: The weight of the old running value; `None` averages all batches equally.
-        running_var: "unbiased" or "biased", the batch variance that is accumulated.
-        track_running_stats: Whether there are running statistics; without them evaluation uses the batch's.
 
-    Raises:
-        RBNError: An option or an input is refused; see `rbn_core.config`.
+    Example:
+        >>> import numpy as np
+        >>> from rbn_core import BNET
+        >>> BNET(2, kernel_size=5).forward(np.ones((4, 2, 8, 8)), training=False).shape
+        (4, 2, 8, 8)
     """
 
     def __init__(

@@ -21,9 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rbn_core.matching import State
-from rbn_core.names import STATISTICS
+from rbn_core.names import RUNNING_STATISTICS
 from rbn_core.pickles import PREFIXES, Array, Note, said
-from rbn_core.training import Training, fault, few, grouped
+from rbn_core.training import REFUSED, Training, fault, few, grouped
 
 Shape = tuple[int, ...]
 Place = tuple[str, ...]
@@ -39,13 +39,6 @@ SLOTS: dict[str, dict[str, dict[str, str]]] = {
     },
 }
 """What an optimizer keeps for every parameter, and what each framework calls it."""
-
-REFUSED = {
-    "maximize": "its arrays are those of the negated gradient",
-    "dampening": "its momentum leaves a part of every gradient out",
-    "amsgrad": "it goes by the largest second moment so far, which has no place elsewhere",
-}
-"""Options that give the arrays another meaning, and which."""
 
 OPTIONS: dict[str, dict[str, set[str]]] = {
     "torch": {
@@ -459,7 +452,7 @@ def _trained(network: Mapping[str, Any], sketch: Sketcher) -> dict[str, Shape]:
     found: dict[Any, tuple[str, Shape]] = {}
     for name, value in network.items():
         known = sketch(value)
-        if known and known.dtype.kind in "fV" and name.rpartition(".")[2] not in STATISTICS:
+        if known and known.dtype.kind in "fV" and name.rpartition(".")[2] not in RUNNING_STATISTICS:
             found.setdefault(known.key, (name, known.shape))
     return dict(found.values())
 

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
 
-from rbn_core.errors import RBNValueError
+from rbn_core.errors import RBNTypeError, RBNValueError
 from rbn_core.matching import State
+
+REFUSED = {
+    "maximize": "its arrays are those of the negated gradient",
+    "dampening": "its momentum leaves a part of every gradient out",
+    "amsgrad": "it goes by the largest second moment so far, which has no place elsewhere",
+    "use_amsgrad": "it goes by the largest second moment so far, which has no place elsewhere",
+}
+"""Options of optimizers that give the arrays another meaning, and which."""
 
 Option = Literal["learning_rate", "weight_decay"]
 
@@ -98,6 +106,93 @@ def check(training: Training) -> None:
             "RBN: expected a number of steps, and groups with a finite learning rate and weight decay and "
             f"no parameter in two of them, got {wrong}. Write the training's state again."
         )
+
+
+def check_kind(training: Training, kind: str) -> None:
+    """Refuse a training of another optimizer.
+
+    Args:
+        training: Where an optimizer stands.
+        kind: What the optimizer is that is to stand there, "sgd" or "adam".
+
+    Raises:
+        RBNValueError: They differ.
+    """
+    if training.optimizer != kind:
+        raise RBNValueError(
+            f"RBN: expected where an optimizer of kind {kind!r} stands, got {training.optimizer!r}. "
+            "Build the optimizer that the training was made with."
+        )
+
+
+def not_portable(known: str, optimizer: object) -> RBNTypeError:
+    """The error for an optimizer that has no equal in the other frameworks.
+
+    Args:
+        known: The framework's optimizers that have.
+        optimizer: The other.
+    """
+    return RBNTypeError(
+        f"RBN: expected {known}, which every framework has, got {type(optimizer).__name__}. "
+        "Train with one of these, or move the weights alone."
+    )
+
+
+def check_meaning(option: str, value: object) -> None:
+    """Refuse an option that gives the arrays of an optimizer another meaning.
+
+    Args:
+        option: One of `stored_optimizers.REFUSED`.
+        value: What it is set to.
+
+    Raises:
+        RBNValueError: It is set.
+    """
+    if value:
+        raise RBNValueError(
+            f"RBN: expected an optimizer that means the same everywhere, got {option}={value!r}: "
+            f"{REFUSED[option]}. Train without it, or move the weights alone."
+        )
+
+
+def check_own(strange: Sequence[object], way_out: str) -> None:
+    """Refuse an optimizer that trains what is none of the model's parameters.
+
+    Args:
+        strange: The names or shapes of what it trains beside them.
+        way_out: How the framework builds one of the model's.
+
+    Raises:
+        RBNValueError: There are some.
+    """
+    if strange:
+        raise RBNValueError(
+            "RBN: expected an optimizer of the model's parameters, got one of others: "
+            f"{', '.join(map(str, strange))}. Build it with {way_out}."
+        )
+
+
+def one(what: str, values: Sequence[Any]) -> Any:
+    """The value that all groups of an optimizer, or all its parameters, have.
+
+    Args:
+        what: What it is, for the error.
+        values: At least one.
+
+    Raises:
+        RBNValueError: They differ.
+    """
+    if len(set(values)) > 1:
+        raise RBNValueError(
+            f"RBN: expected one {what} for all parameters, got {', '.join(map(str, sorted(set(values))))}. "
+            "Move the weights alone, or train all parameters alike."
+        )
+    return values[0]
+
+
+def by_slot(slots: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What an optimizer keeps as one dictionary, under SLOT/NAME."""
+    return {f"{slot}/{name}": value for slot, own in slots.items() for name, value in own.items()}
 
 
 def needed(training: Training, option: Option, parameters: Iterable[str]) -> float | None:

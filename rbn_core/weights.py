@@ -31,7 +31,7 @@ from rbn_core.counting import Meter, writing
 from rbn_core.errors import RBNError, RBNTypeError, RBNValueError
 from rbn_core.files import replacing
 from rbn_core.matching import State
-from rbn_core.names import KINDS, STATISTICS
+from rbn_core.names import KINDS, RUNNING_STATISTICS
 from rbn_core.networks import Network
 from rbn_core.training import Group, Training, check, fault, few
 
@@ -333,7 +333,7 @@ def _training(
         trained = {name: None for own in slots.values() for name in own} or {
             name: None
             for name, array in state.items()
-            if array.dtype.kind in "fV" and name.rpartition(".")[2] not in STATISTICS
+            if array.dtype.kind in "fV" and name.rpartition(".")[2] not in RUNNING_STATISTICS
         }
         groups = (Group(known["learning_rate"], None, tuple(trained)),)
     training = Training(known["optimizer"], known["step"], groups, slots, known.get("decoupled", False))

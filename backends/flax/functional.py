@@ -11,8 +11,9 @@ import numpy as np
 from flax.typing import Dtype
 from jax import Array
 
-from rbn_core.config import IEBN_STARTS, SPATIAL_STATISTICS, Statistic
+from rbn_core.config import IEBN_STARTS
 from rbn_core.errors import RBNTypeError, RBNValueError
+from rbn_core.options import SPATIAL_STATISTICS, Statistic
 
 RESTRICT = {"sigmoid": jax.nn.sigmoid, "hard_sigmoid": jax.nn.hard_sigmoid}
 

@@ -20,9 +20,10 @@ from numpy.typing import NDArray
 from rbn import kernels
 from rbn.backends.flax import distributed, functional, internals
 from rbn.kernels.library import DTYPES, PARAMETERS, RESTRICTIONS, STATISTICS, VECTORS, address
-from rbn_core.config import Config, Statistic, check_shape
+from rbn_core.config import Config, check_shape
 from rbn_core.errors import RBNTypeError
 from rbn_core.names import NAMES
+from rbn_core.options import Statistic
 
 TARGETS = ("rbn_xla_forward", "rbn_xla_backward")
 """The custom calls, under their names in kernels/xla.cpp."""

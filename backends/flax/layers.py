@@ -15,8 +15,9 @@ from flax.typing import Dtype, Initializer
 from jax import Array
 
 from rbn.backends.flax import distributed, functional, fused
-from rbn_core.config import Config, Statistic, check_input, refuse_unknown_options
+from rbn_core.config import Config, check_input, refuse_unknown_options
 from rbn_core.names import NAMES
+from rbn_core.options import Statistic
 
 
 class CalibratedNorm(nn.Module):

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 import jittor as jt
 from jittor import Var
 
-from rbn_core.config import SPATIAL_STATISTICS, Statistic
+from rbn_core.options import SPATIAL_STATISTICS, Statistic
 
 
 def hard_sigmoid(z: Var) -> Var:

@@ -17,10 +17,11 @@ from jittor import Function, Var
 from rbn import kernels
 from rbn.backends.jittor import functional
 from rbn.kernels.library import DTYPES, PARAMETERS, RESTRICTIONS, STATISTICS, VECTORS, address
-from rbn_core.config import FLOATING, Config, Statistic, check_counter, check_shape
+from rbn_core.config import FLOATING, Config, check_counter, check_shape
 from rbn_core.errors import RBNError, RBNTypeError, RBNValueError
 from rbn_core.matching import COUNTER
 from rbn_core.names import NAMES
+from rbn_core.options import Statistic
 
 WITHOUT = {"gamma": 1.0, "beta": 0.0}
 """The numbers that Jittor's BatchNorm has in the place of parameters that it lacks."""

@@ -15,7 +15,6 @@ from rbn_core.config import (
     CALIBRATION_STARTS,
     IEBN_STARTS,
     Config,
-    Statistic,
     check_input,
     old_value_weight,
     refuse_unknown_options,
@@ -23,6 +22,7 @@ from rbn_core.config import (
 from rbn_core.errors import RBNTypeError
 from rbn_core.matching import COUNTER
 from rbn_core.names import NAMES
+from rbn_core.options import Statistic
 
 
 def _config(

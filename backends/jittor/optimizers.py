@@ -11,7 +11,7 @@ from jittor.optim import SGD, Adam, AdamW, Optimizer
 from rbn.backends.jittor.weights import array, assign, fitting, variables
 from rbn_core.errors import RBNTypeError, RBNValueError
 from rbn_core.matching import State
-from rbn_core.names import STATISTICS
+from rbn_core.names import RUNNING_STATISTICS
 from rbn_core.stored_optimizers import SLOTS as ALL_SLOTS
 from rbn_core.training import Option, Training, check, check_decay, grouped, needed
 
@@ -176,7 +176,9 @@ def _stored(
 
 def _is_parameter(name: str, var: Var) -> bool:
     return (
-        var.dtype.is_float() and name.rpartition(".")[2] not in STATISTICS and not hasattr(var, "persistent")
+        var.dtype.is_float()
+        and name.rpartition(".")[2] not in RUNNING_STATISTICS
+        and not hasattr(var, "persistent")
     )
 
 

@@ -14,7 +14,7 @@ from rbn.backends.jittor.weights import assign, config_of, layers, to_numpy, var
 from rbn_core import conversion
 from rbn_core.errors import RBNTypeError
 from rbn_core.matching import Row, State, Table
-from rbn_core.names import PARAMETERS, STATISTICS
+from rbn_core.names import PARAMETERS, RUNNING_STATISTICS
 
 KEPT = ("num_features", "eps", "momentum", "affine", "is_train", "sync")
 """What a layer takes over from the one before, so that it is no option of a conversion."""
@@ -197,7 +197,7 @@ def _plan(module: Module, to: str, preserve: bool, options: Mapping[str, Any]) -
         return "is a class of its own"
     if to == "bn":
         return _batch_norm(module)
-    if len(module.modules()) > 1 or not variables(module).keys() <= {"gamma", "beta", *STATISTICS}:
+    if len(module.modules()) > 1 or not variables(module).keys() <= {"gamma", "beta", *RUNNING_STATISTICS}:
         return "has more variables or modules than a BatchNorm"
     return _calibrated(module, to, preserve, options)
 

@@ -14,8 +14,8 @@ from mindspore import Parameter, Tensor, nn, ops
 from numpy.lib.stride_tricks import sliding_window_view
 
 from rbn.backends.mindspore import internals
-from rbn_core.config import SPATIAL_STATISTICS, Statistic
 from rbn_core.errors import RBNError
+from rbn_core.options import SPATIAL_STATISTICS, Statistic
 
 Average = Callable[[Tensor], Tensor]
 Stored = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]

@@ -19,15 +19,9 @@ from mindspore import Parameter, Tensor, nn, ops
 from rbn import kernels
 from rbn.backends.mindspore import functional, internals
 from rbn.kernels.library import PARAMETERS, RESTRICTIONS, STATISTICS, path
-from rbn_core.config import (
-    CHANNEL_STATISTICS,
-    Config,
-    Statistic,
-    check_counter,
-    check_shape,
-    check_vectors,
-)
+from rbn_core.config import Config, check_counter, check_shape, check_vectors
 from rbn_core.errors import RBNError, RBNTypeError, RBNValueError
+from rbn_core.options import CHANNEL_STATISTICS, Statistic
 
 AVAILABLE = not kernels.problem()
 DTYPES = (ms.float32, ms.float64, ms.float16, ms.bfloat16)

@@ -10,14 +10,9 @@ from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import Initializer, initializer
 
 from rbn.backends.mindspore import distributed, functional, fused, internals
-from rbn_core.config import (
-    Config,
-    Statistic,
-    check_choice,
-    check_input,
-    refuse_unknown_options,
-)
+from rbn_core.config import Config, check_choice, check_input, refuse_unknown_options
 from rbn_core.errors import RBNValueError
+from rbn_core.options import Statistic
 
 Start: TypeAlias = Initializer | str | float | Tensor
 """What MindSpore's BatchNorm takes as a parameter's start."""

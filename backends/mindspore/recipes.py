@@ -28,7 +28,7 @@ from rbn_core import folding
 from rbn_core.config import Config
 from rbn_core.errors import RBNTypeError, RBNValueError
 from rbn_core.matching import Row, Table
-from rbn_core.names import STATISTICS
+from rbn_core.names import RUNNING_STATISTICS
 
 FOLDED_INTO = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Dense)
 """What a norm layer can be folded into."""
@@ -107,7 +107,7 @@ class _Taker:
 
     def __init__(self, layer: nn.Cell) -> None:
         self.layer = layer
-        self.before = {name: value for name, value in to_numpy(layer).items() if name in STATISTICS}
+        self.before = {name: value for name, value in to_numpy(layer).items() if name in RUNNING_STATISTICS}
         self.sums = {name: np.zeros(self.before[name].shape) for name in ("running_mean", "running_var")}
         self.times = 0
         self.momentum = layer.momentum if isinstance(layer, CalibratedNorm) else None

@@ -23,7 +23,7 @@ from rbn_core import conversion
 from rbn_core.config import check_choice, old_value_weight
 from rbn_core.errors import RBNTypeError
 from rbn_core.matching import Row, State, Table
-from rbn_core.names import NAMES, PARAMETERS, STATISTICS
+from rbn_core.names import NAMES, PARAMETERS, RUNNING_STATISTICS
 
 KEPT = (
     "num_features",
@@ -171,7 +171,10 @@ def _calibrated(norm: nn.Cell, to: str, options: Mapping[str, Any]) -> Calibrate
         return "synchronizes a group of processes that is known by its name alone"
     inner = norm.bn2d if isinstance(norm, nn.BatchNorm3d) else norm
     cells = 1 + isinstance(norm, nn.BatchNorm3d)
-    if not stored(norm).keys() <= {"gamma", "beta", *STATISTICS} or len(list(norm.cells_and_names())) > cells:
+    if (
+        not stored(norm).keys() <= {"gamma", "beta", *RUNNING_STATISTICS}
+        or len(list(norm.cells_and_names())) > cells
+    ):
         return "has more parameters or cells than a BatchNorm"
     ours = isinstance(norm, BATCH_NORMS)
     family = BATCH_NORMS if ours else MINT_BATCH_NORMS

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from rbn_core.config import SPATIAL_STATISTICS, Statistic
+from rbn_core.options import SPATIAL_STATISTICS, Statistic
 
 
 def hard_sigmoid(z: Tensor) -> Tensor:

@@ -20,9 +20,10 @@ from rbn import kernels
 from rbn.backends.torch import functional, internals
 from rbn.kernels.library import DTYPES as NAMES_OF_DTYPES
 from rbn.kernels.library import PARAMETERS, VECTORS
-from rbn_core.config import CHANNEL_STATISTICS, RESTRICTIONS, Statistic, check_vectors
+from rbn_core.config import check_vectors
 from rbn_core.errors import RBNTypeError, RBNValueError
 from rbn_core.names import NAMES
+from rbn_core.options import CHANNEL_STATISTICS, RESTRICTIONS, Statistic
 
 DTYPES = {getattr(torch, name): place for place, name in enumerate(NAMES_OF_DTYPES)}
 AVAILABLE = {"cpu": not kernels.problem(), "cuda": importlib.util.find_spec("triton") is not None}

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,6 @@ from rbn_core.config import (
     IEBN_STARTS,
     KNOWN,
     Config,
-    Statistic,
     check_counter,
     check_eps,
     check_input,
@@ -32,14 +32,24 @@ from rbn_core.config import (
     refuse_unknown_options,
 )
 from rbn_core.errors import RBNTypeError, RBNValueError, RBNWarning
-from rbn_core.names import NAMES, STATISTICS
-
-if TYPE_CHECKING:
-    from torch.nn.modules.batchnorm import _BatchNorm
+from rbn_core.names import NAMES, RUNNING_STATISTICS
+from rbn_core.options import OPTIONS, Statistic
 
 Device: TypeAlias = torch.device | str | int | None
 
 HALVES = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a constructor takes beside the options of `rbn_core.Config`, as `RBN` describes it."""
+
+    momentum: float | None
+    device: Device
+    dtype: torch.dtype | None
+    sync: bool
+    process_group: ProcessGroup | None
+    fused: bool
 
 
 class CalibratedNorm(nn.BatchNorm2d):
@@ -73,20 +83,11 @@ class CalibratedNorm(nn.BatchNorm2d):
         own = ("weight", "bias", *cls.starts)
         cls.stored = tuple((canonical, name) for canonical, name in NAMES["torch"].items() if name in own)
 
-    def __init__(
-        self,
-        config: Config,
-        momentum: float | None,
-        device: Device,
-        dtype: torch.dtype | None,
-        sync: bool,
-        process_group: ProcessGroup | None,
-        fused: bool,
-    ) -> None:
+    def __init__(self, config: Config, setting: Setting) -> None:
         nn.Module.__init__(self)
         self.num_features = config.num_features
         self.epsilon = config.eps
-        self.momentum = momentum
+        self.momentum = setting.momentum
         self.affine = config.gamma
         self.track_running_stats = config.track_running_stats
         self.layer = config.layer
@@ -94,16 +95,17 @@ class CalibratedNorm(nn.BatchNorm2d):
         self.scaling = config.scaling
         self.restrict = config.restrict
         self.variance_estimator = config.running_var
-        self.sync = sync
-        self.process_group = process_group
-        self.fused = fused
+        self.sync = setting.sync
+        self.process_group = setting.process_group
+        self.fused = setting.fused
+        device, dtype = setting.device, setting.dtype
         for canonical, name in self.stored:
             parameter = None
             if canonical in config.parameters:
                 parameter = Parameter(torch.empty(config.num_features, device=device, dtype=dtype))
             self.register_parameter(name, parameter)
         exact = torch.promote_types(dtype or torch.get_default_dtype(), torch.float32)
-        for name in STATISTICS:
+        for name in RUNNING_STATISTICS:
             statistic = None
             if name in config.statistics:
                 counts = name == "num_batches_tracked"
@@ -157,7 +159,7 @@ class CalibratedNorm(nn.BatchNorm2d):
 
     def reset_running_stats(self) -> None:
         """Start the statistics as BatchNorm does."""
-        starts = zip(STATISTICS, (0, 1, 0), strict=True)
+        starts = zip(RUNNING_STATISTICS, (0, 1, 0), strict=True)
         for name, start in starts:
             statistic = self._buffers.get(name)
             if statistic is not None:
@@ -310,10 +312,14 @@ class CalibratedNorm(nn.BatchNorm2d):
 
     def extra_repr(self) -> str:
         """The options, as `print(model)` shows them."""
-        return (
-            f"{self.num_features}, eps={self.epsilon}, momentum={self.momentum}, affine={self.affine}, "
-            f"bias={self.bias is not None}, track_running_stats={self.track_running_stats}, "
-            f"running_var={self.variance_estimator!r}, sync={self.sync}"
+        chosen = [name for name in ("centering", "scaling", "restrict") if self.layer in OPTIONS[name].layers]
+        return ", ".join(
+            (
+                f"{self.num_features}, eps={self.epsilon}, momentum={self.momentum}, affine={self.affine}",
+                f"bias={self.bias is not None}, track_running_stats={self.track_running_stats}",
+                f"running_var={self.variance_estimator!r}, sync={self.sync}",
+                *(f"{name}={getattr(self, name)!r}" for name in chosen),
+            )
         )
 
     def _count(self) -> Tensor | None:
@@ -382,6 +388,15 @@ class RBN(CalibratedNorm):
 
     Raises:
         RBNError: An option or an input is refused; no statistic has changed then.
+
+    Example:
+        >>> import torch
+        >>> from rbn.backends.torch import RBN
+        >>> layer = RBN(16, scaling="channel_std")
+        >>> layer(torch.randn(8, 16, 14, 14)).shape
+        torch.Size([8, 16, 14, 14])
+        >>> sorted(name for name, _ in layer.named_parameters())
+        ['bias', 'center_weight', 'scale_bias', 'scale_weight', 'weight']
     """
 
     starts = CALIBRATION_STARTS
@@ -417,14 +432,7 @@ class RBN(CalibratedNorm):
             beta=affine and bias,
             track_running_stats=track_running_stats,
         )
-        super().__init__(config, momentum, device, dtype, sync, process_group, fused)
-
-    def extra_repr(self) -> str:
-        """The options, as `print(model)` shows them."""
-        return (
-            f"{super().extra_repr()}, centering={self.centering!r}, scaling={self.scaling!r}, "
-            f"restrict={self.restrict!r}"
-        )
+        super().__init__(config, Setting(momentum, device, dtype, sync, process_group, fused))
 
 
 @refuse_unknown_options
@@ -434,26 +442,15 @@ class IEBN(CalibratedNorm):
         X_s = (X - E(X)) / sqrt(Var(X) + eps)
         Y   = X_s sigmoid(w_v mean_c(X) + w_b) gamma + beta        mean_c over the positions of one channel
 
-    Inputs, statistics and modes as in `RBN`. State: BatchNorm's, and `scale_weight` (w_v, from 0) and
-    `scale_bias` (w_b, from -1), each of shape (C,).
+    Inputs, statistics, modes, options and errors are those of `RBN`, without `centering`, `scaling` and
+    `restrict`. State: BatchNorm's, and `scale_weight` (w_v, from 0) and `scale_bias` (w_b, from -1), each of
+    shape (C,).
 
-    Args:
-        num_features: C, the number of channels.
-        eps: epsilon, added to the variance under its root.
-        momentum: the weight of the *new* value in the running statistics; `None` averages all batches.
-        affine: whether gamma and beta are learned.
-        track_running_stats: whether running statistics are kept; without them evaluation uses the batch's.
-        device: where the parameters and statistics live.
-        dtype: their dtype.
-        bias: whether an affine layer has a beta.
-        running_var: the batch variance that is accumulated, "unbiased" or "biased".
-        sync: whether E and Var are those of the batches of all processes together.
-        process_group: these processes; all by default.
-        fused: whether one operator computes the layer where there is one for the device; `False` always takes
-            PyTorch's own operations. Synchronised and spatial statistics take them, too.
-
-    Raises:
-        RBNError: An option or an input is refused; no statistic has changed then.
+    Example:
+        >>> import torch
+        >>> from rbn.backends.torch import IEBN
+        >>> IEBN(16)(torch.randn(8, 16, 14, 14)).shape
+        torch.Size([8, 16, 14, 14])
     """
 
     starts = IEBN_STARTS
@@ -483,7 +480,7 @@ class IEBN(CalibratedNorm):
             beta=affine and bias,
             track_running_stats=track_running_stats,
         )
-        super().__init__(config, momentum, device, dtype, sync, process_group, fused)
+        super().__init__(config, Setting(momentum, device, dtype, sync, process_group, fused))
 
 
 @refuse_unknown_options
@@ -493,26 +490,20 @@ class BNET(CalibratedNorm):
         X_s = (X - E(X)) / sqrt(Var(X) + eps)
         Y   = depthwise convolution of X_s, zero padded, plus a bias
 
-    Inputs, statistics and modes as in `RBN`, with the kernel's number of spatial axes. State: BatchNorm's
-    running statistics, and `conv`, a depthwise `torch.nn.Conv*d` that starts as PyTorch starts it.
+    Inputs, statistics, modes, options and errors are those of `RBN`, with the kernel's number of spatial axes
+    and without `affine`, `bias`, `centering`, `scaling` and `restrict`. State: BatchNorm's running
+    statistics, and `conv`, a depthwise `torch.nn.Conv*d` that starts as PyTorch starts it.
+    `convert(model, "bnet", preserve=True)` makes BNETs that equal a model's BatchNorms.
 
     Args:
-        num_features: C, the number of channels.
         kernel_size: the extent of the kernel along every axis; odd.
-        eps: epsilon, added to the variance under its root.
-        momentum: the weight of the *new* value in the running statistics; `None` averages all batches.
-        track_running_stats: whether running statistics are kept; without them evaluation uses the batch's.
-        device: where the parameters and statistics live.
-        dtype: their dtype.
         spatial_dims: the number of spatial axes, 1, 2 or 3.
-        running_var: the batch variance that is accumulated, "unbiased" or "biased".
-        sync: whether E and Var are those of the batches of all processes together.
-        process_group: these processes; all by default.
-        fused: whether one operator computes the layer where there is one for the device; `False` always takes
-            PyTorch's own operations. Synchronised and spatial statistics take them, too.
 
-    Raises:
-        RBNError: An option or an input is refused; no statistic has changed then.
+    Example:
+        >>> import torch
+        >>> from rbn.backends.torch import BNET
+        >>> BNET(16, kernel_size=5)(torch.randn(8, 16, 14, 14)).shape
+        torch.Size([8, 16, 14, 14])
     """
 
     def __init__(
@@ -540,7 +531,7 @@ class BNET(CalibratedNorm):
             running_var=running_var,
             track_running_stats=track_running_stats,
         )
-        super().__init__(config, momentum, device, dtype, sync, process_group, fused)
+        super().__init__(config, Setting(momentum, device, dtype, sync, process_group, fused))
         self.spatial_dims = spatial_dims
         self.conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[spatial_dims - 1](
             num_features,
@@ -551,29 +542,6 @@ class BNET(CalibratedNorm):
             device=device,
             dtype=dtype,
         )
-
-    @classmethod
-    def from_batch_norm(cls, norm: _BatchNorm, kernel_size: int = 3, *, spatial_dims: int = 2) -> BNET:
-        """A layer that equals a BatchNorm: gamma in the middle of its kernels, 0 around it, and beta."""
-        layer = cls(
-            norm.num_features,
-            kernel_size,
-            norm.eps,
-            norm.momentum,
-            norm.track_running_stats,
-            spatial_dims=spatial_dims,
-        )
-        stored = norm.state_dict()
-        statistics = {name: stored[name] for name in STATISTICS if name in stored}
-        layer.load_state_dict(statistics, strict=False)
-        centre = (slice(None), 0, *(kernel_size // 2,) * spatial_dims)
-        with torch.no_grad():
-            layer.conv.weight.zero_()[centre] = 1.0 if norm.weight is None else norm.weight
-            layer.conv.bias.zero_()
-            if norm.bias is not None:
-                layer.conv.bias.copy_(norm.bias)
-        like = next(filter(torch.is_floating_point, stored.values()), layer.conv.bias)
-        return layer.to(like).train(norm.training)
 
     def _normalized(self, input: Tensor) -> Tensor:
         """Half precision is rounded once, after the convolution."""

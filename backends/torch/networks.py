@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from rbn.backends.torch.layers import BNET, IEBN, RBN, CalibratedNorm
 from rbn_core import architectures, networks
-from rbn_core.config import Config
+from rbn_core.config import arguments
 from rbn_core.errors import RBNValueError
 from rbn_core.networks import (
     INPUT,
@@ -100,31 +100,6 @@ def network(name: str, norm: str | Mapping[str, Any] = "bn", num_classes: int | 
     return Network(architectures.network(name, norm, num_classes))
 
 
-def norm_options(config: Config) -> dict[str, Any]:
-    """A layer's options as its constructor in PyTorch takes them, without the number of channels.
-
-    Raises:
-        RBNValueError: There is a beta without a gamma, which PyTorch's BatchNorm cannot have.
-    """
-    if config.beta and not config.gamma:
-        raise RBNValueError(
-            f"{config.layer}: expected a gamma wherever there is a beta, as in PyTorch's BatchNorm, got "
-            "gamma=False, beta=True. Leave both out, or keep gamma at 1."
-        )
-    options: dict[str, Any] = {
-        "eps": config.eps,
-        "momentum": None if config.momentum is None else round(1.0 - config.momentum, 15),
-        "track_running_stats": config.track_running_stats,
-        "running_var": config.running_var,
-    }
-    if config.layer == "BNET":
-        return options | {"kernel_size": config.kernel_size, "spatial_dims": config.spatial_dims}
-    options |= {"affine": config.gamma, "bias": config.beta}
-    if config.layer == "IEBN":
-        return options
-    return options | {name: getattr(config, name) for name in ("centering", "scaling", "restrict")}
-
-
 LAYERS: dict[str, Callable[..., CalibratedNorm]] = {"rbn": RBN, "iebn": IEBN, "bnet": BNET}
 """What a norm node's `layer` is here, but for PyTorch's own BatchNorm, "bn"."""
 
@@ -149,7 +124,7 @@ def _layer(node: Convolution | Linear | Norm) -> nn.Module:
                 nn.init.zeros_(layer.bias)
             return layer
         case Norm():
-            options = norm_options(node.config)
+            options = arguments("torch", node.config)
             if node.layer != "bn":
                 calibrated = LAYERS[node.layer](node.channels, **options)
                 if node.starts_at_zero:

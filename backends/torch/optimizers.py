@@ -10,11 +10,22 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from rbn.backends.torch.weights import places, to_array, to_tensor
-from rbn_core.errors import RBNTypeError, RBNValueError
 from rbn_core.matching import match
-from rbn_core.stored_optimizers import REFUSED
 from rbn_core.stored_optimizers import SLOTS as ALL_SLOTS
-from rbn_core.training import Training, check, check_decay, grouped, needed
+from rbn_core.training import (
+    REFUSED,
+    Training,
+    by_slot,
+    check,
+    check_decay,
+    check_kind,
+    check_meaning,
+    check_own,
+    grouped,
+    needed,
+    not_portable,
+    one,
+)
 
 SLOTS = ALL_SLOTS["torch"]
 """What an optimizer keeps for every parameter, and what PyTorch calls it."""
@@ -51,7 +62,7 @@ def optimizer_to_numpy(optimizer: Optimizer, model: nn.Module, *, step: int = 0)
         for slot, own in slots.items()
     }
     if kind == "adam":
-        step = _one("step", [int(state["step"]) for state in states.values() if "step" in state] or [0])
+        step = one("step", [int(state["step"]) for state in states.values() if "step" in state] or [0])
     options: dict[str, tuple[float, float | None]] = {
         names[id(parameter)]: (float(group["lr"]), float(group["weight_decay"]))
         for group in optimizer.param_groups
@@ -76,17 +87,12 @@ def optimizer_from_numpy(optimizer: Optimizer, model: nn.Module, training: Train
             parameters with several rates or decays, or another form of weight decay; nothing has changed.
     """
     kind, slots = _kind(optimizer)
-    if training.optimizer != kind:
-        raise RBNValueError(
-            f"RBN: expected where an optimizer of kind {kind!r} stands, got {training.optimizer!r}. "
-            "Build the optimizer that the training was made with."
-        )
+    check_kind(training, kind)
     check(training)
     check_decay(training, _decoupled(optimizer.param_groups))
     parameters = _parameters(optimizer, model)
     shapes = {f"{slot}/{name}": tuple(p.shape) for slot in slots for name, p in parameters.items()}
-    given = {f"{slot}/{name}": value for slot, own in training.slots.items() for name, value in own.items()}
-    arrays, _ = match(given, shapes)
+    arrays, _ = match(by_slot(training.slots), shapes)
     tensors = {name: to_tensor(array) for name, array in arrays.items()}
     stored = optimizer.state_dict()
     names = {id(parameter): name for name, parameter in parameters.items()}
@@ -111,27 +117,20 @@ def optimizer_from_numpy(optimizer: Optimizer, model: nn.Module, training: Train
 def _kind(optimizer: Optimizer) -> tuple[str, Mapping[str, str]]:
     """What an optimizer is called, and the slots in use, if both mean here what they mean elsewhere."""
     if not isinstance(optimizer, SGD | Adam | AdamW):
-        raise RBNTypeError(
-            "RBN: expected torch.optim.SGD, Adam or AdamW, which every framework has, "
-            f"got {type(optimizer).__name__}. Train with one of these, or move the weights alone."
-        )
+        raise not_portable("torch.optim.SGD, Adam or AdamW", optimizer)
     for group in optimizer.param_groups:
-        for option, reason in REFUSED.items():
-            if group.get(option):
-                raise RBNValueError(
-                    f"RBN: expected an optimizer that means the same everywhere, got {option}="
-                    f"{group[option]!r}: {reason}. Train without it, or move the weights alone."
-                )
+        for option in REFUSED:
+            check_meaning(option, group.get(option))
     if not isinstance(optimizer, SGD):
         return "adam", SLOTS["adam"]
-    uses_momentum = _one("use of momentum", [bool(group["momentum"]) for group in optimizer.param_groups])
+    uses_momentum = one("use of momentum", [bool(group["momentum"]) for group in optimizer.param_groups])
     return "sgd", SLOTS["sgd"] if uses_momentum else {}
 
 
 def _decoupled(groups: list[dict[str, Any]]) -> bool:
     """Whether the weight decay of groups is decoupled from the gradient."""
     option = "decoupled_weight_decay"
-    found: bool = _one(option, [bool(group.get(option)) for group in groups])
+    found: bool = one(option, [bool(group.get(option)) for group in groups])
     return found
 
 
@@ -141,24 +140,11 @@ def _parameters(optimizer: Optimizer, model: nn.Module) -> dict[str, Tensor]:
     for place, tensor in places(model).items():
         names.setdefault(id(tensor), place.full_name)
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    if strange := [tuple(parameter.shape) for parameter in trained if id(parameter) not in names]:
-        raise RBNValueError(
-            f"RBN: expected an optimizer of the model's parameters, got one of others, of shapes {strange}. "
-            "Build it with model.parameters()."
-        )
+    strange = [tuple(parameter.shape) for parameter in trained if id(parameter) not in names]
+    check_own(strange, "model.parameters()")
     return {names[id(parameter)]: parameter for parameter in trained}
 
 
 def _slot(stored: Tensor | None, parameter: Tensor) -> Tensor:
     """What is stored for a parameter, or the zeros that it starts from."""
     return torch.zeros_like(parameter) if stored is None else stored
-
-
-def _one(what: str, values: list[Any]) -> Any:
-    """The value of all groups or parameters."""
-    if len(set(values)) > 1:
-        raise RBNValueError(
-            f"RBN: expected one {what} for all parameters, got {', '.join(map(str, sorted(set(values))))}. "
-            "Move the weights alone, or train all parameters alike."
-        )
-    return values[0]

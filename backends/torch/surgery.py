@@ -18,10 +18,10 @@ from rbn.backends.torch.layers import BNET, CalibratedNorm
 from rbn.backends.torch.networks import LAYERS
 from rbn.backends.torch.weights import config_of, to_numpy, to_tensor, unwrapped
 from rbn_core import conversion
-from rbn_core.config import check_choice
 from rbn_core.errors import RBNTypeError, RBNWarning
-from rbn_core.matching import Row, State, Table
-from rbn_core.names import NAMES, STATISTICS
+from rbn_core.matching import State, Table
+from rbn_core.names import NAMES, RUNNING_STATISTICS
+from rbn_core.options import kept_arguments
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 """PyTorch's own, by the number of spatial axes minus one."""
@@ -29,18 +29,7 @@ BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 HAS_ACTIVATION = "has an activation, which no BatchNorm has but timm's BatchNormAct2d that it was made of"
 """Why a layer that is inert does not become a BatchNorm."""
 
-KEPT = (
-    "num_features",
-    "eps",
-    "momentum",
-    "affine",
-    "track_running_stats",
-    "bias",
-    "device",
-    "dtype",
-    "sync",
-    "process_group",
-)
+KEPT = (*kept_arguments("torch"), "device", "dtype", "sync", "process_group")
 """What a layer takes over from the one before, so that it is no option of a conversion."""
 
 
@@ -78,7 +67,13 @@ def convert(
     """
     chosen = conversion.chooser(to, where)
     model = unwrapped(model)
-    _check_options(to, options)
+    conversion.check_options(
+        to,
+        options,
+        KEPT,
+        lambda **given: LAYERS[to](1, device="meta", **given),
+        of_batch_norm=("spatial_dims",),
+    )
     if _is_replaceable(model, to):
         raise RBNTypeError(
             f"convert: expected a model with layers inside, got a {type(model).__name__} itself, which "
@@ -89,25 +84,13 @@ def convert(
         for path, module in model.named_modules(remove_duplicate=False)
         if _is_replaceable(module, to) or (to != "bn" and _is_frozen_batch_norm(module))
     ]
-    hit = {id(module) for path, module in found if chosen.fullmatch(path)}
-    conversion.check_hits(where, [path for path, _ in found], hit)
-    planned: dict[int, _Replacement | str] = {}
-    for _, module in found:
-        if id(module) in hit and id(module) not in planned:
-            planned[id(module)] = _plan(module, to, preserve, options)
-    rows = []
+    planned = conversion.plans(found, chosen, where, lambda _, module: _plan(module, to, preserve, options))
+    rows = conversion.rows(found, planned, _Replacement.described)
     for path, module in found:
         plan = planned.get(id(module))
         if isinstance(plan, _Replacement):
             parent, _, name = path.rpartition(".")
             setattr(model.get_submodule(parent), name, plan.carry_out())
-            learned = [parameter.requires_grad for parameter in plan.layer.parameters()]
-            detail = conversion.replaced_by(
-                type(plan.layer).__name__, frozen=is_frozen(plan.layer), learns=any(learned) or not learned
-            )
-            rows.append(Row(path, "replaced", type(module).__name__, detail))
-        elif plan is not None:
-            rows.append(Row(path, "kept", type(module).__name__, plan))
     if to != "bn" and any(row.status == "replaced" for row in rows) and _is_of_yolo(model):
         warnings.warn(
             "convert: expected a model that is trained as it is, got one of ultralytics' YOLO. YOLO.train "
@@ -152,30 +135,19 @@ class _Replacement(NamedTuple):
     layer: nn.Module
     values: Mapping[str, Tensor]
 
+    def described(self) -> str:
+        """What the table says of the new layer."""
+        learned = [parameter.requires_grad for parameter in self.layer.parameters()]
+        return conversion.replaced_by(
+            type(self.layer).__name__, frozen=is_frozen(self.layer), learns=any(learned) or not learned
+        )
+
     def carry_out(self) -> nn.Module:
         """The layer with its values, which until now the old one may have had."""
         with torch.no_grad():
             for name, value in self.values.items():
                 self.layer.get_parameter(name).copy_(value)
         return self.layer
-
-
-def _check_options(to: str, options: Mapping[str, Any]) -> None:
-    """Refuse options that no layer could be built with, whether there is one or not."""
-    if kept := [name for name in options if name in KEPT]:
-        raise RBNTypeError(
-            f"convert: expected options that the layer before has not, got {', '.join(kept)}. "
-            "These stay as they are: set them on the layers afterwards."
-        )
-    if to != "bn":
-        LAYERS[to](1, device="meta", **options)
-        return
-    if unknown := set(options) - {"spatial_dims"}:
-        raise RBNTypeError(
-            f"convert: expected no option but spatial_dims for 'bn', got {', '.join(sorted(unknown))}. "
-            "Leave it out."
-        )
-    check_choice("spatial_dims", options.get("spatial_dims", 2), (1, 2, 3), "convert")
 
 
 def _is_replaceable(module: nn.Module, to: str) -> bool:
@@ -219,7 +191,7 @@ def _plan(module: nn.Module, to: str, preserve: bool, options: Mapping[str, Any]
     if bool(module._modules) != activated or set(module._parameters) | set(module._buffers) != {
         "weight",
         "bias",
-        *STATISTICS,
+        *RUNNING_STATISTICS,
     }:
         return "has more parameters, buffers or modules than a BatchNorm"
     return _calibrated(module, to, preserve, options)
@@ -227,8 +199,8 @@ def _plan(module: nn.Module, to: str, preserve: bool, options: Mapping[str, Any]
 
 def _frozen(module: nn.Module, to: str, preserve: bool, options: Mapping[str, Any]) -> _Replacement | str:
     """The frozen layer that takes the place of a FrozenBatchNorm2d."""
-    stored = {name: value for name, value in module._buffers.items() if name != STATISTICS[-1]}
-    if module._modules or module._parameters or stored.keys() != {"weight", "bias", *STATISTICS[:-1]}:
+    stored = {name: value for name, value in module._buffers.items() if name != RUNNING_STATISTICS[-1]}
+    if module._modules or module._parameters or stored.keys() != {"weight", "bias", *RUNNING_STATISTICS[:-1]}:
         return "has more parameters, buffers or modules than a BatchNorm"
     weight = stored["weight"]
     norm = nn.BatchNorm2d(len(weight), getattr(module, "eps", 1e-5), device=weight.device, dtype=weight.dtype)
@@ -323,7 +295,7 @@ def _taking_over(layer: nn.Module, old: nn.Module, state: State) -> _Replacement
     for name in ("weight", "bias"):
         if old._parameters.get(name) is not None and layer._parameters.get(name) is not None:
             layer._parameters[name] = old._parameters[name]
-    for name in STATISTICS:
+    for name in RUNNING_STATISTICS:
         buffer = old._buffers.get(name)
         if buffer is not None:
             half = buffer.dtype in (torch.float16, torch.bfloat16)

@@ -26,8 +26,8 @@ import triton.language as tl
 from torch import Tensor
 
 from rbn.kernels.library import PARAMETERS
-from rbn_core.config import CHANNEL_STATISTICS, RESTRICTIONS, Statistic
 from rbn_core.errors import RBNValueError
+from rbn_core.options import CHANNEL_STATISTICS, RESTRICTIONS, Statistic
 
 # ---- arithmetic ----
 

@@ -15,7 +15,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import is_lazy
 
 from rbn.backends.torch.layers import BNET, CalibratedNorm
-from rbn_core import published
+from rbn_core import config, published
 from rbn_core.config import Config
 from rbn_core.errors import RBNValueError
 from rbn_core.matching import State, Table, match
@@ -122,22 +122,10 @@ def describe(model: nn.Module) -> Layers:
 
 def config_of(layer: CalibratedNorm) -> Config:
     """A layer's options in the conventions of `rbn_core.Config`."""
-    bnet = isinstance(layer, BNET)
-    return Config(
-        layer.num_features,
-        layer.epsilon,
-        None if layer.momentum is None else round(1.0 - layer.momentum, 15),  # 0.3, and not 1 - (1 - 0.3)
-        layer.centering,
-        layer.scaling,
-        layer.restrict,
-        layer.variance_estimator,
-        gamma=layer.weight is not None,
-        beta=layer.bias is not None,
-        track_running_stats=layer.track_running_stats,
-        kernel_size=layer.conv.kernel_size[0] if bnet else None,
-        spatial_dims=layer.spatial_dims or 2,
-        layer=layer.layer,
-    )
+    known: dict[str, Any] = {"gamma": layer.weight is not None, "beta": layer.bias is not None}
+    if isinstance(layer, BNET):
+        known["kernel_size"] = layer.conv.kernel_size[0]
+    return config.config_of("torch", layer, **known)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

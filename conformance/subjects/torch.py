@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from rbn.backends.torch import BNET, IEBN, RBN, from_numpy, to_numpy
+from rbn.backends.torch import from_numpy, layers, to_numpy
 from rbn.conformance.cases import LAYERS, PRECISIONS, PRECISIONS_OF, SHARED_WITH
 from rbn.conformance.shares import Devices, processes, start
 from rbn.conformance.subject import Array, LayerSubject, Outcome, Subject
 from rbn.conformance.subjects.numpy import laid_out
-from rbn_core.config import Config
+from rbn_core.config import Config, arguments
 from rbn_core.matching import State
 from rbn_core.names import NAMES
 
@@ -168,7 +168,7 @@ class Torch(TorchModule):
 
     def __init__(self, sync: bool = False, fused: bool = True, device: str = "cpu") -> None:
         names = ["torch", *(() if device == "cpu" else (device,)), *(() if fused else ("plain",))]
-        super().__init__(".".join(names), self.make_rbn, NAMES["torch"], momentum="new", layers=LAYERS)
+        super().__init__(".".join(names), self.make_rbn, NAMES["torch"], momentum="old", layers=LAYERS)
         self.sync = sync
         self.fused = fused
         self.device = device
@@ -176,23 +176,9 @@ class Torch(TorchModule):
 
     def make_rbn(self, config: Config, dtype: torch.dtype) -> nn.Module:
         """RBN, IEBN or BNET."""
-        common: dict[str, Any] = {
-            "eps": config.eps,
-            "momentum": config.momentum,
-            "track_running_stats": config.track_running_stats,
-            "running_var": config.running_var,
-            "sync": self.sync,
-            "fused": self.fused,
-            "dtype": dtype,
-        }
-        if config.kernel_size is not None:
-            return BNET(config.num_features, config.kernel_size, spatial_dims=config.spatial_dims, **common)
-        common |= {"affine": config.gamma, "bias": config.beta}
-        if config.layer == "IEBN":
-            return IEBN(config.num_features, **common)
-        for name in ("centering", "scaling", "restrict"):
-            common[name] = getattr(config, name)
-        return RBN(config.num_features, **common)
+        options = arguments("torch", config)
+        own = {"sync": self.sync, "fused": self.fused, "dtype": dtype}
+        return getattr(layers, config.layer)(config.num_features, **options, **own)
 
     def load(self, state: State) -> None:
         """Fill the module as users do."""

@@ -34,14 +34,8 @@ from rbn.conformance.suite import (
     with_seeds,
 )
 from rbn_core import RBNValueError
-from rbn_core.config import (
-    FLOATING,
-    RESTRICTIONS,
-    RUNNING_VARIANCES,
-    SPATIAL_RANKS,
-    STATISTICS,
-    Statistic,
-)
+from rbn_core.config import FLOATING
+from rbn_core.options import INSTANCE_STATISTICS, RESTRICTIONS, RUNNING_VARIANCES, SPATIAL_RANKS, Statistic
 from rbn_core.reference import Layer
 
 
@@ -163,7 +157,7 @@ def test_every_combination_that_the_suite_promises_has_a_case():
     for mode, dtype, data in itertools.product(("train", "eval"), DTYPES, DATA):
         assert has(layer="rbn", mode=mode, dtype=dtype, data=data)
     for mode, dtype, centering, scaling in itertools.product(
-        ("train", "eval"), DTYPES, STATISTICS, STATISTICS
+        ("train", "eval"), DTYPES, INSTANCE_STATISTICS, INSTANCE_STATISTICS
     ):
         assert has(mode=mode, dtype=dtype, centering=str(centering), scaling=str(scaling))
     for mode, layout in itertools.product(("train", "eval"), LAYOUTS):
@@ -192,8 +186,8 @@ LISTED = {
     "layout": LAYOUTS,
     "spatial axes": (0, *SPATIAL_RANKS),
     "data": DATA,
-    "centering": STATISTICS,
-    "scaling": (*STATISTICS, "input_mean"),
+    "centering": INSTANCE_STATISTICS,
+    "scaling": (*INSTANCE_STATISTICS, "input_mean"),
     "restrict": RESTRICTIONS,
     "running_var": RUNNING_VARIANCES,
     "momentum": (None, 0.0, 0.9, 1.0),
@@ -221,7 +215,7 @@ def unmet(listed, cases=None):
 def test_every_listed_value_of_every_option_is_met_by_a_case():
     assert unmet(LISTED) == []
     assert LISTED.keys() | {"devices"} == all_cases()[0].features.keys()
-    assert {*get_args(Statistic)} == {*STATISTICS, "input_mean"} - {None}
+    assert {*get_args(Statistic)} == {*INSTANCE_STATISTICS, "input_mean"} - {None}
     assert {case.precision for case in all_cases()} == {"", *PRECISIONS}
     assert {case.way for case in all_cases()} == {"", *WAYS}
     for layer, mode in itertools.product(LAYERS, ("train", "eval")):
@@ -246,7 +240,7 @@ def test_however_many_choices_are_mixed_every_two_of_two_kinds_meet(count):
     kinds = [
         [{"eps": (1 + choice) / 100} for choice in range(count)],
         [{"momentum": choice / 10} for choice in range(count)],
-        [{"centering": value} for value in STATISTICS],
+        [{"centering": value} for value in INSTANCE_STATISTICS],
     ]
     features = [case.features for case in _mixed("rbn", MIXED_SHAPES, *kinds)]
     names = ("eps", "momentum", "centering", "dtype", "layout", "spatial axes")

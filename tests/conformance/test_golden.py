@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from rbn.conformance import golden
-from rbn_core.config import STATISTICS
+from rbn_core.options import INSTANCE_STATISTICS
 from rbn_core.reference import Layer
 
 CASES = golden.load()
@@ -151,7 +151,7 @@ def test_every_option_has_its_case():
     rbn = [case for case in CASES if case.config.layer == "RBN"]
     for training in (True, False):
         pairs = {(case.config.centering, case.config.scaling) for case in rbn if case.training == training}
-        assert pairs >= set(itertools.product(STATISTICS, STATISTICS))
+        assert pairs >= set(itertools.product(INSTANCE_STATISTICS, INSTANCE_STATISTICS))
     kernels = {(case.config.kernel_size, case.config.spatial_dims) for case in CASES}
     assert kernels >= set(itertools.product((3, 5, 7), (1, 2, 3)))
     for layer in golden.EQUATIONS:

@@ -15,7 +15,8 @@ from rbn.conformance.cases import LAYERS, Case, config_of, parse
 from rbn.conformance.checks import FAILED, check_case, reason
 from rbn.conformance.data import EXTREMES, OFFSETS
 from rbn.conformance.subjects.numpy import NumpyLayer
-from rbn_core.config import CHANNEL_STATISTICS, FLOATING, RESTRICTIONS, RUNNING_VARIANCES, STATISTICS
+from rbn_core.config import FLOATING
+from rbn_core.options import CHANNEL_STATISTICS, INSTANCE_STATISTICS, RESTRICTIONS, RUNNING_VARIANCES
 from rbn_core.reference import Layer
 
 NOT_FINITE = ("inf", "nan")
@@ -35,7 +36,7 @@ APART = ("reference", "numpy", "flax", "flax.nnx")
 
 
 @st.composite
-def cases(draw, statistics=STATISTICS, data=DATA):
+def cases(draw, statistics=INSTANCE_STATISTICS, data=DATA):
     """Any case of any layer."""
     layer = draw(st.sampled_from(LAYERS))
     spatial = draw(st.lists(st.integers(1, 5), min_size=int(layer == "bnet"), max_size=3))
@@ -99,7 +100,11 @@ def for_each(name, data, property_of, share=1.0):
     """Look for a case that breaks a property of a subject; it can be run again by the id that is printed."""
     subject = subject_of(name)
 
-    @given(case=cases(statistics=(*CHANNEL_STATISTICS, None) if name == "numpy" else STATISTICS, data=data))
+    @given(
+        case=cases(
+            statistics=(*CHANNEL_STATISTICS, None) if name == "numpy" else INSTANCE_STATISTICS, data=data
+        )
+    )
     @settings(SLOW, max_examples=round(share * EXAMPLES.get(name.partition(".")[0], 100)))
     def search(case):
         assume(reason(case, {**subject.absent, **subject.expected_failures}) is None)

@@ -5,12 +5,21 @@ import pytest
 
 from rbn_core.architectures import network
 from rbn_core.execution import initial_state
-from rbn_core.names import KINDS, NAMES, PARAMETERS, STATISTICS, from_layout, from_own, to_layout, to_own
+from rbn_core.names import (
+    KINDS,
+    NAMES,
+    PARAMETERS,
+    RUNNING_STATISTICS,
+    from_layout,
+    from_own,
+    to_layout,
+    to_own,
+)
 
 
 def test_the_table_of_names_is_complete_in_every_framework():
     for framework, names in NAMES.items():
-        assert tuple(names) == PARAMETERS + STATISTICS, framework
+        assert tuple(names) == PARAMETERS + RUNNING_STATISTICS, framework
         assert len(set(names.values())) == len(names), framework
 
 

@@ -7,11 +7,11 @@ import pytest
 import scipy.ndimage
 
 from rbn_core import BNET, IEBN, RBN, Config, RBNValueError
-from rbn_core.config import CHANNEL_STATISTICS, STATISTICS
 from rbn_core.fused import TwoPass
+from rbn_core.options import CHANNEL_STATISTICS, INSTANCE_STATISTICS
 from rbn_core.reference import Layer
 
-CALIBRATIONS = list(itertools.product(STATISTICS, STATISTICS))
+CALIBRATIONS = list(itertools.product(INSTANCE_STATISTICS, INSTANCE_STATISTICS))
 CHANNEL_CALIBRATIONS = list(itertools.product((*CHANNEL_STATISTICS, None), repeat=2))
 
 

@@ -17,7 +17,7 @@ from rbn.verification import ALLOWED
 from rbn_core import execution, weights
 from rbn_core.architectures import ARCHITECTURES, network
 from rbn_core.matching import COUNTER
-from rbn_core.names import STATISTICS
+from rbn_core.names import RUNNING_STATISTICS
 from rbn_core.networks import INPUT, Activation, Add, Convolution, Linear, Network, Norm, Pooling
 
 SUFFIXES = {"torch": ".pth", "flax": ".msgpack", "mindspore": ".ckpt", "jittor": ".pkl"}
@@ -242,7 +242,7 @@ def check_gradients(processes, described, start, images, classes):
     for framework in FRAMEWORKS:
         processes[framework].ask("gradients", described.to_json(), start, images, classes)
     found = {framework: processes[framework].answer() for framework in FRAMEWORKS}
-    names = [name for name in described.state_shapes() if name.rpartition(".")[2] not in STATISTICS]
+    names = [name for name in described.state_shapes() if name.rpartition(".")[2] not in RUNNING_STATISTICS]
     worst = {}
     for one, other in PAIRS:
         for name in names:

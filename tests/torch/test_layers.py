@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
-from rbn.backends.torch import BNET, IEBN, RBN, from_numpy, to_numpy
+from rbn.backends.torch import BNET, IEBN, RBN, convert, from_numpy, to_numpy
 from rbn_core import RBNTypeError, RBNValueError
 
 
@@ -105,13 +105,15 @@ def test_bnet_starts_as_pytorchs_depthwise_convolution(rank: int) -> None:
 
 @pytest.mark.parametrize("rank", [1, 2, 3])
 @pytest.mark.parametrize("affine", [True, False])
-def test_bnet_from_a_batch_norm_equals_it(rank: int, affine: bool) -> None:
+def test_bnet_in_the_place_of_a_batch_norm_equals_it(rank: int, affine: bool) -> None:
     norm = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)[rank - 1](4, 1e-3, 0.2, affine=affine).double()
     x = torch.randn(3, 4, *(5,) * rank, dtype=torch.float64)
     if affine:
         nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
     norm(x)
-    layer = BNET.from_batch_norm(norm, 3, spatial_dims=rank)
+    model = nn.Sequential(copy.deepcopy(norm))
+    convert(model, "bnet", preserve=True)
+    layer = model[0]
     for _ in range(2):
         torch.testing.assert_close(layer(x), norm(x))
     torch.testing.assert_close(layer.eval()(x), norm.eval()(x))

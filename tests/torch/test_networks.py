@@ -140,7 +140,9 @@ def test_plain_batch_norm_is_pytorchs_own_and_the_others_are_ours():
 def test_options_that_pytorch_lacks_are_refused():
     with pytest.raises(RBNValueError, match="expected running_var 'unbiased' of PyTorch's own"):
         network("resnet18", {"layer": "bn", "running_var": "biased"})
-    with pytest.raises(RBNValueError, match="expected a gamma wherever there is a beta"):
+    with pytest.raises(
+        RBNValueError, match="RBN: expected beta=False beside gamma=False, as the layers of PyTorch have it"
+    ):
         network("resnet18", {"layer": "rbn", "gamma": False})
     assert network("resnet18", {"layer": "rbn", "gamma": False, "beta": False}).bn1.weight is None
 

@@ -171,7 +171,7 @@ def test_dtypes_are_the_parameters():
         (
             lambda p: torch.optim.SGD([{"params": [*p], "lr": 0.1}, {"params": [torch.ones(2)], "lr": 0.2}]),
             RBNValueError,
-            r"optimizer of the model's parameters, got one of others, of shapes \[\(2,\)\]",
+            r"optimizer of the model's parameters, got one of others: \(2,\)\. Build it with model",
         ),
         (
             lambda p: torch.optim.Adam(

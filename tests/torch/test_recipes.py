@@ -680,7 +680,11 @@ def test_parameter_groups_let_kernels_alone_decay():
 
 def inert(kind, n):
     """A layer that is a plain BatchNorm in evaluation, with statistics of its own."""
-    layer = BNET.from_batch_norm(nn.BatchNorm2d(n)) if kind is BNET else kind(n)
+    layer = kind(n)
+    if kind is BNET:
+        model = nn.Sequential(nn.BatchNorm2d(n))
+        convert(model, "bnet", preserve=True)
+        (layer,) = model
     layer.running_mean.normal_()
     layer.running_var.uniform_(0.5, 2.0)
     with torch.no_grad():

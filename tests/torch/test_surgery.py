@@ -96,7 +96,8 @@ def test_there_and_back_is_the_same(to):
 
 
 def test_a_calibration_at_work_is_kept_and_the_table_says_why():
-    model = nn.Sequential(RBN(3), RBN(3), IEBN(3), BNET(3), BNET.from_batch_norm(nn.BatchNorm2d(3)))
+    model = nn.Sequential(RBN(3), RBN(3), IEBN(3), BNET(3), nn.BatchNorm2d(3))
+    convert(model, "bnet", preserve=True)
     with torch.no_grad():
         model[0].center_weight[1] = 0.5
         model[2].scale_weight[0] = -0.25

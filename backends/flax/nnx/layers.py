@@ -14,15 +14,10 @@ from flax.typing import Dtype, Initializer
 from jax import Array
 
 from rbn.backends.flax import distributed, functional, fused
-from rbn_core.config import (
-    Config,
-    Statistic,
-    check_counter,
-    check_input,
-    refuse_unknown_options,
-)
+from rbn_core.config import Config, check_counter, check_input, refuse_unknown_options
 from rbn_core.errors import RBNValueError
 from rbn_core.names import NAMES
+from rbn_core.options import Statistic
 
 KERNEL_INIT = initializers.lecun_normal()
 """How Flax's convolutions start."""
