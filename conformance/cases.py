@@ -15,8 +15,9 @@ from rbn.conformance.data import DATA, EXTREMES, OFFSETS, REAL, REAL_SHAPES, Arr
 from rbn_core.config import FLOATING, Config
 from rbn_core.errors import RBNError, RBNValueError
 from rbn_core.matching import State
+from rbn_core.options import LAYERS as OURS
 
-LAYERS = ("rbn", "iebn", "bnet", "bn")
+LAYERS = (*map(str.lower, OURS), "bn")
 """What a case can be of; "bn" is plain BatchNorm, RBN without its calibrations."""
 
 LAYOUTS = ("channels_first", "channels_last", "strided", "expanded")
@@ -344,12 +345,9 @@ def layer_of(config: Config) -> str:
 def config_of(layer: str, shape: tuple[int, ...], options: dict[str, Any]) -> Config:
     """The config of one of `LAYERS` for inputs of a shape; what `options` leaves out is the default."""
     channels, spatial_dims = shape[1], len(shape) - 2
-    if layer == "bnet":
-        return Config.bnet(channels, spatial_dims=spatial_dims, **options)
-    if layer == "iebn":
-        return Config.iebn(channels, spatial_dims=spatial_dims, **options)
     off = {"centering": None, "scaling": None} if layer == "bn" else {}
-    return Config(channels, spatial_dims=spatial_dims, **(off | options))
+    name = "RBN" if layer == "bn" else layer.upper()
+    return Config.of(name, channels, spatial_dims=spatial_dims, **(off | options))
 
 
 def parse(case_id: str) -> Case:

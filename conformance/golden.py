@@ -41,8 +41,6 @@ EQUATIONS = {
 }
 """Each layer's source; its name in lower case is that of its file."""
 
-CONFIGS: dict[str, Callable[..., Config]] = {"RBN": Config, "IEBN": Config.iebn, "BNET": Config.bnet}
-
 STEPS = {"train": 2, "eval": 1}
 """Each mode and its steps; the running statistics are written after every step."""
 
@@ -198,17 +196,17 @@ def settings() -> Iterator[tuple[str, Config, str, tuple[int, ...], float]]:
         "IEBN": ({}, *AFFINE_OPTIONS, *BATCH_NORM_OPTIONS),
         "BNET": BATCH_NORM_OPTIONS,
     }
-    for layer, mode in itertools.product(CONFIGS, STEPS):
+    for layer, mode in itertools.product(EQUATIONS, STEPS):
         on_shapes = kernels if layer == "BNET" else [(shape, {}) for shape in OTHER_SHAPES]
         for shape, options in [*((SHAPE, options) for options in options_of[layer]), *on_shapes]:
             if mode == "eval" and options.keys() & {"momentum", "running_var"}:
                 continue  # these are about training alone
             spelled = ",".join(f"{name}={value}" for name, value in options.items())
             parts = (layer.lower(), mode, spelled, "x".join(map(str, shape)))
-            config = CONFIGS[layer](shape[1], **DEFAULTS | options)
+            config = Config.of(layer, shape[1], **DEFAULTS | options)
             yield "/".join(filter(None, parts)), config, mode, shape, 0.0
     for layer in ("RBN", "BNET"):  # IEBN's attention to such an input is 0 or 1
-        config = CONFIGS[layer](SHAPE[1], **DEFAULTS)
+        config = Config.of(layer, SHAPE[1], **DEFAULTS)
         yield f"{layer.lower()}/train/offset1000/2x3x2x3", config, "train", SHAPE, OFFSET
 
 

@@ -23,8 +23,9 @@ from rbn_core.networks import (
     Pooling,
     Split,
 )
+from rbn_core.options import LAYERS as OURS
 
-NORMS = ("bn", "rbn", "iebn", "bnet")
+NORMS = ("bn", *map(str.lower, OURS))
 
 PLACES = ("stem", "inner", "last", "shortcut")
 """Where a normalization is: in the stem or after the last stage, after a block's last convolution, after its

@@ -95,24 +95,28 @@ class Config:
             )
 
     @classmethod
+    def of(cls, layer: str, num_features: int, **options: Any) -> Config:
+        """The options of one of `rbn_core.options.LAYERS`; what is not said is as usual in that layer.
+
+        Args:
+            layer: "RBN", "IEBN" or "BNET".
+            num_features: C.
+            options: The others, in the conventions of this class.
+        """
+        usual: dict[str, Any] = {
+            name: option.usual(layer) for name, option in OPTIONS.items() if name != "num_features"
+        }
+        return cls(num_features, layer=layer, **usual | options)
+
+    @classmethod
     def iebn(cls, num_features: int, **options: Any) -> Config:
         """The options of an IEBN layer: BatchNorm, scaled by an attention to X itself."""
-        return cls(num_features, centering=None, scaling="input_mean", layer="IEBN", **options)
+        return cls.of("IEBN", num_features, **options)
 
     @classmethod
     def bnet(cls, num_features: int, kernel_size: int = 3, spatial_dims: int = 2, **options: Any) -> Config:
         """The options of a BNET layer: BatchNorm with a depthwise convolution for its affine step."""
-        return cls(
-            num_features,
-            centering=None,
-            scaling=None,
-            gamma=False,
-            beta=False,
-            kernel_size=kernel_size,
-            spatial_dims=spatial_dims,
-            layer="BNET",
-            **options,
-        )
+        return cls.of("BNET", num_features, kernel_size=kernel_size, spatial_dims=spatial_dims, **options)
 
     @property
     def parameters(self) -> dict[str, float]:

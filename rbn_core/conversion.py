@@ -13,12 +13,13 @@ from rbn_core.config import Config, check_choice
 from rbn_core.errors import RBNTypeError, RBNValueError
 from rbn_core.matching import Row, State, Table
 from rbn_core.networks import Norm
+from rbn_core.options import LAYERS as OURS
 from rbn_core.options import OPTIONS
 
 LayerType = TypeVar("LayerType")
 PlanType = TypeVar("PlanType")
 
-LAYERS = ("bn", "rbn", "iebn", "bnet")
+LAYERS = ("bn", *map(str.lower, OURS))
 """What a layer can be converted to."""
 
 

@@ -89,12 +89,9 @@ class Norm(Node):
     @property
     def config(self) -> Config:
         """The options as a layer's; plain BatchNorm is an RBN without calibrations."""
-        if self.layer == "iebn":
-            return Config.iebn(self.channels, **self.options)
-        if self.layer == "bnet":
-            return Config.bnet(self.channels, **self.options)
-        plain: dict[str, Any] = {"centering": None, "scaling": None} if self.layer == "bn" else {}
-        return Config(self.channels, **plain, **self.options)
+        if self.layer == "bn":
+            return Config.of("RBN", self.channels, centering=None, scaling=None, **self.options)
+        return Config.of(self.layer.upper(), self.channels, **self.options)
 
     def state_shapes(self) -> dict[str, Shape]:
         """Parameters and running statistics."""
