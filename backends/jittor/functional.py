@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping
 import jittor as jt
 from jittor import Var
 
+from rbn.backends.jittor import internals
+from rbn_core.errors import RBNValueError
 from rbn_core.options import SPATIAL_STATISTICS, Statistic
 
 
@@ -174,24 +176,56 @@ def depthwise_convolution(x: Var, weight: Var, bias: Var) -> Var:
     return y + spread(bias.float64(), y, *positions)
 
 
-def accumulate(running: tuple[Var, Var], mean: Var, var: Var, new_weight: float | Var) -> None:
-    """Eq. 3, in place: running <- running + (1 - m) (batch - running).
+def accumulate(
+    running: tuple[Var, Var],
+    mean: Var,
+    var: Var,
+    new_weight: float | Var | None,
+    *,
+    count: Var | None = None,
+    values: int | None = None,
+) -> None:
+    """Eq. 3, in place and without a gradient: running <- running + (1 - m) (batch - running).
 
     Args:
-        running: E and Var, (C,) each.
+        running: E and Var, (C,) each. They keep their dtype, but for half precision, which becomes float32.
         mean: mu_B, (C,).
-        var: sigma_B^2, (C,), already divided as the layer wants it.
-        new_weight: 1 - m, the weight of the batch.
+        var: sigma_B^2, (C,), biased.
+        new_weight: 1 - m, the weight of the batch; `None` takes 1 / count, for the average of all batches.
+        count: The number of batches with this one, an integer of shape (1,).
+        values: n of eq. 2, to accumulate n / (n - 1) sigma_B^2; `None` takes sigma_B^2 as it is.
+
+    Raises:
+        RBNValueError: There is neither a weight nor a count.
+
+    Example:
+        >>> import jittor as jt
+        >>> from rbn.backends.jittor import functional
+        >>> running = jt.zeros((1,)), jt.ones((1,))
+        >>> functional.accumulate(running, jt.array([3.0]), jt.array([2.0]), 0.5)
+        >>> [statistic.item() for statistic in running]
+        [1.5, 1.5]
     """
-    weight = constant(new_weight)
-    for old, batch in zip(running, (mean, var), strict=True):
-        exact = old.float64()
-        # Not back to half precision, which Module.float16() makes of statistics too.
-        old.update((exact + weight * (batch - exact)).cast(at_least_float32(old).dtype))
+    with jt.no_grad(), internals.full_precision(gradients=False):
+        if new_weight is not None:
+            weight = constant(new_weight)
+        elif count is not None:
+            weight = constant(1) / count.float64()
+        else:
+            raise RBNValueError(
+                "accumulate: expected count with new_weight=None, the average of all batches, got None. "
+                "Pass the number of batches with this one, or the weight of the batch."
+            )
+        if values is not None:
+            var = var * constant(values / (values - 1))
+        for old, batch in zip(running, (mean, var), strict=True):
+            exact = old.float64()
+            # Not back to half precision, which Module.float16() makes of statistics too.
+            old.update((exact + weight * (batch - exact)).cast(at_least_float32(old).dtype))
 
 
 def spatial_statistic(name: Statistic, x: Var, eps: float) -> Var:
-    """mu_s or sigma_s of Table 3, over the channels of every position: broadcast to the shape of x."""
+    """mu_s or sigma_s of Table 3, over the channels of one image and position; in the shape of x."""
     mean = mean_over(x, 1)
     if name == "spatial_mean":
         return spread(mean, x, 1)

@@ -158,11 +158,11 @@ def rbn(
     stored = {name: snapshot(value, dtype) for name, value in parameters.items()}
     if running is not None:
         running = (snapshot(running[0], dtype), snapshot(running[1], dtype))
-    layer = Layer(tuple(stored), running, eps, centering, scaling, restrict)
+    call = Call(tuple(stored), running, eps, centering, scaling, restrict)
     planes = functional.as_planes(x)
     if x.is_stop_grad():
         planes.stop_grad()
-    forward = Forward(layer, planes, tuple(stored.values()))
+    forward = Forward(call, planes, tuple(stored.values()))
     y = forward(*forward.inputs)
     return y.reshape(x.shape), *forward.statistics
 
@@ -186,8 +186,8 @@ def snapshot(values: Var, dtype: str) -> Var:
 
 
 @dataclass(frozen=True)
-class Layer:
-    """A layer as the operators take it.
+class Call:
+    """A call of a layer, as the operators take it.
 
     Attributes:
         names: Of its parameters, as in `PARAMETERS`.
@@ -235,7 +235,7 @@ class Forward(Function):
     """X and the parameters to Y.
 
     Args:
-        layer: What they belong to.
+        call: What they belong to.
         x: (N, C, M).
         stored: The parameters, in the order of their names.
 
@@ -244,9 +244,9 @@ class Forward(Function):
         statistics: E and biased Var, once executed.
     """
 
-    def __init__(self, layer: Layer, x: Var, stored: tuple[Var, ...]) -> None:
+    def __init__(self, call: Call, x: Var, stored: tuple[Var, ...]) -> None:
         super().__init__()
-        self.layer = layer
+        self.call = call
         self.inputs = (x, *stored)
 
     def execute(self, x: Var, *stored: Var) -> Var:
@@ -255,12 +255,12 @@ class Forward(Function):
         y, self.mu, self.v, mean, var = jt.code(
             [x.shape, planes, planes, channels, channels],
             [x.dtype, dtype, dtype, dtype, dtype],
-            [x, *self.layer.vectors(x, stored)],
+            [x, *self.call.vectors(x, stored)],
             cpu_header=HEADER,
             cpu_src=FORWARD,
-            data=self.layer.data(x) | {"function": address("rbn_forward")},
+            data=self.call.data(x) | {"function": address("rbn_forward")},
         )
-        self.statistics = self.layer.running or (mean, var)
+        self.statistics = self.call.running or (mean, var)
         return y
 
     def grad(self, dy: Var | None) -> list[Var | None]:
@@ -279,11 +279,11 @@ class Backward(Function):
 
     def __init__(self, forward: Forward) -> None:
         super().__init__()
-        self.layer, self.mu, self.v = forward.layer, forward.mu, forward.v
+        self.call, self.mu, self.v = forward.call, forward.mu, forward.v
 
     def execute(self, dy: Var, x: Var, *stored: Var) -> list[Var | None]:
         """One pass to read dY and X, one to write dX."""
-        names = ("x", *self.layer.names)
+        names = ("x", *self.call.names)
         wanted = [name for name, value in zip(names, (x, *stored), strict=True) if not value.is_stop_grad()]
         outputs = ("x", *PARAMETERS)
         given, dtype = x.dtype, statistics_dtype(x)
@@ -292,10 +292,10 @@ class Backward(Function):
         found = jt.code(
             [x.shape if "x" in wanted else (1, 1, 1), *[x.shape[1:2]] * len(PARAMETERS)],
             [x.dtype, *[dtype] * len(PARAMETERS)],
-            [dy, x, self.mu, self.v, *self.layer.vectors(x, stored)],
+            [dy, x, self.mu, self.v, *self.call.vectors(x, stored)],
             cpu_header=HEADER,
             cpu_src=BACKWARD,
-            data=self.layer.data(x)
+            data=self.call.data(x)
             | {
                 "function": address("rbn_backward"),
                 "wanted": sum(1 << i for i, name in enumerate(outputs) if name in wanted),

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import lru_cache
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import jittor as jt
-import numpy as np
 from jittor import Module, Var, init, nn
 
 from rbn.backends.jittor import distributed, functional, fused, internals
@@ -16,47 +15,24 @@ from rbn_core.config import (
     IEBN_STARTS,
     Config,
     check_input,
+    config_of,
     old_value_weight,
     refuse_unknown_options,
 )
 from rbn_core.errors import RBNTypeError
 from rbn_core.matching import COUNTER
 from rbn_core.names import NAMES
-from rbn_core.options import Statistic
+from rbn_core.options import OPTIONS, Statistic
 
 
-def _config(
-    num_features: int,
-    eps: float,
-    momentum: float | None,
-    centering: Statistic | None,
-    scaling: Statistic | None,
-    restrict: str,
-    running_var: str,
-    affine: bool,
-    kernel_size: int | None,
-    spatial_dims: int | None,
-    layer: str,
-) -> Config:
-    """A layer's options, checked."""
-    return Config(
-        num_features,
-        eps,
-        old_value_weight(momentum, layer),
-        centering,
-        scaling,
-        restrict,
-        running_var,
-        gamma=affine,
-        beta=affine,
-        kernel_size=kernel_size,
-        spatial_dims=2 if spatial_dims is None else spatial_dims,
-        layer=layer,
-    )
+@dataclass(frozen=True)
+class Setting:
+    """What a constructor takes beside the options of `rbn_core.Config`, as `RBN` describes it."""
 
-
-_known_config = lru_cache(maxsize=1024, typed=True)(_config)
-"""The same, of what was checked before: at every call of a layer."""
+    momentum: float | None
+    is_train: bool
+    sync: bool
+    fused: bool
 
 
 class CalibratedNorm(nn.BatchNorm):
@@ -77,19 +53,17 @@ class CalibratedNorm(nn.BatchNorm):
     spatial_dims: int | None = None
     kernel_size: int | None = None
 
-    def __init__(
-        self, config: Config, momentum: float | None, is_train: bool, sync: bool, fused: bool
-    ) -> None:
+    def __init__(self, config: Config, setting: Setting) -> None:
         Module.__init__(self)
         shape = (config.num_features,)
         self.layer = config.layer
         self.num_features = config.num_features
         self.epsilon = config.eps
-        self.momentum = momentum
+        self.momentum = setting.momentum
         self.affine = config.gamma
-        self.is_train = is_train
-        self.sync = sync
-        self.fused = fused
+        self.is_train = setting.is_train
+        self.sync = setting.sync
+        self.fused = setting.fused
         self.centering = config.centering
         self.scaling = config.scaling
         self.restrict = config.restrict
@@ -148,8 +122,15 @@ class CalibratedNorm(nn.BatchNorm):
                 y, mean, var = functional.rbn(x, parameters, running, **options, average=average)
             y = self.transform(y).cast(x.dtype)
         if self.is_train:
-            with jt.no_grad(), internals.full_precision(gradients=False):
-                self._track(mean, var, x.numel() // self.num_features if share is None else share.values)
+            values = x.numel() // self.num_features if share is None else share.values
+            functional.accumulate(
+                (self.running_mean, self.running_var),
+                mean,
+                var,
+                self.momentum,
+                count=self._count(),
+                values=values if self.variance_estimator == "unbiased" else None,
+            )
         return y
 
     def transform(self, y: Var) -> Var:
@@ -158,29 +139,17 @@ class CalibratedNorm(nn.BatchNorm):
 
     def config(self) -> Config:
         """The options as they are now, each of which can have changed since construction."""
-        options = (
-            self.num_features,
-            self.epsilon,
-            self.momentum,
-            self.centering,
-            self.scaling,
-            self.restrict,
-            self.variance_estimator,
-            self.affine,
-            self.kernel_size,
-            self.spatial_dims,
-            self.layer,
-        )
-        try:
-            return _known_config(*options)
-        except TypeError:  # also of what has no hash, and is refused for what it is
-            return _config(*options)
+        return config_of("jittor", self, beta=self.affine)
 
     def extra_repr(self) -> str:
         """The options, as `print(model)` shows them."""
-        return (
-            f"{self.num_features}, eps={self.epsilon}, momentum={self.momentum}, affine={self.affine}, "
-            f"is_train={self.is_train}, running_var={self.variance_estimator!r}, sync={self.sync}"
+        chosen = [name for name in ("centering", "scaling", "restrict") if self.layer in OPTIONS[name].layers]
+        return ", ".join(
+            (
+                f"{self.num_features}, eps={self.epsilon}, momentum={self.momentum}, affine={self.affine}",
+                f"is_train={self.is_train}, running_var={self.variance_estimator!r}, sync={self.sync}",
+                *(f"{name}={getattr(self, name)!r}" for name in chosen),
+            )
         )
 
     def _stored(self) -> dict[str, Any]:
@@ -191,18 +160,14 @@ class CalibratedNorm(nn.BatchNorm):
             stored[canonical] = getattr(getattr(self, of, None) if of else self, name, None)
         return stored
 
-    def _track(self, mean: Var, var: Var, values: int) -> None:
-        count: Any = getattr(self, COUNTER, None)
-        if count is not None:
-            count.update(count + 1)
+    def _count(self) -> Var | None:
+        """Count a batch, where batches are counted."""
+        counter: Any = getattr(self, COUNTER, None)
+        if counter is not None:
+            counter.update(counter + 1)
             # Nothing else may ever ask for it: left lazy, its graph would grow by an addition a step.
-            count.sync(False, False)
-        new_weight = self.momentum
-        if new_weight is None:
-            new_weight = functional.constant(1) / count.float64()
-        if self.variance_estimator == "unbiased":
-            var = var * functional.constant(values / (values - 1))
-        functional.accumulate((self.running_mean, self.running_var), mean, var, new_weight)
+            counter.sync(False, False)
+        return counter
 
 
 @refuse_unknown_options
@@ -237,6 +202,15 @@ class RBN(CalibratedNorm):
 
     Raises:
         RBNError: An option or an input is refused; no statistic has changed then.
+
+    Example:
+        >>> import jittor as jt
+        >>> from rbn.backends.jittor import RBN
+        >>> layer = RBN(3, scaling="channel_std")
+        >>> layer(jt.randn((4, 3, 5, 5))).shape
+        [4,3,5,5,]
+        >>> layer.center_weight.tolist(), layer.scale_bias.tolist()
+        ([0.0, 0.0, 0.0], [1.0, 1.0, 1.0])
     """
 
     starts = CALIBRATION_STARTS
@@ -267,14 +241,7 @@ class RBN(CalibratedNorm):
             gamma=affine,
             beta=affine,
         )
-        super().__init__(config, momentum, is_train, sync, fused)
-
-    def extra_repr(self) -> str:
-        """The options, as `print(model)` shows them."""
-        return (
-            f"{super().extra_repr()}, centering={self.centering!r}, scaling={self.scaling!r}, "
-            f"restrict={self.restrict!r}"
-        )
+        super().__init__(config, Setting(momentum, is_train, sync, fused))
 
 
 @refuse_unknown_options
@@ -284,22 +251,15 @@ class IEBN(CalibratedNorm):
         X_s = (X - E(X)) / sqrt(Var(X) + eps)
         Y   = X_s sigmoid(w_v mean_c(X) + w_b) gamma + beta        mean_c over the positions of one channel
 
-    Inputs, statistics and modes as in `RBN`. State: BatchNorm's, `scale_weight` (w_v, from 0) and
-    `scale_bias` (w_b, from -1), each of shape (C,), and `num_batches_tracked`.
+    Inputs, statistics, modes, options and errors are those of `RBN`, without `centering`, `scaling` and
+    `restrict`. State: BatchNorm's, `scale_weight` (w_v, from 0) and `scale_bias` (w_b, from -1), each of
+    shape (C,), and `num_batches_tracked`.
 
-    Args:
-        num_features: C, the number of channels.
-        eps: epsilon, added to the variance under its root.
-        momentum: the weight of the *new* value in the running statistics; `None` averages all batches.
-        affine: whether gamma and beta are learned.
-        is_train: the mode at construction, which `train()` and `eval()` change.
-        sync: whether, under MPI, E and Var are those of the batches of all processes together.
-        running_var: the batch variance that is accumulated, "unbiased" or "biased".
-        fused: whether compiled loops compute the layer where they can, on the CPU; `False` always takes
-            Jittor's own operations. Synchronised and spatial statistics take them, too.
-
-    Raises:
-        RBNError: An option or an input is refused; no statistic has changed then.
+    Example:
+        >>> import jittor as jt
+        >>> from rbn.backends.jittor import IEBN
+        >>> IEBN(3)(jt.randn((4, 3, 5, 5))).shape
+        [4,3,5,5,]
     """
 
     starts = IEBN_STARTS
@@ -324,7 +284,7 @@ class IEBN(CalibratedNorm):
             gamma=affine,
             beta=affine,
         )
-        super().__init__(config, momentum, is_train, sync, fused)
+        super().__init__(config, Setting(momentum, is_train, sync, fused))
 
 
 @refuse_unknown_options
@@ -334,25 +294,21 @@ class BNET(CalibratedNorm):
         X_s = (X - E(X)) / sqrt(Var(X) + eps)
         Y   = depthwise convolution of X_s, zero padded, plus a bias
 
-    Inputs, statistics and modes as in `RBN`, with the kernel's number of spatial axes. State: BatchNorm's
-    running statistics, `num_batches_tracked`, and `conv`, a depthwise `jittor.nn.Conv*d` that starts as
-    Jittor starts it and holds the parameters; the layer itself convolves with them, in
-    `functional.depthwise_convolution`.
+    Inputs, statistics, modes, options and errors are those of `RBN`, with the kernel's number of spatial axes
+    and without `affine`, `centering`, `scaling` and `restrict`. State: BatchNorm's running statistics,
+    `num_batches_tracked`, and `conv`, a depthwise `jittor.nn.Conv*d` that starts as Jittor starts it and
+    holds the parameters; the layer itself convolves with them, in `functional.depthwise_convolution`.
+    `convert(model, "bnet", preserve=True)` makes BNETs that equal a model's BatchNorms.
 
     Args:
-        num_features: C, the number of channels.
         kernel_size: the extent of the kernel along every axis; odd.
-        eps: epsilon, added to the variance under its root.
-        momentum: the weight of the *new* value in the running statistics; `None` averages all batches.
-        is_train: the mode at construction, which `train()` and `eval()` change.
-        sync: whether, under MPI, E and Var are those of the batches of all processes together.
         spatial_dims: the number of spatial axes, 1, 2 or 3.
-        running_var: the batch variance that is accumulated, "unbiased" or "biased".
-        fused: whether compiled loops compute the layer where they can, on the CPU; `False` always takes
-            Jittor's own operations. Synchronised and spatial statistics take them, too.
 
-    Raises:
-        RBNError: An option or an input is refused; no statistic has changed then.
+    Example:
+        >>> import jittor as jt
+        >>> from rbn.backends.jittor import BNET
+        >>> BNET(3, kernel_size=5)(jt.randn((4, 3, 5, 5))).shape
+        [4,3,5,5,]
     """
 
     def __init__(
@@ -376,33 +332,12 @@ class BNET(CalibratedNorm):
             momentum=old_value_weight(momentum, "BNET"),
             running_var=running_var,
         )
-        super().__init__(config, momentum, is_train, sync, fused)
+        super().__init__(config, Setting(momentum, is_train, sync, fused))
         self.kernel_size = kernel_size
         self.spatial_dims = spatial_dims
         self.conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[spatial_dims - 1](
             num_features, num_features, kernel_size, padding=kernel_size // 2, groups=num_features
         )
-
-    @classmethod
-    def from_batch_norm(cls, norm: nn.BatchNorm, kernel_size: int = 3, *, spatial_dims: int = 2) -> BNET:
-        """A layer that equals a BatchNorm: gamma at the centre of its kernels, 0 elsewhere, beta as bias."""
-        layer = cls(
-            norm.num_features, kernel_size, norm.eps, norm.momentum, sync=norm.sync, spatial_dims=spatial_dims
-        )
-        dtype = norm.running_mean.dtype
-        # Without affine parameters BatchNorm has the numbers 1.0 and 0.0 in their place.
-        gamma, beta = (
-            functional.at_least_float32(value).numpy() if isinstance(value, Var) else value
-            for value in (norm.weight, norm.bias)
-        )
-        kernel, bias = np.zeros(layer.conv.weight.shape), np.zeros(norm.num_features)
-        kernel[(slice(None), 0, *(kernel_size // 2,) * spatial_dims)] = gamma
-        bias[:] = beta
-        layer.conv.weight.update(jt.array(kernel, dtype="float64").cast(dtype))
-        layer.conv.bias.update(jt.array(bias, dtype="float64").cast(dtype))
-        layer.running_mean.update(norm.running_mean)
-        layer.running_var.update(norm.running_var)
-        return layer if norm.is_train else layer.eval()
 
     def execute(self, x: Var) -> Var:
         """Y; half precision is rounded once, after the convolution."""

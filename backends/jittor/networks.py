@@ -10,7 +10,7 @@ from jittor import Module, Var, init, nn
 
 from rbn.backends.jittor.layers import BNET, IEBN, RBN
 from rbn_core import architectures, networks
-from rbn_core.config import Config
+from rbn_core.config import arguments
 from rbn_core.errors import RBNValueError
 from rbn_core.networks import (
     INPUT,
@@ -99,32 +99,6 @@ def network(name: str, norm: str | Mapping[str, Any] = "bn", num_classes: int | 
     return Network(architectures.network(name, norm, num_classes))
 
 
-def norm_options(config: Config) -> dict[str, Any]:
-    """A layer's options as its constructor in Jittor takes them, without the number of channels.
-
-    Raises:
-        RBNValueError: They are some that no normalization in Jittor has.
-    """
-    if config.gamma != config.beta or not config.track_running_stats:
-        raise RBNValueError(
-            f"{config.layer}: expected running statistics, and gamma with beta, as in Jittor's BatchNorm, "
-            f"got gamma={config.gamma}, beta={config.beta}, "
-            f"track_running_stats={config.track_running_stats}. "
-            "Leave gamma and beta out together, or keep both."
-        )
-    options: dict[str, Any] = {
-        "eps": config.eps,
-        "momentum": None if config.momentum is None else 1.0 - config.momentum,
-        "running_var": config.running_var,
-    }
-    if config.layer == "BNET":
-        return options | {"kernel_size": config.kernel_size, "spatial_dims": config.spatial_dims}
-    options |= {"affine": config.gamma}
-    if config.layer == "IEBN":
-        return options
-    return options | {name: getattr(config, name) for name in ("centering", "scaling", "restrict")}
-
-
 LAYERS: dict[str, Any] = {"rbn": RBN, "iebn": IEBN, "bnet": BNET}
 """What a norm node's `layer` is here, but for Jittor's own BatchNorm, "bn"."""
 
@@ -153,7 +127,7 @@ def _module(node: Convolution | Linear | Norm) -> Module:
                 setattr(linear, name, init.uniform(shape, "float32", -bound, bound))
             return linear
         case Norm():
-            options = norm_options(node.config)
+            options = arguments("jittor", node.config)
             if node.layer != "bn":
                 layer = LAYERS[node.layer](node.channels, **options)
                 if node.starts_at_zero:

@@ -9,11 +9,23 @@ from jittor import Module, Var
 from jittor.optim import SGD, Adam, AdamW, Optimizer
 
 from rbn.backends.jittor.weights import array, assign, fitting, variables
-from rbn_core.errors import RBNTypeError, RBNValueError
 from rbn_core.matching import State
 from rbn_core.names import RUNNING_STATISTICS
 from rbn_core.stored_optimizers import SLOTS as ALL_SLOTS
-from rbn_core.training import Option, Training, check, check_decay, grouped, needed
+from rbn_core.training import (
+    Option,
+    Training,
+    by_slot,
+    check,
+    check_decay,
+    check_kind,
+    check_meaning,
+    check_own,
+    grouped,
+    needed,
+    not_portable,
+    one,
+)
 
 SLOTS = ALL_SLOTS["jittor"]
 """What an optimizer keeps for every parameter, and what Jittor calls it."""
@@ -71,11 +83,7 @@ def optimizer_from_numpy(optimizer: Optimizer, model: Module, training: Training
             parameters with several rates or decays, or another form of weight decay; nothing has changed.
     """
     kind, slots = _kind(optimizer)
-    if training.optimizer != kind:
-        raise RBNValueError(
-            f"RBN: expected where an optimizer of kind {kind!r} stands, got {training.optimizer!r}. "
-            "Build the optimizer that the training was made with."
-        )
+    check_kind(training, kind)
     check(training)
     check_decay(training, isinstance(optimizer, AdamW))
     parameters = _parameters(optimizer, model)
@@ -87,13 +95,8 @@ def optimizer_from_numpy(optimizer: Optimizer, model: Module, training: Training
         ]
         for name, option in OPTIONS.items()
     }
-    stored = {
-        f"{slot}/{name}": var
-        for slot, found in _stored(optimizer, parameters, slots).items()
-        for name, var in found.items()
-    }
-    given = {f"{slot}/{name}": value for slot, own in training.slots.items() for name, value in own.items()}
-    arrays, _ = fitting(given, stored)
+    stored = by_slot(_stored(optimizer, parameters, slots))
+    arrays, _ = fitting(by_slot(training.slots), stored)
     for name, value in arrays.items():
         assign(stored[name], value)
     optimizer.n_step = int(training.step)
@@ -104,21 +107,13 @@ def optimizer_from_numpy(optimizer: Optimizer, model: Module, training: Training
 def _kind(optimizer: Optimizer) -> tuple[str, Mapping[str, str]]:
     """What an optimizer is, and the slots in use, if both mean here what they mean elsewhere."""
     if type(optimizer) not in (SGD, Adam, AdamW):
-        raise RBNTypeError(
-            "RBN: expected jittor.optim.SGD, Adam or AdamW, which every framework has, "
-            f"got {type(optimizer).__name__}. Train with one of these, or move the weights alone."
-        )
+        raise not_portable("jittor.optim.SGD, Adam or AdamW", optimizer)
     if not isinstance(optimizer, SGD):
         return "adam", SLOTS["adam"]
     for group in optimizer.param_groups:
-        if dampening := _option(optimizer, group, "dampening"):
-            raise RBNValueError(
-                f"RBN: expected an optimizer that means the same everywhere, got dampening={dampening!r}: "
-                "its momentum leaves a part of every gradient out. "
-                "Train without it, or move the weights alone."
-            )
+        check_meaning("dampening", _option(optimizer, group, "dampening"))
     momenta = [bool(_option(optimizer, group, "momentum")) for group in optimizer.param_groups]
-    return "sgd", SLOTS["sgd"] if _one("momentum or none", momenta) else {}
+    return "sgd", SLOTS["sgd"] if one("use of momentum", momenta) else {}
 
 
 def _option(optimizer: Optimizer, group: Mapping[str, Any], name: str) -> Any:
@@ -145,11 +140,7 @@ def _parameters(optimizer: Optimizer, model: Module) -> list[dict[int, str]]:
     for name, var in variables(model).items():
         names.setdefault(id(var), name)
     trained = [var for group in optimizer.param_groups for var in group["params"]]
-    if strange := [tuple(var.shape) for var in trained if id(var) not in names]:
-        raise RBNValueError(
-            f"RBN: expected an optimizer of the model's parameters, got one of others, of shapes {strange}. "
-            "Build it with model.parameters()."
-        )
+    check_own([tuple(var.shape) for var in trained if id(var) not in names], "model.parameters()")
     return [
         {
             index: names[id(var)]
@@ -180,13 +171,3 @@ def _is_parameter(name: str, var: Var) -> bool:
         and name.rpartition(".")[2] not in RUNNING_STATISTICS
         and not hasattr(var, "persistent")
     )
-
-
-def _one(what: str, values: list[Any]) -> Any:
-    """The value of all groups."""
-    if len(set(values)) > 1:
-        raise RBNValueError(
-            f"RBN: expected one {what} for all parameters, got {', '.join(map(str, sorted(set(values))))}. "
-            "Move the weights alone, or train all parameters alike."
-        )
-    return values[0]

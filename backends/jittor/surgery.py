@@ -13,10 +13,11 @@ from rbn.backends.jittor.networks import LAYERS
 from rbn.backends.jittor.weights import assign, config_of, layers, to_numpy, variables
 from rbn_core import conversion
 from rbn_core.errors import RBNTypeError
-from rbn_core.matching import Row, State, Table
+from rbn_core.matching import State, Table
 from rbn_core.names import PARAMETERS, RUNNING_STATISTICS
+from rbn_core.options import kept_arguments
 
-KEPT = ("num_features", "eps", "momentum", "affine", "is_train", "sync")
+KEPT = (*kept_arguments("jittor"), "is_train", "sync")
 """What a layer takes over from the one before, so that it is no option of a conversion."""
 
 ATTACHED = (
@@ -62,7 +63,7 @@ def convert(
             is to be replaced; nothing has changed.
     """
     chosen = conversion.chooser(to, where)
-    _check_options(to, options)
+    conversion.check_options(to, options, KEPT, lambda **given: LAYERS[to](1, **given))
     if _is_replaceable(model, to):
         raise RBNTypeError(
             f"convert: expected a model with layers inside, got a {type(model).__name__} itself, which "
@@ -70,21 +71,10 @@ def convert(
             "state."
         )
     found = [(path, module) for path, module in layers(model) if _is_replaceable(module, to)]
-    hit = {id(module) for path, module in found if chosen.fullmatch(path)}
-    conversion.check_hits(where, [path for path, _ in found], hit)
-    planned: dict[int, _Replacement | str] = {}
-    for _, module in found:
-        if id(module) in hit and id(module) not in planned:
-            planned[id(module)] = _plan(module, to, preserve, options)
+    planned = conversion.plans(found, chosen, where, lambda _, module: _plan(module, to, preserve, options))
     modules = model.modules()
     backups = [vars(module).get("backup_grad_state", {}) for module in modules]
-    rows = []
-    for path, module in found:
-        plan = planned.get(id(module))
-        if isinstance(plan, _Replacement):
-            rows.append(Row(path, "replaced", type(module).__name__, plan.described(backups)))
-        elif plan is not None:
-            rows.append(Row(path, "kept", type(module).__name__, plan))
+    rows = conversion.rows(found, planned, lambda plan: plan.described(backups))
     for plan in planned.values():
         if isinstance(plan, _Replacement):
             plan.carry_out(modules)
@@ -173,21 +163,6 @@ def _new_frozen(kind: Any) -> Any:
     """A frozen layer without anything in it."""
     kind = _frozen(kind)
     return kind.__new__(kind)
-
-
-def _check_options(to: str, options: Mapping[str, Any]) -> None:
-    """Refuse options that no layer could be built with, whether there is one or not."""
-    if kept := [name for name in options if name in KEPT]:
-        raise RBNTypeError(
-            f"convert: expected options that the layer before has not, got {', '.join(kept)}. "
-            "These stay as they are: set them on the layers afterwards."
-        )
-    if to != "bn":
-        LAYERS[to](1, **options)
-    elif options:
-        raise RBNTypeError(
-            f"convert: expected no options for 'bn', got {', '.join(sorted(options))}. Leave them out."
-        )
 
 
 def _plan(module: Module, to: str, preserve: bool, options: Mapping[str, Any]) -> _Replacement | str:

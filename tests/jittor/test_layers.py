@@ -1,5 +1,7 @@
 """What is Jittor's own about the layer; the mathematics is the conformance suite's business."""
 
+import copy
+import doctest
 import os
 import sys
 
@@ -7,7 +9,7 @@ import numpy as np
 import pytest
 
 from rbn.backends import frameworks
-from rbn.backends.jittor import BNET, IEBN, RBN, environment, from_numpy, to_numpy
+from rbn.backends.jittor import BNET, IEBN, RBN, convert, environment, from_numpy, functional, to_numpy
 
 # After the backend, which prepares what Jittor reads at its import.
 # isort: split
@@ -78,27 +80,26 @@ def test_bnet_is_batch_norm_and_jittors_own_convolution(rank):
 
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("rank", SIZES)
-def test_bnet_from_a_batch_norm_equals_it(rank, affine):
+def test_bnet_in_the_place_of_a_batch_norm_equals_it(rank, affine):
     norm = nn.BatchNorm(3, eps=0.1, momentum=0.3, affine=affine)
     if affine:
         norm.weight.update(jt.array([0.5, -2.0, 3.0]))
         norm.bias.update(jt.array([1.0, 0.0, -1.0]))
     norm(image(SIZES[rank], seed=1))
     x = image(SIZES[rank])
-    layer = BNET.from_batch_norm(norm, 5, spatial_dims=rank)
+
+    def converted(kernel_size):
+        model = nn.Sequential(copy.deepcopy(norm))
+        convert(model, "bnet", preserve=True, kernel_size=kernel_size, spatial_dims=rank)
+        return model[0]
+
+    layer = converted(5)
     assert layer.momentum == 0.3
     assert_same(layer.eval()(x), norm.eval()(x))
-    layer = BNET.from_batch_norm(norm, spatial_dims=rank)
+    layer = converted(3)
     assert not layer.is_training()
     assert_same(layer.train()(x), norm.train()(x))
     assert not layer.conv.weight.is_stop_grad()
-
-
-def test_bnet_keeps_the_dtype_of_its_batch_norm():
-    norm = nn.BatchNorm(3)
-    norm.float64()
-    layer = BNET.from_batch_norm(norm)
-    assert {str(layer.conv.weight.dtype), str(layer.running_mean.dtype)} == {"float64"}
 
 
 def test_bnet_convolves_half_precision_in_float32():
@@ -120,9 +121,7 @@ def test_bnet_sums_the_gradient_of_a_large_image_with_all_its_digits():
     np.testing.assert_allclose(kernel, expected, rtol=1e-6, atol=1e-6 * abs(expected).max())
 
 
-def test_bnet_refuses_an_even_kernel_and_another_rank():
-    with pytest.raises(RBNValueError, match="BNET: expected an odd kernel_size, got 4"):
-        BNET(3, 4)
+def test_bnet_refuses_another_rank():
     layer = BNET(3)
     before = to_numpy(layer)
     with pytest.raises(RBNValueError, match="BNET: expected an input with 2 spatial axes"):
@@ -178,6 +177,26 @@ def test_a_float64_cumulative_average_weighs_in_float64():
     for x in batches:
         layer(x)
     np.testing.assert_allclose(layer.running_mean.numpy(), np.mean([x.numpy() for x in batches]), rtol=1e-12)
+
+
+def test_accumulate_is_equation_3_alone():
+    running = mean, var = jt.zeros((2,), "float16"), jt.ones((2,))
+    batch = jt.array([1.0, -2.0]), jt.array([3.0, 3.0])
+    functional.accumulate(running, *batch, 0.25)
+    np.testing.assert_allclose(mean.numpy(), [0.25, -0.5])
+    np.testing.assert_allclose(var.numpy(), [1.5, 1.5])
+    functional.accumulate(running, *batch, None, count=jt.array([2]), values=4)
+    np.testing.assert_allclose(mean.numpy(), [0.625, -1.25])
+    np.testing.assert_allclose(var.numpy(), [2.75, 2.75])
+    assert mean.dtype == "float32"
+    assert mean.is_stop_grad()
+    with pytest.raises(RBNValueError, match="accumulate: expected count with new_weight=None"):
+        functional.accumulate(running, *batch, None)
+
+
+def test_the_example_of_accumulate_runs():
+    (example,) = doctest.DocTestFinder().find(functional.accumulate, "accumulate", globs={})
+    assert doctest.DocTestRunner().run(example) == (0, 5)
 
 
 def test_momentum_and_eps_can_change_after_construction():

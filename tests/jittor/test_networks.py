@@ -214,8 +214,8 @@ def test_options_reach_the_layers():
     [
         ({"layer": "bn", "momentum": None}, "expected a momentum, and running_var 'biased', of Jittor's own"),
         ({"layer": "bn", "running_var": "unbiased"}, "expected a momentum, and running_var 'biased'"),
-        ({"layer": "rbn", "beta": False}, "RBN: expected running statistics, and gamma with beta"),
-        ({"layer": "iebn", "track_running_stats": False}, "IEBN: expected running statistics"),
+        ({"layer": "rbn", "beta": False}, "RBN: expected beta=True beside gamma=True, as the layers of"),
+        ({"layer": "iebn", "track_running_stats": False}, "IEBN: expected track_running_stats=True"),
         ("ln", "expected norm to be one of"),
     ],
 )

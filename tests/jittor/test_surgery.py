@@ -302,7 +302,7 @@ def test_a_class_of_its_own_and_a_layer_with_more_are_kept():
         ({"scalling": None}, RBNTypeError, "Did you mean 'scaling'"),
         ({"eps": 0.1}, RBNTypeError, "expected options that the layer before has not, got eps"),
         ({"to": "bnet", "kernel_size": 4}, RBNValueError, "expected an odd kernel_size"),
-        ({"to": "bn", "scaling": None}, RBNTypeError, "expected no options for 'bn', got scaling"),
+        ({"to": "bn", "scaling": None}, RBNTypeError, "expected no option for 'bn', got scaling"),
     ],
 )
 def test_what_is_refused_changes_nothing(arguments, error, message):
