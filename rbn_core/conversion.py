@@ -90,7 +90,7 @@ def check_options(
     if taken := [name for name in options if name in kept]:
         raise RBNTypeError(
             f"convert: expected options that the layer before has not, got {', '.join(taken)}. "
-            "These stay as they are: set them on the layers afterwards."
+            "These stay as they are: set them on that layer first."
         )
     if to != "bn":
         build(**options)
@@ -134,6 +134,7 @@ def rows(
     found: Sequence[tuple[str, LayerType]],
     planned: Mapping[int, PlanType | str],
     replaced: Callable[[PlanType], str],
+    name: Callable[[LayerType], str] = lambda layer: type(layer).__name__,
 ) -> list[Row]:
     """The rows of the table that a conversion returns.
 
@@ -141,11 +142,12 @@ def rows(
         found: The layers that could be converted, with their dotted paths.
         planned: What `plans` gives; a text says why a layer stays.
         replaced: What to say of a layer that takes another's place.
+        name: What a layer is called; by default its class.
     """
     return [
-        Row(path, "kept", type(layer).__name__, plan)
+        Row(path, "kept", name(layer), plan)
         if isinstance(plan, str)
-        else Row(path, "replaced", type(layer).__name__, replaced(plan))
+        else Row(path, "replaced", name(layer), replaced(plan))
         for path, layer in found
         if (plan := planned.get(id(layer))) is not None
     ]

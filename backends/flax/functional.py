@@ -303,40 +303,6 @@ def affine(x: Array, a: Array, b: Array, axis: int) -> Array:
     return x * jnp.expand_dims(a, axes) + jnp.expand_dims(b, axes)
 
 
-def track(
-    running: tuple[Array, Array],
-    mean: Array,
-    var: Array,
-    num_batches_tracked: Array,
-    *,
-    momentum: float | None,
-    running_var: str,
-    values: Any,
-) -> tuple[Array, Array]:
-    """The running statistics after one more batch, for the linen and the NNX layer.
-
-    A channel of which a mask has left nothing keeps its own, and one of a single value has the variance 0.
-
-    Args:
-        running: E and Var, (C,) each.
-        mean: mu_B, (C,).
-        var: sigma_B^2, (C,), biased.
-        num_batches_tracked: How many batches there are with this one.
-        momentum: m of eq. 3; `None` averages all batches.
-        running_var: Which variance is accumulated, "unbiased" or "biased".
-        values: n of eq. 2, the number of values behind each channel's statistic; with a mask an array, (C,).
-    """
-    new_weight: Any = 1.0 / num_batches_tracked.astype(var.dtype) if momentum is None else 1.0 - momentum
-    if not isinstance(values, Array):
-        correction = values / (values - 1)
-    else:
-        correction = values / jnp.maximum(values - 1, 1)
-        new_weight = jnp.where(values > 0, new_weight, 0)
-    if running_var == "unbiased":
-        var = var * correction
-    return accumulate(running, mean, var, new_weight)
-
-
 def one_more(num_batches_tracked: Any) -> Array:
     """The counter after one more batch.
 
@@ -349,38 +315,39 @@ def one_more(num_batches_tracked: Any) -> Array:
     return count + jnp.ones((), count.dtype)
 
 
-def centre_tap(gamma: Array | None, beta: Array | None, kernel: Array) -> tuple[Array, Array]:
-    """The kernel and bias of BNET's convolution that do what BatchNorm's gamma and beta did.
-
-    Args:
-        gamma: (C,), or `None` for ones.
-        beta: (C,), or `None` for zeros.
-        kernel: A kernel of the shape and dtype that is wanted, (*kernel, 1, C).
-    """
-    centre = tuple(size // 2 for size in kernel.shape[:-2])
-    bias = jnp.zeros(kernel.shape[-1], kernel.dtype)
-    return (
-        jnp.zeros_like(kernel).at[centre].set(1.0 if gamma is None else gamma),
-        bias if beta is None else bias + beta,
-    )
-
-
 def channels_last(convolution: Callable[[Array], Array], y: Array, axis: int) -> Array:
     """A convolution of (N, *spatial, C) on y, whose channels are at `axis`."""
     return jnp.moveaxis(convolution(jnp.moveaxis(y, axis, -1)), -1, axis)
 
 
 def accumulate(
-    running: tuple[Array, Array], mean: Array, var: Array, new_weight: float | Array
+    running: tuple[Array, Array],
+    mean: Array,
+    var: Array,
+    new_weight: float | Array | None,
+    *,
+    count: Any = None,
+    values: Any = None,
 ) -> tuple[Array, Array]:
     """Eq. 3: running + (1 - m) (batch - running), without a gradient, in the dtype of running or float32.
 
     Args:
-        running: E and Var, (C,) each.
+        running: E and Var, (C,) each; not changed.
         mean: mu_B, (C,).
-        var: sigma_B^2, (C,), already divided as the layer wants it.
-        new_weight: 1 - m, the weight of the batch.
+        var: sigma_B^2, (C,), biased.
+        new_weight: 1 - m, the weight of the batch; `None` is 1 / count, the average of all batches.
+        count: How many batches there are with this one; a scalar.
+        values: n of eq. 2, to take n / (n - 1) sigma_B^2; a number, or an array, (C,), where a mask leaves
+            each channel another n, and one of a single value has the variance 0. `None` takes sigma_B^2.
+
+    Returns:
+        The new E and Var.
     """
+    if new_weight is None:
+        new_weight = 1.0 / jnp.asarray(count, var.dtype)
+    if values is not None:
+        others = jnp.maximum(values - 1, 1) if isinstance(values, Array) else values - 1
+        var = var * (values / others)
     new = []
     for old, batch in zip(running, (mean, var), strict=True):
         batch = batch.astype(widest(old, batch))
@@ -389,8 +356,25 @@ def accumulate(
     return new[0], new[1]
 
 
+def where_any(counts: Any, new: tuple[Array, Array], old: tuple[Array, Array]) -> tuple[Array, Array]:
+    """Running statistics after a batch: a channel of which a mask has left nothing keeps its old ones.
+
+    Args:
+        counts: How many values the batch has for each channel; without a mask a number, else (C,).
+        new: E and Var with this batch, (C,) each.
+        old: E and Var before it.
+    """
+    if not isinstance(counts, Array):
+        return new
+    mean, var = (
+        jnp.where(counts > 0, after, jax.lax.stop_gradient(before.astype(after.dtype)))
+        for before, after in zip(old, new, strict=True)
+    )
+    return mean, var
+
+
 def spatial_statistic(name: Statistic, x: Array, axis: int, eps: float, mask: Array | None) -> Array:
-    """mu_s or sigma_s of Table 3, over the channels of every position: (N, *spatial), 1 at `axis`."""
+    """mu_s or sigma_s of Table 3, over the channels of one image and position: (N, *spatial), 1 at `axis`."""
     if mask is None:
         return (
             x.mean(axis, keepdims=True)

@@ -165,14 +165,14 @@ def rbn(
     if running is not None:
         given |= dict(zip(RUNNING, running, strict=True))
     present = tuple(name for name in VECTORS if name in given)
-    layer = Layer(axis % x.ndim, eps, centering, scaling, restrict, present)
+    call = Call(axis % x.ndim, eps, centering, scaling, restrict, present)
     vectors = [given[name].astype(computed_in(x)) for name in present]
-    y, _, _, mean, var = OPERATIONS.forward.bind(x, *vectors, layer=layer)
+    y, _, _, mean, var = OPERATIONS.forward.bind(x, *vectors, call=call)
     return y, mean, var
 
 
-class Layer(NamedTuple):
-    """What a layer is but for its arrays, the vectors, of which it says which are `present`."""
+class Call(NamedTuple):
+    """What a layer computes, without its arrays: of the vectors it says which are `present`."""
 
     axis: int
     eps: float
@@ -232,80 +232,78 @@ class Layer(NamedTuple):
 # ---- Y, of which the other outputs are a part: only Y has a derivative ----
 
 
-def _forward_in_loops(layer: Layer, x: Array, *vectors: Array) -> list[Array]:
-    results = jax.ffi.ffi_call(TARGETS[0], _forward_shapes(layer, x))(x, *vectors, plan=layer.plan(x))
-    return [*results[:3], *(results[3:] if layer.batch_statistics else vectors[-2:])]
+def _forward_in_loops(call: Call, x: Array, *vectors: Array) -> list[Array]:
+    results = jax.ffi.ffi_call(TARGETS[0], _forward_shapes(call, x))(x, *vectors, plan=call.plan(x))
+    return [*results[:3], *(results[3:] if call.batch_statistics else vectors[-2:])]
 
 
-def _forward_in_operations(layer: Layer, x: Array, *vectors: Array) -> list[Array]:
-    y, mean, var = layer.plain(x, *vectors)
-    mu, v, _ = functional.moments(x.astype(computed_in(x)), layer.axis)
+def _forward_in_operations(call: Call, x: Array, *vectors: Array) -> list[Array]:
+    y, mean, var = call.plain(x, *vectors)
+    mu, v, _ = functional.moments(x.astype(computed_in(x)), call.axis)
     return [y, mu, v, mean, var]
 
 
-def _forward_shapes(layer: Layer, x: Any, *_: Any) -> list[Any]:
-    image, planes, channels = layer.shapes(x)
+def _forward_shapes(call: Call, x: Any, *_: Any) -> list[Any]:
+    image, planes, channels = call.shapes(x)
     return [image, planes, planes, channels, channels]
 
 
 # ---- the gradients of X, the parameters, and E and Var where they are given ----
 
 
-def _backward_in_loops(
-    layer: Layer, dy: Array, x: Array, mu: Array, v: Array, *vectors: Array
-) -> list[Array]:
-    image, _, channels = layer.shapes(x)
-    call = jax.ffi.ffi_call(TARGETS[1], (image, *(channels,) * len(PARAMETERS)))
-    dx, *written = call(dy, x, mu, v, *vectors, plan=layer.plan(x))
-    gradients = [each for name, each in zip(PARAMETERS, written, strict=True) if name in layer.present]
-    if not layer.batch_statistics:  # rarely wanted: XLA leaves them out then
-        gradients += _backward_in_operations(layer, dy, x, mu, v, *vectors)[-2:]
+def _backward_in_loops(call: Call, dy: Array, x: Array, mu: Array, v: Array, *vectors: Array) -> list[Array]:
+    image, _, channels = call.shapes(x)
+    backward = jax.ffi.ffi_call(TARGETS[1], (image, *(channels,) * len(PARAMETERS)))
+    dx, *written = backward(dy, x, mu, v, *vectors, plan=call.plan(x))
+    gradients = [each for name, each in zip(PARAMETERS, written, strict=True) if name in call.present]
+    if not call.batch_statistics:  # rarely wanted: XLA leaves them out then
+        gradients += _backward_in_operations(call, dy, x, mu, v, *vectors)[-2:]
     return [dx, *gradients]
 
 
 def _backward_in_operations(
-    layer: Layer, dy: Array, x: Array, mu: Array, v: Array, *vectors: Array
+    call: Call, dy: Array, x: Array, mu: Array, v: Array, *vectors: Array
 ) -> tuple[Array, ...]:
-    _, pull = jax.vjp(lambda *inputs: layer.plain(*inputs)[0], x, *vectors)
+    _, pull = jax.vjp(lambda *inputs: call.plain(*inputs)[0], x, *vectors)
     return pull(dy)
 
 
-def _backward_shapes(layer: Layer, dy: Any, x: Any, *_: Any) -> list[Any]:
-    image, _, channels = layer.shapes(x)
-    return [image, *(channels,) * len(layer.present)]
+def _backward_shapes(call: Call, dy: Any, x: Any, *_: Any) -> list[Any]:
+    image, _, channels = call.shapes(x)
+    return [image, *(channels,) * len(call.present)]
 
 
 # ---- the derivative of Y along tangents of X and the vectors, whose transpose are the gradients ----
 
 
-def _tangent_in_operations(layer: Layer, x: Array, mu: Array, v: Array, *others: Array) -> list[Array]:
-    vectors, tangents = others[: len(layer.present)], others[len(layer.present) :]
-    return [jax.jvp(lambda *inputs: layer.plain(*inputs)[0], (x, *vectors), tangents)[1]]
+def _tangent_in_operations(call: Call, x: Array, mu: Array, v: Array, *others: Array) -> list[Array]:
+    vectors, tangents = others[: len(call.present)], others[len(call.present) :]
+    return [jax.jvp(lambda *inputs: call.plain(*inputs)[0], (x, *vectors), tangents)[1]]
 
 
-def _tangent_shapes(layer: Layer, x: Any, *_: Any) -> list[Any]:
-    return [layer.shapes(x)[0]]
+def _tangent_shapes(call: Call, x: Any, *_: Any) -> list[Any]:
+    return [call.shapes(x)[0]]
 
 
-def _derivative_of_forward(layer: Layer, primals: Sequence[Any], tangents: Sequence[Any]) -> tuple[Any, Any]:
+def _derivative_of_forward(call: Call, primals: Sequence[Any], tangents: Sequence[Any]) -> tuple[Any, Any]:
     x, *vectors = primals
-    outputs = OPERATIONS.forward.bind(x, *vectors, layer=layer)
+    outputs = OPERATIONS.forward.bind(x, *vectors, call=call)
     _, *statistics = outputs
-    (dy,) = OPERATIONS.tangent.bind(x, *statistics[:2], *vectors, *tangents, layer=layer)
+    (dy,) = OPERATIONS.tangent.bind(x, *statistics[:2], *vectors, *tangents, call=call)
     return outputs, [dy, *map(jnp.zeros_like, statistics)]
 
 
 def _transpose_of_tangent(
-    layer: Layer, cotangents: Sequence[Any], arrays: Sequence[Any], linear: Sequence[bool]
+    call: Call, cotangents: Sequence[Any], arrays: Sequence[Any], linear: Sequence[bool]
 ) -> list[Any]:
-    known = 3 + len(layer.present)
-    gradients = OPERATIONS.backward.bind(cotangents[0], *arrays[:known], layer=layer)
+    known = 3 + len(call.present)
+    gradients = OPERATIONS.backward.bind(cotangents[0], *arrays[:known], call=call)
     wanted = zip(gradients, linear[known:], strict=True)
     return [None] * known + [gradient if is_linear else None for gradient, is_linear in wanted]
 
 
 class Operations(NamedTuple):
-    """What programs show of the layer."""
+    """What programs show of a layer."""
 
     forward: internals.Operation
     backward: internals.Operation

@@ -51,7 +51,7 @@ class Operation(Protocol):
 
     name: str
 
-    def bind(self, *arrays: Any, layer: Any) -> list[Any]:
+    def bind(self, *arrays: Any, call: Any) -> list[Any]:
         """The results."""
 
 
@@ -114,58 +114,58 @@ def operation(
 
     Args:
         name: What programs show.
-        in_operations: (layer, *arrays) to the results, in JAX's operations.
-        shapes: (layer, *arrays) to the results' shapes and dtypes.
+        in_operations: (call, *arrays) to the results, in JAX's operations.
+        shapes: (call, *arrays) to the results' shapes and dtypes.
         in_loops: As `in_operations`, as a custom call; `None` where there is none.
-        derivative: (layer, arrays, tangents) to the results and theirs; by default that of `in_operations`.
-        transposed: (layer, cotangents, arrays, which of them are linear) to the gradients of those, where the
+        derivative: (call, arrays, tangents) to the results and theirs; by default that of `in_operations`.
+        transposed: (call, cotangents, arrays, which of them are linear) to the gradients of those, where the
             operation is linear in some.
     """
     known = names()
     primitive = known["Primitive"](name)
     primitive.multiple_results = True
 
-    @functools.partial(jax.jit, static_argnames="layer")
-    def compiled(*arrays: Any, layer: Any) -> Sequence[Any]:
+    @functools.partial(jax.jit, static_argnames="call")
+    def compiled(*arrays: Any, call: Any) -> Sequence[Any]:
         # Flax itself does not work without this name, which JAX documents.
         if any(isinstance(array, jax.core.Tracer) for array in arrays):
-            return primitive.bind(*arrays, layer=layer)
-        return in_operations(layer, *arrays)  # `jax_debug_nans` looks for the operation that made the NaN
+            return primitive.bind(*arrays, call=call)
+        return in_operations(call, *arrays)  # `jax_debug_nans` looks for the operation that made the NaN
 
     @primitive.def_impl
-    def computed(*arrays: Any, layer: Any) -> Sequence[Any]:
+    def computed(*arrays: Any, call: Any) -> Sequence[Any]:
         with jax.disable_jit(False):  # without it one operation stays one operation, as JAX's own do
-            return compiled(*arrays, layer=layer)
+            return compiled(*arrays, call=call)
 
     @primitive.def_abstract_eval
-    def shaped(*arrays: Any, layer: Any) -> list[Any]:
-        return [known["ShapedArray"](each.shape, each.dtype) for each in shapes(layer, *arrays)]
+    def shaped(*arrays: Any, call: Any) -> list[Any]:
+        return [known["ShapedArray"](each.shape, each.dtype) for each in shapes(call, *arrays)]
 
-    def on_cpu(context: Any, *arrays: Any, layer: Any) -> Any:
+    def on_cpu(context: Any, *arrays: Any, call: Any) -> Any:
         compute = in_loops if in_loops and is_for_one_device(context) else in_operations
-        return known["lower_fun"](functools.partial(compute, layer))(context, *arrays)
+        return known["lower_fun"](functools.partial(compute, call))(context, *arrays)
 
-    def anywhere(*arrays: Any, layer: Any) -> Sequence[Any]:
-        return in_operations(layer, *arrays)
+    def anywhere(*arrays: Any, call: Any) -> Sequence[Any]:
+        return in_operations(call, *arrays)
 
-    def batched(arrays: Sequence[Any], axes: Sequence[Any], *, layer: Any) -> tuple[Any, Any]:
-        results = jax.vmap(functools.partial(in_operations, layer), axes)(*arrays)
+    def batched(arrays: Sequence[Any], axes: Sequence[Any], *, call: Any) -> tuple[Any, Any]:
+        results = jax.vmap(functools.partial(in_operations, call), axes)(*arrays)
         return results, (0,) * len(results)
 
-    def along(primals: Sequence[Any], tangents: Sequence[Any], *, layer: Any) -> tuple[Any, Any]:
+    def along(primals: Sequence[Any], tangents: Sequence[Any], *, call: Any) -> tuple[Any, Any]:
         full = tuple(map(known["instantiate_zeros"], tangents))
         if derivative:
-            return derivative(layer, tuple(primals), full)
-        return jax.jvp(functools.partial(in_operations, layer), tuple(primals), full)
+            return derivative(call, tuple(primals), full)
+        return jax.jvp(functools.partial(in_operations, call), tuple(primals), full)
 
-    def backwards(cotangents: Sequence[Any], *arrays: Any, layer: Any) -> Sequence[Any]:
+    def backwards(cotangents: Sequence[Any], *arrays: Any, call: Any) -> Sequence[Any]:
         assert transposed
         linear = tuple(map(known["is_undefined_primal"], arrays))
-        return transposed(layer, tuple(map(known["instantiate_zeros"], cotangents)), arrays, linear)
+        return transposed(call, tuple(map(known["instantiate_zeros"], cotangents)), arrays, linear)
 
-    def as_polynomial(primals: Sequence[Any], series: Sequence[Any], *, layer: Any) -> tuple[Any, Any]:
+    def as_polynomial(primals: Sequence[Any], series: Sequence[Any], *, call: Any) -> tuple[Any, Any]:
         unscaled: Any = {"factorial_scaled": False}  # as the rules have it
-        return taylor.jet(functools.partial(in_operations, layer), tuple(primals), tuple(series), **unscaled)
+        return taylor.jet(functools.partial(in_operations, call), tuple(primals), tuple(series), **unscaled)
 
     taylor = taylor_mode()
     if taylor:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import KW_ONLY
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from flax.typing import Dtype, Initializer
 from jax import Array
 
 from rbn.backends.flax import distributed, functional, fused
-from rbn_core.config import Config, check_input, refuse_unknown_options
+from rbn_core.config import Config, check_input, config_of, refuse_unknown_options
 from rbn_core.names import NAMES
 from rbn_core.options import Statistic
 
@@ -23,8 +23,11 @@ from rbn_core.options import Statistic
 class CalibratedNorm(nn.Module):
     """What the three layers share: BatchNorm's options and statistics, and the forward pass.
 
-    The attributes are described at the layers.
+    Attributes:
+        layer: Which of the three it is; the others are described at `RBN`.
     """
+
+    layer: ClassVar[str]
 
     use_running_average: bool | None = None
     axis: int | Sequence[int] = -1
@@ -37,14 +40,14 @@ class CalibratedNorm(nn.Module):
     fused: bool = True
 
     def __post_init__(self) -> None:
-        config = self.config(num_features=1)
-        functional.channel_axis(self.axis, config.layer)
+        self.config(num_features=1)
+        functional.channel_axis(self.axis, self.layer)
         super().__post_init__()
 
     @nn.nowrap
     def config(self, num_features: int) -> Config:
         """The layer's options in the project's terms; C is known only once there is an input."""
-        raise NotImplementedError
+        return config_of("flax", self, num_features=num_features)
 
     @nn.nowrap
     def share(self, training: bool) -> distributed.Share:
@@ -104,17 +107,17 @@ class CalibratedNorm(nn.Module):
             in_loops=self.fused,
         )
         if training:
-            count = functional.one_more(tracked.value)
-            stored_mean.value, stored_var.value = functional.track(
+            counts = values if mask is None else share.count(mask, x, axis)
+            tracked.value = functional.one_more(tracked.value)
+            new = functional.accumulate(
                 running,
                 mean,
                 var,
-                count,
-                momentum=self.momentum,
-                running_var=self.running_var,
-                values=values if mask is None else share.count(mask, x, axis),
+                None if self.momentum is None else 1.0 - self.momentum,
+                count=tracked.value,
+                values=counts if self.running_var == "unbiased" else None,
             )
-            tracked.value = count
+            stored_mean.value, stored_var.value = functional.where_any(counts, new, running)
         return functional.as_output(self.transform(y), x, self.dtype)
 
     @nn.nowrap
@@ -126,11 +129,6 @@ class CalibratedNorm(nn.Module):
     def transform(self, y: Array) -> Array:
         """What follows on (N, C) coefficients; nothing but in BNET."""
         return y
-
-    @nn.nowrap
-    def starts(self) -> Mapping[str, Initializer]:
-        """How the parameters start, by canonical name; BNET's convolution starts by itself."""
-        return {}
 
     @nn.nowrap
     def _stored(self) -> dict[str, Any]:
@@ -149,17 +147,12 @@ class CalibratedNorm(nn.Module):
 
     @nn.nowrap
     def _parameters(self, config: Config) -> dict[str, Any]:
-        starts = self.starts()
+        """Those of shape (C,), by canonical names; an option says how each starts."""
+        own_names = {canonical: NAMES["flax"][canonical].partition("/")[2] for canonical in config.parameters}
+        shape = (config.num_features,)
         return {
-            canonical: jnp.asarray(
-                self.param(
-                    NAMES["flax"][canonical].removeprefix("params/"),
-                    starts[canonical],
-                    (config.num_features,),
-                    self.param_dtype,
-                )
-            )
-            for canonical in config.parameters
+            canonical: jnp.asarray(self.param(own, getattr(self, f"{own}_init"), shape, self.param_dtype))
+            for canonical, own in own_names.items()
         }
 
 
@@ -181,11 +174,6 @@ class AffineNorm(CalibratedNorm):
         return distributed.Share(
             self.axis_name if training else None, self.axis_index_groups, self.spatial_axis_name
         )
-
-    @nn.nowrap
-    def starts(self) -> Mapping[str, Initializer]:
-        """How gamma and beta start."""
-        return {"gamma": self.scale_init, "beta": self.bias_init}
 
 
 @refuse_unknown_options
@@ -238,7 +226,18 @@ class RBN(AffineNorm):
 
     Raises:
         RBNError: An option or an input is refused; no statistic has changed then.
+
+    Example:
+        >>> import jax
+        >>> from rbn.backends.flax import RBN
+        >>> layer, x = RBN(scaling="channel_std"), jax.random.normal(jax.random.key(0), (8, 14, 14, 16))
+        >>> variables = layer.init(jax.random.key(1), x, use_running_average=False)
+        >>> y, updated = layer.apply(variables, x, use_running_average=False, mutable=["batch_stats"])
+        >>> y.shape, sorted(variables["params"])
+        ((8, 14, 14, 16), ['bias', 'center_weight', 'scale', 'scale_bias', 'scale_weight'])
     """
+
+    layer = "RBN"
 
     _: KW_ONLY
     centering: Statistic | None = "channel_mean"
@@ -248,31 +247,6 @@ class RBN(AffineNorm):
     scale_weight_init: Initializer = initializers.zeros
     scale_bias_init: Initializer = initializers.ones
 
-    @nn.nowrap
-    def starts(self) -> Mapping[str, Initializer]:
-        """How gamma and beta start, and w_m, w_v and w_b."""
-        return {
-            **super().starts(),
-            "center_weight": self.center_weight_init,
-            "scale_weight": self.scale_weight_init,
-            "scale_bias": self.scale_bias_init,
-        }
-
-    @nn.nowrap
-    def config(self, num_features: int) -> Config:
-        """The layer's options in the project's terms; C is known only once there is an input."""
-        return Config(
-            num_features,
-            self.epsilon,
-            self.momentum,
-            self.centering,
-            self.scaling,
-            self.restrict,
-            self.running_var,
-            gamma=self.use_scale,
-            beta=self.use_bias,
-        )
-
 
 @refuse_unknown_options
 class IEBN(AffineNorm):
@@ -281,60 +255,23 @@ class IEBN(AffineNorm):
         X_s = (X - E(X)) / sqrt(Var(X) + eps)
         Y   = X_s sigmoid(w_v mean_c(X) + w_b) gamma + beta        mean_c over the positions of one channel
 
-    Inputs, statistics and modes as in `RBN`. Collections: BatchNorm's and the counter, as in `RBN`, and in
-    `params` `scale_weight` (w_v, from 0) and `scale_bias` (w_b, from -1), each of shape (C,).
+    Inputs, statistics, modes, options and errors are those of `RBN`, without `centering`, `scaling`,
+    `restrict` and `center_weight_init`. Collections: BatchNorm's and the counter, and in `params`
+    `scale_weight` (w_v, from 0) and `scale_bias` (w_b, from -1), each of shape (C,).
 
-    Attributes:
-        use_running_average: evaluation (True) or training (False); here or in the call.
-        axis: the channel axis, also as a tuple of one; the batch is the first of the others.
-        momentum: the weight of the *old* value in the running statistics; `None` averages all batches.
-        epsilon: epsilon, added to the variance under its root.
-        dtype: the dtype of the output; `None` as in `RBN`.
-        param_dtype: the dtype of the parameters.
-        use_bias: whether there is a beta.
-        use_scale: whether there is a gamma.
-        bias_init: how beta starts.
-        scale_init: how gamma starts.
-        scale_weight_init: how w_v starts; also with `nn.with_partitioning`.
-        scale_bias_init: how w_b starts.
-        running_var: the batch variance that is accumulated, "unbiased" or "biased" (BatchNorm's in Flax).
-        axis_name: the axis of `pmap`, `vmap` or `shard_map` that the batch is spread over, or several; under
-            `jit` with a sharded batch the statistics are the whole batch's without it.
-        axis_index_groups: the groups of devices along it that share their statistics; all by default.
-        spatial_axis_name: the axis of `shard_map` along which devices share every image, or several, in
-            evaluation, too. It must be said here and not in `axis_name` alone, as BatchNorm takes it: K_m and
-            K_s are of whole images. Under `jit` with sharded images they are so without it.
-        fused: whether one custom call computes the layer in a program for one CPU; `False` always takes JAX's
-            own operations. Synchronised and spatial statistics take them, too.
-
-    Raises:
-        RBNError: An option or an input is refused; no statistic has changed then.
+    Example:
+        >>> import jax
+        >>> from rbn.backends.flax import IEBN
+        >>> x = jax.random.normal(jax.random.key(0), (8, 14, 14, 16))
+        >>> IEBN().init_with_output(jax.random.key(1), x, use_running_average=True)[0].shape
+        (8, 14, 14, 16)
     """
+
+    layer = "IEBN"
 
     _: KW_ONLY
     scale_weight_init: Initializer = initializers.zeros
     scale_bias_init: Initializer = functional.iebn_bias
-
-    @nn.nowrap
-    def starts(self) -> Mapping[str, Initializer]:
-        """How gamma and beta start, and w_v and w_b."""
-        return {
-            **super().starts(),
-            "scale_weight": self.scale_weight_init,
-            "scale_bias": self.scale_bias_init,
-        }
-
-    @nn.nowrap
-    def config(self, num_features: int) -> Config:
-        """The layer's options in the project's terms; C is known only once there is an input."""
-        return Config.iebn(
-            num_features,
-            eps=self.epsilon,
-            momentum=self.momentum,
-            running_var=self.running_var,
-            gamma=self.use_scale,
-            beta=self.use_bias,
-        )
 
 
 @refuse_unknown_options
@@ -344,31 +281,27 @@ class BNET(CalibratedNorm):
         X_s = (X - E(X)) / sqrt(Var(X) + eps)
         Y   = depthwise convolution of X_s, zero padded, plus a bias
 
-    Inputs, statistics and modes as in `RBN`, with the kernel's number of spatial axes. Collections:
-    BatchNorm's `batch_stats` and the counter, as in `RBN`, and `params` has `conv`, those of a depthwise
-    `flax.linen.Conv` that starts as Flax starts it.
+    Inputs, statistics, modes, options and errors are those of `RBN`, with the kernel's number of spatial axes
+    and without `use_bias`, `use_scale`, `scale_init`, `centering`, `scaling`, `restrict`, the calibration's
+    initializers and `spatial_axis_name`. Collections: BatchNorm's `batch_stats` and the counter, and `params`
+    has `conv`, those of a depthwise `flax.linen.Conv` that starts as Flax starts it.
+    `convert(model, variables, "bnet", preserve=True)` makes BNETs that equal a model's BatchNorms.
 
     Attributes:
-        use_running_average: evaluation (True) or training (False); here or in the call.
-        axis: the channel axis, also as a tuple of one; the batch is the first of the others.
-        momentum: the weight of the *old* value in the running statistics; `None` averages all batches.
-        epsilon: epsilon, added to the variance under its root.
-        dtype: the dtype of the output; `None` as in `RBN`.
-        param_dtype: the dtype of the parameters.
         kernel_size: the extent of the kernel along every axis; odd.
         spatial_dims: the number of spatial axes, 1, 2 or 3.
         kernel_init: how the kernel starts.
         bias_init: how the bias starts.
-        running_var: the batch variance that is accumulated, "unbiased" or "biased" (BatchNorm's in Flax).
-        axis_name: the axis of `pmap`, `vmap` or `shard_map` that the batch is spread over, or several; under
-            `jit` with a sharded batch the statistics are the whole batch's without it.
-        axis_index_groups: the groups of devices along it that share their statistics; all by default.
-        fused: whether one custom call computes the layer in a program for one CPU; `False` always takes JAX's
-            own operations. Synchronised and spatial statistics take them, too.
 
-    Raises:
-        RBNError: An option or an input is refused; no statistic has changed then.
+    Example:
+        >>> import jax
+        >>> from rbn.backends.flax import BNET
+        >>> x = jax.random.normal(jax.random.key(0), (8, 14, 14, 16))
+        >>> BNET(kernel_size=5).init_with_output(jax.random.key(1), x, use_running_average=True)[0].shape
+        (8, 14, 14, 16)
     """
+
+    layer = "BNET"
 
     _: KW_ONLY
     kernel_size: int = 3
@@ -377,54 +310,6 @@ class BNET(CalibratedNorm):
     bias_init: Initializer = initializers.zeros
     axis_name: distributed.AxisName = None
     axis_index_groups: distributed.IndexGroups = None
-
-    @classmethod
-    def from_batch_norm(
-        cls,
-        norm: nn.BatchNorm,
-        variables: Mapping[str, Any],
-        kernel_size: int = 3,
-        *,
-        spatial_dims: int = 2,
-    ) -> tuple[BNET, dict[str, Any]]:
-        """A layer and its variables that equal a BatchNorm and its.
-
-        gamma is at the centre of the kernels, which are 0 elsewhere, beta is the bias, and the running
-        variance stays biased as BatchNorm's is in Flax.
-        """
-        layer = cls(
-            norm.use_running_average,
-            norm.axis,
-            norm.momentum,
-            norm.epsilon,
-            norm.dtype,
-            norm.param_dtype,
-            kernel_size=kernel_size,
-            spatial_dims=spatial_dims,
-            running_var="biased",
-            axis_name=norm.axis_name,
-            axis_index_groups=norm.axis_index_groups,
-        )
-        stored = nn.unbox(variables)
-        params, stats = stored.get("params", {}), stored["batch_stats"]
-        shape = (*(kernel_size,) * spatial_dims, 1, len(stats["mean"]))
-        kernel, bias = functional.centre_tap(
-            params.get("scale"), params.get("bias"), jnp.zeros(shape, norm.param_dtype)
-        )
-        counter = {"num_batches_tracked": jnp.zeros((), jnp.int32)}
-        return layer, {"params": {"conv": {"kernel": kernel, "bias": bias}}, "batch_stats": stats | counter}
-
-    @nn.nowrap
-    def config(self, num_features: int) -> Config:
-        """The layer's options in the project's terms; C is known only once there is an input."""
-        return Config.bnet(
-            num_features,
-            self.kernel_size,
-            self.spatial_dims,
-            eps=self.epsilon,
-            momentum=self.momentum,
-            running_var=self.running_var,
-        )
 
     @nn.nowrap
     def share(self, training: bool) -> distributed.Share:

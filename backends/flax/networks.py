@@ -15,7 +15,7 @@ from jax import Array
 
 from rbn.backends.flax import layers
 from rbn_core import architectures, networks
-from rbn_core.config import Config
+from rbn_core.config import Config, arguments
 from rbn_core.errors import RBNValueError
 from rbn_core.networks import (
     INPUT,
@@ -106,9 +106,10 @@ def layer(node: Node) -> nn.Module:
         case Linear():
             return nn.Dense(node.out_features, **linear_options(node))
         case Norm(layer="bn"):
-            return nn.BatchNorm(**batch_norm_options(node))
+            return nn.BatchNorm(**batch_norm_options("flax", node))
         case Norm():
-            return getattr(layers, node.config.layer)(**norm_options(node))
+            options = arguments("flax", node.config) | kernel_start(node)
+            return getattr(layers, node.config.layer)(**options)
     raise NotImplementedError(node.op)
 
 
@@ -222,8 +223,8 @@ def linear_options(node: Linear) -> dict[str, Any]:
     return {"kernel_init": within, "bias_init": within}
 
 
-def batch_norm_options(node: Norm) -> dict[str, Any]:
-    """How Flax's own BatchNorm calls the options.
+def batch_norm_options(framework: str, node: Norm) -> dict[str, Any]:
+    """How Flax's own BatchNorm calls the options, in linen or NNX.
 
     Raises:
         RBNValueError: It has no such option.
@@ -234,40 +235,14 @@ def batch_norm_options(node: Norm) -> dict[str, Any]:
             f"Network: expected a momentum for {node.name!r}, got None: Flax's BatchNorm has no average of "
             "all batches. Give a number, or take rbn with centering=None and scaling=None."
         )
-    return {
-        "momentum": config.momentum,
-        "epsilon": config.eps,
-        "use_bias": config.beta,
-        "use_scale": config.gamma,
-        "use_fast_variance": False,
-    } | _tracked(node)
+    options = arguments(framework, config)
+    own = {name: options[name] for name in ("momentum", "epsilon", "use_bias", "use_scale")}
+    return own | {"use_fast_variance": False}
 
 
-def norm_options(node: Norm) -> dict[str, Any]:
-    """How this package's layers call the options.
-
-    Raises:
-        RBNValueError: Flax has no such option.
-    """
-    config = node.config
-    options = {"momentum": config.momentum, "epsilon": config.eps, "running_var": config.running_var}
-    if config.layer == "BNET":
-        options |= {"kernel_size": config.kernel_size, "spatial_dims": config.spatial_dims}
-        options |= {"kernel_init": nn.initializers.zeros} if node.starts_at_zero else {}
-    else:
-        options |= {"use_bias": config.beta, "use_scale": config.gamma}
-    if config.layer == "RBN":
-        options |= {name: getattr(config, name) for name in ("centering", "scaling", "restrict")}
-    return options | _tracked(node)
-
-
-def _tracked(node: Norm) -> dict[str, Any]:
-    if not node.config.track_running_stats:
-        raise RBNValueError(
-            f"Network: expected {node.name!r} to track running statistics, as every layer of Flax does, got "
-            "track_running_stats=False. Leave that option out."
-        )
-    return {}
+def kernel_start(node: Norm) -> dict[str, Any]:
+    """How the kernel of BNET starts, where a description says that."""
+    return {"kernel_init": nn.initializers.zeros} if node.starts_at_zero else {}
 
 
 def redescribed(

@@ -18,7 +18,7 @@ from rbn.backends.flax import nnx, places
 from rbn.backends.flax.weights import layouts
 from rbn_core.errors import RBNTypeError, RBNValueError
 from rbn_core.names import Kind
-from rbn_core.training import Option, Training, check, check_decay, few, grouped, needed
+from rbn_core.training import Option, Training, check, check_decay, check_kind, few, grouped, needed, one
 
 KINDS: dict[type[Any], tuple[str, dict[str, str]]] = {
     optax.TraceState: ("sgd", {"momentum": "trace"}),
@@ -28,6 +28,9 @@ KINDS: dict[type[Any], tuple[str, dict[str, str]]] = {
 
 OPTIONS: tuple[Option, ...] = ("learning_rate", "weight_decay")
 """What groups of parameters have, and `optax.inject_hyperparams` keeps."""
+
+FORMS = ("added to the gradient", "decoupled from it")
+"""What a weight decay is; the second if it is decoupled."""
 
 STATELESS = ("EmptyState", "ScaleByScheduleState", "WeightDecaySchedule")
 """What the states of scalings and weight decays are, and of what else stores nothing, such as clipping."""
@@ -78,7 +81,7 @@ def optimizer_to_numpy(
     if isinstance(optimizer, flax_nnx.Optimizer):
         counts = [optimizer.step[...]]
     options: dict[str, tuple[float, float | None]] = {}
-    forms = set()
+    forms = []
     names = iter(next(iter(slots.values())))
     for part in parts:
         own_names = [next(names) for _ in part.leaves(next(iter(fields.values())))]
@@ -87,20 +90,10 @@ def optimizer_to_numpy(
         rates = _known_rates(part, own_names, learning_rate)
         decays = _known_decays(part, own_names, weight_decay)
         if any(decays):
-            forms.add(_form(part, decoupled))
+            forms.append(FORMS[_form(part, decoupled)])
         options |= dict(zip(own_names, zip(rates, decays, strict=True), strict=True))
-    if len(forms) > 1:
-        raise RBNValueError(
-            "RBN: expected one form of weight decay, got one that is decoupled from the gradient for some "
-            "parameters, and one that is added to it for others. Train all parameters alike."
-        )
-    return Training(
-        kind,
-        int(counts[0]) if counts else step or 0,
-        grouped(options),
-        slots,
-        forms == {True},
-    )
+    decoupled = one("form of weight decay", forms or FORMS[:1]) == FORMS[True]
+    return Training(kind, int(counts[0]) if counts else step or 0, grouped(options), slots, decoupled)
 
 
 def optimizer_from_numpy(optimizer: Any, model: Any, training: Training) -> Any:
@@ -128,17 +121,13 @@ def optimizer_from_numpy(optimizer: Any, model: Any, training: Training) -> Any:
     opt_state = _opt_state(optimizer)
     parts = _parts(opt_state)
     kind, fields = KINDS[type(parts[0].state)]
-    if (training.optimizer, set(training.slots)) != (kind, set(fields)):
-        raise RBNValueError(
-            f"RBN: expected the training state of {kind} with {', '.join(fields)}, got that of "
-            f"{training.optimizer} with {', '.join(training.slots) or 'nothing'}. Build the same optimizer."
-        )
+    check_kind(training, kind)
     check(training)
     kinds = _layouts(model)
     arrays = {}
     for slot, field in fields.items():
         target = {own: _value(leaf) for part in parts for own, leaf in part.leaves(field)}
-        arrays[field], _ = places.to_load(training.slots[slot], target, kinds)
+        arrays[field], _ = places.to_load(training.slots.get(slot, {}), target, kinds)
     shaped = {own: np.broadcast_to(np.zeros((), array.dtype), array.shape) for own, array in target.items()}
     names = dict(zip(target, places.canonical(shaped, kinds)[0], strict=True))
     own_names = [[names[own] for own, _ in part.leaves(field)] for part in parts]

@@ -18,9 +18,8 @@ from flax import core, traverse_util
 from rbn.backends.flax import functional, uses
 from rbn.backends.flax.layers import CalibratedNorm
 from rbn.backends.flax.surgery import below
-from rbn.backends.flax.weights import Variables, flat
+from rbn.backends.flax.weights import Variables, config_of, flat, path_of
 from rbn_core import folding
-from rbn_core.config import Config
 from rbn_core.errors import RBNTypeError, RBNValueError
 from rbn_core.matching import Row, Table
 
@@ -97,7 +96,7 @@ def _anew(trained: dict[Path, None], old: Any, args: Any, kwargs: Any) -> Any:
     """What answers for a layer that trains so that its statistics become the batch's."""
     if evaluates(old, args, kwargs):
         return old(*args, **kwargs)
-    trained[old.scope.path] = None
+    trained[path_of(old.scope)] = None
     momentum = None if isinstance(old, CalibratedNorm) else 0.0
     return old.clone(momentum=momentum, parent=old.scope, name=None)(*args, **kwargs)
 
@@ -194,10 +193,10 @@ class Folded(nn.Module):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the model returns."""
-        depth, dtypes = len(self.scope.path), dict(self.folded)
+        depth, dtypes = len(path_of(self.scope)), dict(self.folded)
 
         def answer(following: Any, args: Any, kwargs: Any, context: Any) -> Any:
-            dtype = dtypes.get(context.module.scope.path[depth:]) if _is_call(context) else None
+            dtype = dtypes.get(path_of(context.module.scope)[depth:]) if _is_call(context) else None
             if dtype is None:
                 return following(*args, **kwargs)
             bias = context.module.scope.get_variable("params", "bias")
@@ -243,8 +242,8 @@ def fold(
             raise RBNValueError("fold: expected a call in evaluation, got one in training. Pass train=False.")
         call = functools.partial(following, *args, **kwargs)
         if not is_norm:
-            return found.linear(module.scope.path, call)
-        return found.norm(module.scope.path, args[0], call, module)
+            return found.linear(path_of(module.scope), call)
+        return found.norm(path_of(module.scope), args[0], call, module)
 
     def run(values: Any) -> Any:
         with nn.intercept_methods(note):
@@ -257,7 +256,7 @@ def fold(
         if np.ndim(state["running_mean"]) != 1:
             rows.append(Row(name, "kept", type(norm).__name__, "stands for several layers"))
             continue
-        affine = folding.plain_affine(_config(norm, len(state["running_mean"])), state)
+        affine = folding.plain_affine(config_of(norm, len(state["running_mean"])), state)
         if isinstance(affine, str):
             wrong.append(name)
         elif why := found.why_not(path, functional.channel_axis(norm.axis)):
@@ -318,9 +317,9 @@ def _answering(answer: Callable[[Any, Any, Any], Any]) -> Any:
     answered: list[Path] = []
 
     def intercept(following: Any, args: Any, kwargs: Any, context: Any) -> Any:
-        if not _is_call(context) or context.module.scope.path in answered:
+        if not _is_call(context) or path_of(context.module.scope) in answered:
             return following(*args, **kwargs)
-        answered.append(context.module.scope.path)
+        answered.append(path_of(context.module.scope))
         try:
             return answer(context.module, args, kwargs)
         finally:
@@ -336,13 +335,6 @@ def _is_call(context: Any) -> bool:
 def _is_below(own: str, paths: tuple[Path, ...]) -> bool:
     parts = tuple(own.split("/")[1:])
     return any(parts[: len(path)] == path for path in paths)
-
-
-def _config(norm: Any, channels: int) -> Config:
-    if isinstance(norm, CalibratedNorm):
-        return norm.config(channels)
-    affine: dict[str, Any] = {"gamma": norm.use_scale, "beta": norm.use_bias}
-    return Config(channels, norm.epsilon, norm.momentum, centering=None, scaling=None, **affine)
 
 
 def _with(variables: Variables, new: Mapping[str, Any]) -> Variables:

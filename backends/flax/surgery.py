@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,15 +17,16 @@ from jax import Array
 
 from rbn.backends.flax import distributed, layers, places
 from rbn.backends.flax.layers import CalibratedNorm
-from rbn.backends.flax.networks import Network, batch_norm_options, norm_options, redescribed
+from rbn.backends.flax.networks import Network, batch_norm_options, redescribed
 from rbn.backends.flax.networks import layer as layer_of
-from rbn.backends.flax.weights import Init, Variables, flat, traced
+from rbn.backends.flax.weights import Init, Variables, config_of, flat, path_of, traced
 from rbn_core import conversion
-from rbn_core.config import CALIBRATION_STARTS, Config
+from rbn_core.config import CALIBRATION_STARTS, Config, arguments
 from rbn_core.errors import RBNTypeError, RBNValueError
-from rbn_core.matching import Row, State, Table
+from rbn_core.matching import State, Table
 from rbn_core.names import own_name, to_layout
 from rbn_core.networks import Norm
+from rbn_core.options import kept_arguments
 
 Path = tuple[str, ...]
 Options = tuple[tuple[str, Any], ...]
@@ -40,6 +42,12 @@ TAKEN_OVER = (
     "axis_index_groups",
 )
 """The options that BatchNorm and the layers have in common."""
+
+KEPT = (*kept_arguments("flax"), "use_running_average", "axis", "dtype", "param_dtype", "parent", "name")
+"""What a layer takes over from the one before, so that it is no option of a conversion."""
+
+OF_BATCH_NORM = tuple(name for name in inspect.signature(nn.BatchNorm).parameters if name not in KEPT)
+"""The options that BatchNorm has."""
 
 
 def convert(
@@ -95,32 +103,38 @@ def convert(
             f"convert: expected a linen module and its variables, got {type(model).__name__} and "
             f"{type(variables).__name__}. For an NNX module call rbn.backends.flax.nnx.convert."
         )
+    conversion.check_options(to, options, KEPT, lambda **given: _make(to, given, {}), OF_BATCH_NORM)
     stored = flat(core.unfreeze(variables))
-    key = jax.random.key(0) if key is None else key
-    rows, converted = [], {}
-    sources = {
-        path: found
-        for path, found in _layers(model, stored, init).items()
-        if found.is_batch_norm != (to == "bn")
-    }
-    hit = [path for path in sources if pattern.fullmatch(".".join(path))]
-    conversion.check_hits(where, [".".join(path) for path in sources], hit)
-    leads = _leads(init, {path: own_below(stored, path) for path in hit})
-    for path in hit:
-        found = sources[path]
-        following, used = jax.random.split(key)
-        new = _converted(found, own_below(stored, path), leads.get(path), to, preserve, options, used)
-        if isinstance(new, str):
-            rows.append(Row(".".join(path), "kept", found.name, new))
-            continue
-        key, converted[path] = following, new
+    found = [
+        (".".join(each.path), each)
+        for each in _layers(model, stored, init)
+        if each.is_batch_norm != (to == "bn")
+    ]
+    marked = functools.cache(lambda: _marked(init))
+    keys = _keys(jax.random.key(0) if key is None else key)
+
+    def plan(_: str, each: Found) -> New | str:
+        own = own_below(stored, each.path)
+        leads = _leads(each.path, own, marked) if init is not None else None
+        return _converted(each, own, leads, to, preserve, options, next(keys))
+
+    planned = conversion.plans(found, pattern, where, plan)
+    rows = conversion.rows(found, planned, lambda new: type(new.layer).__name__, lambda each: each.name)
+    converted = {each.path: new for _, each in found if isinstance(new := planned.get(id(each)), New)}
+    for path, new in converted.items():
         stored = _with_arrays(stored, path, new)
-        rows.append(Row(".".join(path), "replaced", found.name, type(new.layer).__name__))
     return (
         _model(model, to, converted),
         traverse_util.unflatten_dict(stored, sep="/"),
         conversion.report(rows, to),
     )
+
+
+def _keys(key: Array) -> Iterator[Array]:
+    """Random keys, one for each layer."""
+    while True:
+        key, used = jax.random.split(key)
+        yield used
 
 
 class Converted(nn.Module):
@@ -149,7 +163,7 @@ class Converted(nn.Module):
         """What another method of the model returns: `apply(variables, "encode", x, method="run")`."""
         answers = {path: (to, dict(options)) for path, to, options in self.answers}
         made: list[nn.Module] = []
-        with nn.intercept_methods(functools.partial(_answer, len(self.scope.path), answers, made)):
+        with nn.intercept_methods(functools.partial(_answer, len(path_of(self.scope)), answers, made)):
             return getattr(self.model, method)(*args, **kwargs)
 
 
@@ -176,7 +190,7 @@ def _answer(
     old = context.module
     if context.method_name != "__call__" or not isinstance(old, nn.BatchNorm | CalibratedNorm):
         return following(*args, **kwargs)
-    answer = answers.get(old.scope.path[depth:])
+    answer = answers.get(path_of(old.scope)[depth:])
     if answer is None or any(old is new for new in made):
         return following(*args, **kwargs)
     made.append(_make(*answer, _taken_over(old), old.scope))
@@ -198,7 +212,7 @@ def _taken_over(layer: nn.Module) -> dict[str, Any]:
         if len(common["axis"]) != 1:
             raise RBNValueError(
                 f"convert: expected one channel axis, got {tuple(common['axis'])} in "
-                f"{'.'.join(layer.scope.path)}. Leave the layer out with where=."
+                f"{'.'.join(path_of(layer.scope))}. Leave the layer out with where=."
             )
         common["axis"] = common["axis"][0]
     return common
@@ -220,11 +234,13 @@ class Found:
     """A normalization of a model.
 
     Args:
+        path: Where it is.
         name: What it is called.
         common: Its options that stay, as far as they are known.
         config: Makes the options of a layer of ours; `None` for BatchNorm.
     """
 
+    path: Path
     name: str
     common: Mapping[str, Any]
     config: Any = None
@@ -235,34 +251,30 @@ class Found:
         return self.config is None
 
 
-def _found(layer: nn.Module) -> Found:
+def _found(path: Path, layer: nn.Module) -> Found:
     ours = isinstance(layer, CalibratedNorm)
-    return Found(type(layer).__name__, _common(layer), layer.config if ours else None)
+    return Found(path, type(layer).__name__, _common(layer), layer.config if ours else None)
 
 
-def _layers(model: nn.Module, stored: Mapping[str, Any], init: Init | None) -> dict[Path, Found]:
-    """The normalizations of a model by their paths."""
+def _layers(model: nn.Module, stored: Mapping[str, Any], init: Init | None) -> list[Found]:
+    """The normalizations of a model."""
     if isinstance(model, Network):
-        return {
-            tuple(node.name.split(".")): _found(layer_of(node))
-            for node in model.description.nodes
-            if isinstance(node, Norm)
-        }
+        nodes = [node for node in model.description.nodes if isinstance(node, Norm)]
+        return [_found(tuple(node.name.split(".")), layer_of(node)) for node in nodes]
     if init is not None:
         _, owners = traced(init)
-        return {path: _found(owner.norm) for path, owner in owners.items() if owner.norm is not None}
+        return [_found(path, owner.norm) for path, owner in owners.items() if owner.norm is not None]
     known = {}
     if isinstance(model, Converted):
-        known = {path: _found(_make(to, dict(options), {})) for path, to, options in model.answers}
-    found = {}
+        known = {path: _found(path, _make(to, dict(options), {})) for path, to, options in model.answers}
+    found = []
     for own in stored:
-        collection, *path, last = own.split("/")
+        collection, *parts, last = own.split("/")
         if (collection, last) == ("batch_stats", "mean"):
-            names = set(below(stored, tuple(path)))
-            plain = names <= {"gamma", "beta", "running_mean", "running_var"}
-            found[tuple(path)] = known.get(tuple(path)) or Found(
-                "BatchNorm" if plain else "RBN", {}, None if plain else _unknown
-            )
+            path = tuple(parts)
+            plain = below(stored, path).keys() <= {"gamma", "beta", "running_mean", "running_var"}
+            told = Found(path, "BatchNorm", {}) if plain else Found(path, "RBN", {}, _unknown)
+            found.append(known.get(path, told))
     return found
 
 
@@ -288,17 +300,35 @@ def own_below(stored: Mapping[str, Any], path: Path) -> places.Stored:
     return own
 
 
-def _leads(init: Init | None, owns: Mapping[Path, places.Stored]) -> dict[Path, places.Leads]:
-    """Of the layers that stand for several, as `nn.scan` and `nn.vmap` make them, the sizes of the stacks.
+def _leads(path: Path, own: places.Stored, marked: Callable[[], Mapping[str, Any]]) -> places.Leads | None:
+    """The sizes of a stack of layers, as `nn.scan` and `nn.vmap` make it; of one layer `None`.
 
-    A variable of a length that nothing else has tells on which axis the layers lie.
+    Args:
+        path: Where it is.
+        own: What it stores.
+        marked: What `_marked` gives.
 
     Raises:
-        RBNValueError: There are some and nothing tells that, or they do not lie on the first axes.
+        RBNValueError: The layers do not lie on the first axes.
     """
-    stacks = {path: found for path, own in owns.items() if (found := places.stack(own))}
-    if not stacks or init is None:
-        return {}
+    if not places.stack(own):
+        return None
+    shapes = {
+        collection: marked()["/".join((collection, *path, MARK))].shape for collection in places.COLLECTIONS
+    }
+    if any(shape[-1] != MARKED for shape in shapes.values()):
+        raise RBNValueError(
+            f"convert: expected a stack of layers along the first axis, got another in {'.'.join(path)}. "
+            "Stack with variable_axes={'params': 0, 'batch_stats': 0}, or leave the layer out with where=."
+        )
+    return {collection: shape[:-1] for collection, shape in shapes.items()}
+
+
+def _marked(init: Any) -> dict[str, Any]:
+    """The shapes of a model's variables, with one more in every normalization.
+
+    It has a length that nothing else has, which tells on which axes the layers of a stack lie.
+    """
 
     def with_a_mark(following: Any, args: Any, kwargs: Any, context: Any) -> Any:
         scope = context.module.scope
@@ -309,21 +339,7 @@ def _leads(init: Init | None, owns: Mapping[Path, places.Stored]) -> dict[Path, 
         return following(*args, **kwargs)
 
     with nn.intercept_methods(with_a_mark):
-        marked = flat(core.unfreeze(jax.eval_shape(lambda: init())))
-    leads: dict[Path, places.Leads] = {}
-    for path in stacks:
-        shapes = {
-            collection: marked["/".join((collection, *path, MARK))].shape for collection in places.COLLECTIONS
-        }
-        for shape in shapes.values():
-            if shape[-1] != MARKED:
-                raise RBNValueError(
-                    f"convert: expected a stack of layers along the first axis, got another in "
-                    f"{'.'.join(path)}. Stack with variable_axes={{'params': 0, 'batch_stats': 0}}, or leave "
-                    "the layer out with where=."
-                )
-        leads[path] = {collection: shape[:-1] for collection, shape in shapes.items()}
-    return leads
+        return flat(core.unfreeze(jax.eval_shape(lambda: init())))
 
 
 MARK, MARKED = "rbn_mark", 7919
@@ -402,10 +418,9 @@ def _one(
         given = conversion.to_batch_norm(found.config(channels), state)
         if isinstance(given, str):
             return given
-        affine: dict[str, Any] = {"gamma": "gamma" in given, "beta": "beta" in given}
-        own = {"use_scale": affine["gamma"], "use_bias": affine["beta"]} | dict(options)
+        own = {"use_scale": "gamma" in given, "use_bias": "beta" in given} | dict(options)
         layer = _make(to, own, common)
-        config = Config(channels, layer.epsilon, layer.momentum, centering=None, scaling=None, **affine)
+        config = config_of(layer, channels)
         given.pop("num_batches_tracked", None)
     else:
         affine = {"use_scale": "gamma" in state, "use_bias": "beta" in state}
@@ -462,7 +477,7 @@ def _model(model: nn.Module, to: str, converted: Mapping[Path, New]) -> nn.Modul
     if isinstance(model, Network):
         for path, new in converted.items():
             node = Norm(".".join(path), (), new.config.num_features, to)
-            known = batch_norm_options(node) if to == "bn" else norm_options(node)
+            known = batch_norm_options("flax", node) if to == "bn" else arguments("flax", node.config)
             if unknown := [name for name, _ in new.options if name not in known]:
                 raise RBNTypeError(
                     f"convert: expected options that a description of a network has, got "

@@ -18,6 +18,7 @@ from rbn.backends.flax import functional, nnx, places
 from rbn.backends.flax.layers import CalibratedNorm
 from rbn.backends.flax.networks import Network
 from rbn_core import reference
+from rbn_core.config import Config
 from rbn_core.errors import RBNTypeError, RBNValueError
 from rbn_core.execution import initial_state
 from rbn_core.matching import State
@@ -133,6 +134,14 @@ def describe(model: Network | Init | flax_nnx.Module) -> Layers:
     return layers
 
 
+def config_of(norm: Any, num_features: int) -> Config:
+    """The options of a linen layer of C channels in the project's terms; of Flax's BatchNorm, too."""
+    if isinstance(norm, CalibratedNorm):
+        return norm.config(num_features)
+    affine: dict[str, Any] = {"gamma": norm.use_scale, "beta": norm.use_bias}
+    return Config(num_features, norm.epsilon, norm.momentum, centering=None, scaling=None, **affine)
+
+
 # What owns the arrays
 
 
@@ -171,7 +180,7 @@ def traced(init: Any) -> tuple[Variables, dict[tuple[str, ...], Owner]]:
     owners: dict[tuple[str, ...], Owner] = {}
 
     def note(following: Any, args: Any, kwargs: Any, context: Any) -> Any:
-        path, owner = context.module.scope.path, _owner(context.module)
+        path, owner = path_of(context.module.scope), _owner(context.module)
         # A lifted function of a module shows it once more, at the path of who calls the function.
         is_method = hasattr(type(context.module), context.method_name)
         # A module that only holds another can share its scope.
@@ -188,6 +197,11 @@ def traced(init: Any) -> tuple[Variables, dict[tuple[str, ...], Owner]]:
             "lambda: net.init(key, x, train=False), without jit, so that its modules can be seen."
         )
     return core.unfreeze(variables), owners
+
+
+def path_of(scope: Any) -> tuple[str, ...]:
+    """Where a module's variables are: `scope.path` says where they were before `nn.share_scope`."""
+    return tuple(scope.path) if scope.parent is None else (*path_of(scope.parent), scope.name)
 
 
 def layouts(init: Network | Init) -> dict[str, Kind]:

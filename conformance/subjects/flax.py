@@ -21,7 +21,7 @@ from rbn.conformance.subject import Array, LayerSubject, Outcome, Subject
 from rbn.conformance.subjects.jax_devices import AXIS, Step, compiled, shared
 from rbn.conformance.subjects.numpy import spoilt
 from rbn.conformance.suite import OPTION_SHAPE
-from rbn_core.config import Config
+from rbn_core.config import Config, arguments
 from rbn_core.matching import State
 from rbn_core.names import NAMES
 
@@ -165,8 +165,13 @@ class Family(FlaxModule):
     def options(self, config: Config, dtype: Any) -> dict[str, Any]:
         """The options of either kind; under `jit` a batch on several devices needs no name of an axis."""
         named = self.world > 1 and self.way != "jit"
-        mine = {"axis": self.axis, "axis_name": AXIS if named else None, "fused": self.fused}
-        return mine | options(config, dtype) | dtypes(self.precision)
+        own = {
+            "axis": self.axis,
+            "axis_name": AXIS if named else None,
+            "fused": self.fused,
+            "param_dtype": jnp.promote_types(dtype, jnp.float32),
+        }
+        return arguments(type(self).name, config) | own | dtypes(self.precision)
 
     def through(self, way: str) -> Subject:
         """The layers that share their statistics in another way."""
@@ -313,26 +318,6 @@ def channel_axis(dtype: str, layout: str) -> int:
     and the layout cases in float64 compare them on the same shapes.
     """
     return 1 if (dtype, layout) == ("float64", "channels_first") else -1
-
-
-def options(config: Config, dtype: str) -> dict[str, Any]:
-    """The options of either layer but for the number of channels and the axis."""
-    common = {
-        "momentum": config.momentum,
-        "epsilon": config.eps,
-        "param_dtype": jnp.promote_types(dtype, jnp.float32),
-        "running_var": config.running_var,
-    }
-    if config.layer == "BNET":
-        return common | {"kernel_size": config.kernel_size, "spatial_dims": config.spatial_dims}
-    common |= {"use_bias": config.beta, "use_scale": config.gamma}
-    if config.layer == "IEBN":
-        return common
-    return common | {
-        "centering": config.centering,
-        "scaling": config.scaling,
-        "restrict": config.restrict,
-    }
 
 
 def dtypes(precision: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 import rbn.backends.flax as rbn_flax
-from rbn.backends.flax import BNET, IEBN, RBN, from_numpy, fused, to_numpy
+from rbn.backends.flax import BNET, IEBN, RBN, convert, from_numpy, fused, to_numpy
 from rbn_core import RBNError, RBNTypeError, RBNValueError, reference
 from rbn_core.config import Config
 
@@ -216,7 +216,7 @@ def test_the_loops_refuse_what_does_not_fit() -> None:
     if not fused.AVAILABLE:
         pytest.skip("without custom calls")
     x = normal(2, 4, 4, 3)
-    layer = fused.Layer(3, 1e-5, None, None, "sigmoid", ("gamma",))
+    layer = fused.Call(3, 1e-5, None, None, "sigmoid", ("gamma",))
     shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (x.shape, (2, 3), (2, 3), (3,), (3,))]
     call = jax.ffi.ffi_call(fused.TARGETS[0], shapes)
     plan = layer.plan(x)
@@ -339,30 +339,35 @@ def test_planes_of_unequal_masks_are_weighed_by_their_values() -> None:
             np.testing.assert_allclose(y[n, ..., c][mask[n, ..., c]], due, rtol=1e-4, atol=1e-4)
 
 
-def test_a_mask_that_leaves_nothing_leaves_the_statistics() -> None:
-    layer, variables = linen("RBN")
+@pytest.mark.parametrize("running_var", ["unbiased", "biased"])
+def test_a_mask_that_leaves_nothing_leaves_the_statistics(running_var: str) -> None:
+    layer, variables = linen("RBN", running_var=running_var)
+    module = nnx_module("RBN", running_var=running_var)
     x = normal(2, 4, 4, 3)
     mask = jnp.ones((1, 1, 1, 3), bool).at[..., 1].set(False)
     y, stats = train(layer, variables, x, mask=mask)
+    module(x, mask=mask)
     _, expected = train(layer, variables, x)
     assert np.isfinite(y).all()
     for name in ("mean", "var"):
         old, new = variables["batch_stats"][name], stats["batch_stats"][name]
         close(new, jnp.asarray(expected["batch_stats"][name]).at[1].set(old[1]))
+        close(getattr(module, name)[...], new)
     gradient = jax.grad(lambda x: train(layer, variables, x, mask=jnp.zeros((), bool))[0].sum())(x)
     assert np.isfinite(gradient).all()
 
 
 def test_a_mask_in_bnet_is_batch_norms() -> None:
-    norm = nn.BatchNorm(use_fast_variance=False)
+    norm = nn.Sequential([nn.BatchNorm(use_fast_variance=False)])
     x = normal(2, 4, 4, 3)
     variables = norm.init(jax.random.key(0), x, use_running_average=False)
-    layer, converted = BNET.from_batch_norm(norm, variables)
+    layer, converted, _ = convert(norm, variables, "bnet", preserve=True)
     mask = jnp.asarray(np.random.default_rng(0).random((2, 4, 4, 1)) < 0.5)
     due = train(norm, variables, x, mask=mask)[0]
     close(train(layer, converted, x, mask=mask)[0], due)
-    theirs = nnx.BatchNorm(3, rngs=nnx.Rngs(0), use_fast_variance=False)
-    close(rbn_flax.nnx.BNET.from_batch_norm(theirs)(x, mask=mask), due)
+    model = nnx.Sequential(nnx.BatchNorm(3, rngs=nnx.Rngs(0), use_fast_variance=False))
+    rbn_flax.nnx.convert(model, "bnet", preserve=True)
+    close(model.layers[0](x, mask=mask), due)
 
 
 # Transformations

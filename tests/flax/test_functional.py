@@ -12,7 +12,10 @@ from rbn.backends.flax import functional, nnx, recipes
 from rbn_core import reference
 from rbn_core.config import Config
 
-CONFIGS = [Config(3), Config(3, centering="channel_std", scaling="spatial_mean", restrict="hard_sigmoid")]
+CONFIGS = [
+    Config(3),
+    Config(3, 1e-5, None, "channel_std", "spatial_mean", restrict="hard_sigmoid", running_var="biased"),
+]
 
 
 @pytest.mark.parametrize("function", [functional.rbn, recipes.update_rbn, nnx.update_rbn])
@@ -37,7 +40,7 @@ def test_the_function_is_the_reference(config: Config, training: bool) -> None:
 
     @jax.jit
     def run(parameters: Any, x: Any) -> Any:
-        return functional.rbn(
+        y, *statistics = functional.rbn(
             x,
             parameters,
             None if training else (running[0], running[1]),
@@ -47,9 +50,17 @@ def test_the_function_is_the_reference(config: Config, training: bool) -> None:
             scaling=config.scaling,
             restrict=config.restrict,
             dtype=None,
-        )[0]
+        )
+        return y, statistics
 
-    y, pull = jax.vjp(run, parameters, jnp.asarray(x, jnp.float32))
+    y, pull, (mean, var) = jax.vjp(run, parameters, jnp.asarray(x, jnp.float32), has_aux=True)
     found, found_dx = pull(jnp.asarray(dy, jnp.float32))
     for actual, expected in ((y, due), (found_dx, dx), *((found[name], gradients[name]) for name in found)):
         np.testing.assert_allclose(actual, expected, rtol=2e-4, atol=2e-4)
+    if training:
+        new_weight = None if config.momentum is None else 1 - config.momentum
+        values = x.size // 3 if config.running_var == "unbiased" else None
+        new = functional.accumulate(running, mean, var, new_weight, count=4, values=values)
+        stored = oracle.state()
+        for name, actual in zip(("running_mean", "running_var"), new, strict=True):
+            np.testing.assert_allclose(actual, stored[name], rtol=1e-5)

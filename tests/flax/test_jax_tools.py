@@ -120,7 +120,7 @@ def test_without_the_rules_of_taylor_mode_there_are_operations_all_the_same(
         assert internals.taylor_mode() is None
     if fused.AVAILABLE:
         operation = internals.operation("rbn_test", lambda layer, x: [x], lambda layer, x: [x])
-        close(jax.jit(lambda x: operation.bind(x, layer=None)[0])(jnp.ones(2)), jnp.ones(2))
+        close(jax.jit(lambda x: operation.bind(x, call=None)[0])(jnp.ones(2)), jnp.ones(2))
 
 
 # Export

@@ -275,8 +275,12 @@ def test_batch_norm_is_flaxs_own_with_a_variance_in_two_passes() -> None:
 def test_what_flax_lacks_is_refused() -> None:
     for norm, options, text in [
         ("bn", {"momentum": None}, "expected a momentum for 'stem.1'"),
-        ("bn", {"track_running_stats": False}, "expected 'stem.1' to track running statistics"),
-        ("rbn", {"track_running_stats": False}, "expected 'stem.1' to track running statistics"),
+        (
+            "bn",
+            {"track_running_stats": False},
+            "RBN: expected track_running_stats=True, as the layers of Flax",
+        ),
+        ("rbn", {"track_running_stats": False}, "RBN: expected track_running_stats=True, as the layers of"),
     ]:
         description = tiny(norm, **options)
         with pytest.raises(RBNValueError, match=text):

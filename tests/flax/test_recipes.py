@@ -249,3 +249,15 @@ def test_a_converted_model_is_a_model() -> None:
     folded, less, table = fold(converted, new, x, train=False)
     assert [row.status for row in table.rows] == ["kept"] * 6
     close(folded.apply(less, x, train=False), model.apply(variables, x, train=False))
+
+
+def test_layers_that_a_model_is_given_are_converted_and_folded() -> None:
+    model = nn.Sequential([nn.Conv(3, (1, 1)), nn.BatchNorm(use_running_average=True)])
+    x = jax.random.normal(jax.random.key(0), (2, 4, 4, 3))
+    variables = model.init(jax.random.key(1), x)
+    due = model.apply(variables, x)
+    converted, new, _ = convert(model, variables)
+    np.testing.assert_allclose(converted.apply(new, x), due * jax.nn.sigmoid(1.0), rtol=1e-5, atol=1e-5)
+    for each, stored in ((model, variables), convert(model, variables, preserve=True)[:2]):
+        folded, smaller, _ = fold(each, stored, x)
+        np.testing.assert_allclose(folded.apply(smaller, x), due, rtol=1e-5, atol=1e-5)

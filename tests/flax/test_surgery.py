@@ -223,6 +223,8 @@ def test_an_nnx_network_knows_what_it_has_become() -> None:
         ({"scalling": None}, "expected an option of this layer, got 'scalling'. Did you mean 'scaling'"),
         ({"scaling": "sum"}, "expected scaling to be one of"),
         ({"to": "bnet", "kernel_size": 2}, "expected an odd kernel_size"),
+        ({"momentum": 0.5}, "expected options that the layer before has not, got momentum"),
+        ({"to": "bn", "kernel_size": 3}, "expected no option but bias_init.* for 'bn', got kernel_size"),
     ],
 )
 def test_what_is_wrong_is_refused_alike_and_changes_nothing(change: dict[str, Any], text: str) -> None:
@@ -417,8 +419,8 @@ def test_a_linen_network_stays_a_network(to: str, options: dict[str, Any]) -> No
 def test_what_a_description_cannot_say_is_refused() -> None:
     network = Network(described())
     variables, _ = from_numpy(network, initial_state(described()))
-    with pytest.raises(RBNTypeError, match="expected options that a description of a network has, got dtype"):
-        convert(network, variables, dtype=jnp.bfloat16)
+    with pytest.raises(RBNTypeError, match="options that a description of a network has, got scale_init"):
+        convert(network, variables, scale_init=nn.initializers.zeros)
     with pytest.raises(RBNTypeError, match=r"call rbn\.backends\.flax\.nnx\.convert"):
         convert(Module(), "rbn")
 
@@ -450,7 +452,7 @@ def test_what_batch_norm_is_told_of_axes_and_dtypes_stays() -> None:
     model.norm.spatial_axis_name = "rows"
     rbn_flax.nnx.convert(model, "bn")
     assert model.norm.axis_name == ("batch", "rows")
-    if "promote_dtype" in inspect.signature(nnx.BatchNorm).parameters:
+    if "promote_dtype" in inspect.signature(nnx.BatchNorm.__init__).parameters:
         promote = functools.partial(nnx.nn.dtypes.promote_dtype)
         for given, due in (({}, None), ({"promote_dtype": promote}, promote)):
             model = Net(**given)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -13,6 +14,7 @@ from flax.nnx import initializers
 from flax.typing import Dtype, Initializer
 from jax import Array
 
+import rbn_core.config
 from rbn.backends.flax import distributed, functional, fused
 from rbn_core.config import Config, check_counter, check_input, refuse_unknown_options
 from rbn_core.errors import RBNValueError
@@ -29,6 +31,29 @@ PromoteDtype = Callable[..., Any]
 """A function of a tuple of arrays and `dtype=`, as `flax.nnx.nn.dtypes.promote_dtype`."""
 
 
+@dataclass(frozen=True)
+class Setting:
+    """What a constructor takes beside the options of `rbn_core.Config`, as `RBN` describes it.
+
+    Args:
+        starts: How the (C,) parameters start, by their names here and in the order of their random keys.
+        metadata: What their variables say beside their values, by the same names.
+    """
+
+    use_running_average: bool | None
+    axis: int | Sequence[int]
+    dtype: Dtype | None
+    param_dtype: Dtype
+    axis_name: distributed.AxisName
+    axis_index_groups: distributed.IndexGroups
+    promote_dtype: PromoteDtype | None
+    rngs: nnx.Rngs
+    fused: bool
+    spatial_axis_name: distributed.AxisName
+    starts: Mapping[str, Initializer]
+    metadata: Mapping[str, Mapping[str, Any]]
+
+
 class CalibratedNorm(nnx.Module):
     """What the three layers share: BatchNorm's options and statistics, and the forward pass.
 
@@ -37,41 +62,42 @@ class CalibratedNorm(nnx.Module):
     """
 
     spatial_dims: int | None = None
-    spatial_axis_name: distributed.AxisName = None
 
-    def __init__(
-        self,
-        config: Config,
-        use_running_average: bool | None,
-        axis: int | Sequence[int],
-        dtype: Dtype | None,
-        param_dtype: Dtype,
-        axis_name: distributed.AxisName,
-        axis_index_groups: distributed.IndexGroups,
-        promote_dtype: PromoteDtype | None,
-        fused: bool,
-    ) -> None:
-        functional.channel_axis(axis, config.layer)
-        shape = (config.num_features,)
+    def __init__(self, config: Config, setting: Setting) -> None:
+        functional.channel_axis(setting.axis, config.layer)
+        shape, param_dtype, rngs = (config.num_features,), setting.param_dtype, setting.rngs
+        present = {NAMES["flax"][canonical].partition("/")[2] for canonical in config.parameters}
+        for name, init in setting.starts.items():
+            parameter = None
+            if name in present:
+                # A constant of ours takes no key: what is built after the layer starts as after a BatchNorm.
+                constant = name not in ("scale", "bias") and init in CONSTANT
+                key = jax.random.key(0) if constant else rngs.params()
+                parameter = nnx.Param(init(key, shape, param_dtype), **setting.metadata.get(name, {}))
+            setattr(self, name, nnx.data(parameter))
+            setattr(self, f"{name}_init", init)
         self.mean = nnx.BatchStat(jnp.zeros(shape, functional.statistics_dtype(param_dtype)))
         self.var = nnx.BatchStat(jnp.ones(shape, functional.statistics_dtype(param_dtype)))
         self.num_batches_tracked = nnx.BatchStat(jnp.zeros((), jnp.int32))
         self.layer = config.layer
         self.num_features = config.num_features
-        self.use_running_average = use_running_average
-        self.axis = axis
+        self.use_scale = config.gamma
+        self.use_bias = config.beta
         self.momentum = config.momentum
         self.epsilon = config.eps
-        self.dtype = dtype
-        self.param_dtype = param_dtype
         self.centering = config.centering
         self.scaling = config.scaling
         self.restrict = config.restrict
         self.running_var = config.running_var
-        self.axis_name = axis_name
-        self.axis_index_groups = axis_index_groups
-        self.promote_dtype = promote_dtype
-        self.fused = fused
+        self.use_running_average = setting.use_running_average
+        self.axis = setting.axis
+        self.dtype = setting.dtype
+        self.param_dtype = param_dtype
+        self.axis_name = setting.axis_name
+        self.axis_index_groups = setting.axis_index_groups
+        self.spatial_axis_name = setting.spatial_axis_name
+        self.promote_dtype = setting.promote_dtype
+        self.fused = setting.fused
 
     def __call__(self, x: Array, use_running_average: bool | None = None, *, mask: Any = None) -> Array:
         """Y, of the shape of `x`, (N, *spatial, C).
@@ -91,7 +117,7 @@ class CalibratedNorm(nnx.Module):
                 "Pass it here, or call train() or eval() before."
             )
         training = not use_running_average
-        options, axis = config(self), functional.channel_axis(self.axis, self.layer)
+        config, axis = config_of(self), functional.channel_axis(self.axis, self.layer)
         share = distributed.Share(
             self.axis_name if training else None, self.axis_index_groups, self.spatial_axis_name
         )
@@ -106,21 +132,21 @@ class CalibratedNorm(nnx.Module):
             spatial_dims=self.spatial_dims,
             layer=self.layer,
         )
-        stored = fused.check_layer(options, self._stored())
-        parameters = {name: stored[name] for name in options.parameters}
+        stored = fused.check_layer(config, self._stored())
+        parameters = {name: stored[name] for name in config.parameters}
         running = promoted = (stored["running_mean"], stored["running_var"])
         if training:
             check_counter(getattr(self, "num_batches_tracked", None), self.momentum, self.layer)
         if self.promote_dtype is not None:
             x, promoted, parameters = self._promoted(x, running, parameters, self.promote_dtype)
-        if options.kernel_size is None:
+        if config.kernel_size is None:
             vectors = (*parameters.values(), *running)
             x = functional.with_a_batch(x, vectors, shared=bool(share.batch))
         y, mean, var = fused.compute(
             x,
             parameters,
             None if training else promoted,
-            options,
+            config,
             axis=axis,
             dtype=self.normalized_dtype(x),
             mask=mask,
@@ -128,7 +154,8 @@ class CalibratedNorm(nnx.Module):
             in_loops=self.fused,
         )
         if training:
-            self._track(running, mean, var, values if mask is None else share.count(mask, x, axis))
+            counts = values if mask is None else share.count(mask, x, axis)
+            self._accumulate(running, mean, var, counts)
         return functional.as_output(self.transform(y), x, self.dtype)
 
     def set_view(self, use_running_average: bool | None = None) -> None:
@@ -159,15 +186,20 @@ class CalibratedNorm(nnx.Module):
                 found[name] = variable[...]
         return found
 
-    def _track(self, running: tuple[Array, Array], mean: Array, var: Array, values: Any) -> None:
-        """One more batch; without a counter nobody counts it."""
-        counter, count = getattr(self, "num_batches_tracked", None), jnp.zeros((), jnp.int32)
-        if counter is not None:
-            count = functional.one_more(counter[...])
-        new = functional.track(
-            running, mean, var, count, momentum=self.momentum, running_var=self.running_var, values=values
+    def _accumulate(self, running: tuple[Array, Array], mean: Array, var: Array, counts: Any) -> None:
+        """Eq. 3 and one more batch, where batches are counted."""
+        counter = getattr(self, "num_batches_tracked", None)
+        count = None if counter is None else functional.one_more(counter[...])
+        new = functional.accumulate(
+            running,
+            mean,
+            var,
+            None if self.momentum is None else 1.0 - self.momentum,
+            count=count,
+            values=counts if self.running_var == "unbiased" else None,
         )
-        for variable, value in zip((self.mean, self.var, counter), (*new, count), strict=True):
+        mean, var = functional.where_any(counts, new, running)
+        for variable, value in ((self.mean, mean), (self.var, var), (counter, count)):
             if variable is not None:
                 assign(variable, value)
 
@@ -186,27 +218,22 @@ class CalibratedNorm(nnx.Module):
         return x, (mean, var), {**parameters, **changed}
 
 
-def config(layer: CalibratedNorm) -> Config:
-    """The options of a layer in the project's terms, checked again: they can be assigned.
+def config_of(layer: Any) -> Config:
+    """The options of a layer in the project's terms, checked again: they can be assigned; of BatchNorm, too.
 
     As in BatchNorm, a layer of which gamma or beta is `None` is one without it.
 
     Raises:
         RBNError: One of them is none.
     """
-    options: dict[str, Any] = {
-        "eps": layer.epsilon,
-        "momentum": layer.momentum,
-        "running_var": layer.running_var,
-    }
-    if layer.layer == "BNET":
-        return Config.bnet(layer.num_features, layer.conv.kernel_size[0], layer.spatial_dims or 2, **options)
-    affine = {"gamma": "scale", "beta": "bias"}
-    options |= {name: getattr(layer, own, None) is not None for name, own in affine.items()}
-    if layer.layer == "IEBN":
-        return Config.iebn(layer.num_features, **options)
-    calibration = {name: getattr(layer, name) for name in ("centering", "scaling", "restrict")}
-    return Config(layer.num_features, **options, **calibration)
+    affine = (("gamma", "scale"), ("beta", "bias"))
+    known: dict[str, Any] = {name: getattr(layer, own, None) is not None for name, own in affine}
+    if not isinstance(layer, CalibratedNorm):
+        known |= {"centering": None, "scaling": None}
+        return Config(layer.num_features, layer.epsilon, layer.momentum, **known)
+    if isinstance(layer, BNET):
+        known["kernel_size"] = layer.conv.kernel_size[0]
+    return rbn_core.config.config_of("flax.nnx", layer, **known)
 
 
 def assign(variable: Any, value: Array) -> None:
@@ -217,63 +244,8 @@ def assign(variable: Any, value: Array) -> None:
         variable[...] = value
 
 
-class AffineNorm(CalibratedNorm):
-    """What RBN and IEBN share: BatchNorm's affine step."""
-
-    def __init__(
-        self,
-        config: Config,
-        use_running_average: bool | None,
-        axis: int | Sequence[int],
-        dtype: Dtype | None,
-        param_dtype: Dtype,
-        axis_name: distributed.AxisName,
-        axis_index_groups: distributed.IndexGroups,
-        promote_dtype: PromoteDtype | None,
-        fused: bool,
-        spatial_axis_name: distributed.AxisName,
-        bias_init: Initializer,
-        scale_init: Initializer,
-        rngs: nnx.Rngs,
-        bias_metadata: Mapping[str, Any],
-        scale_metadata: Mapping[str, Any],
-        calibration_inits: Mapping[str, Initializer],
-    ) -> None:
-        shape, beta = (config.num_features,), config.beta
-        self.scale = nnx.data(
-            nnx.Param(scale_init(rngs.params(), shape, param_dtype), **scale_metadata)
-            if config.gamma
-            else None
-        )
-        self.bias = nnx.data(
-            nnx.Param(bias_init(rngs.params(), shape, param_dtype), **bias_metadata) if beta else None
-        )
-        for name, init in calibration_inits.items():
-            there = name in config.parameters
-            # A constant takes no key: what is built after the layer starts as it does after a BatchNorm.
-            key = rngs.params() if there and init not in CONSTANT else jax.random.key(0)
-            setattr(self, name, nnx.data(nnx.Param(init(key, shape, param_dtype)) if there else None))
-            setattr(self, f"{name}_init", init)
-        self.use_bias = config.beta
-        self.use_scale = config.gamma
-        self.bias_init = bias_init
-        self.scale_init = scale_init
-        self.spatial_axis_name = spatial_axis_name
-        super().__init__(
-            config,
-            use_running_average,
-            axis,
-            dtype,
-            param_dtype,
-            axis_name,
-            axis_index_groups,
-            promote_dtype,
-            fused,
-        )
-
-
 @refuse_unknown_options
-class RBN(AffineNorm):
+class RBN(CalibratedNorm):
     r"""Representative Batch Normalization (Gao et al., CVPR 2021, eq. 12) in place of `flax.nnx.BatchNorm`.
 
         X_cm = X + w_m K_m
@@ -327,6 +299,16 @@ class RBN(AffineNorm):
 
     Raises:
         RBNError: An option or an input is refused; no statistic has changed then.
+
+    Example:
+        >>> import jax
+        >>> from flax import nnx
+        >>> from rbn.backends.flax.nnx import RBN
+        >>> layer = RBN(16, scaling="channel_std", rngs=nnx.Rngs(0))
+        >>> layer(jax.random.normal(jax.random.key(0), (8, 14, 14, 16))).shape
+        (8, 14, 14, 16)
+        >>> sorted(nnx.to_pure_dict(nnx.state(layer, nnx.Param)))
+        ['bias', 'center_weight', 'scale', 'scale_bias', 'scale_weight']
     """
 
     def __init__(
@@ -370,8 +352,7 @@ class RBN(AffineNorm):
             gamma=use_scale,
             beta=use_bias,
         )
-        super().__init__(
-            config,
+        setting = Setting(
             use_running_average,
             axis,
             dtype,
@@ -379,62 +360,38 @@ class RBN(AffineNorm):
             axis_name,
             axis_index_groups,
             promote_dtype,
+            rngs,
             fused,
             spatial_axis_name,
-            bias_init,
-            scale_init,
-            rngs,
-            bias_metadata,
-            scale_metadata,
             {
+                "scale": scale_init,
+                "bias": bias_init,
                 "center_weight": center_weight_init,
                 "scale_weight": scale_weight_init,
                 "scale_bias": scale_bias_init,
             },
+            {"scale": scale_metadata, "bias": bias_metadata},
         )
+        super().__init__(config, setting)
 
 
 @refuse_unknown_options
-class IEBN(AffineNorm):
+class IEBN(CalibratedNorm):
     r"""Instance Enhancement Batch Normalization (Liang et al., AAAI 2020) in place of `flax.nnx.BatchNorm`.
 
         X_s = (X - E(X)) / sqrt(Var(X) + eps)
         Y   = X_s sigmoid(w_v mean_c(X) + w_b) gamma + beta        mean_c over the positions of one channel
 
-    Inputs, statistics and modes as in `RBN`. State: BatchNorm's and the counter, as in `RBN`, and
-    `scale_weight` (w_v, from 0) and `scale_bias` (w_b, from -1), each an `nnx.Param` of shape (C,).
+    Inputs, statistics, modes, options and errors are those of `RBN`, without `centering`, `scaling`,
+    `restrict` and `center_weight_init`. State: BatchNorm's and the counter, and `scale_weight` (w_v, from 0)
+    and `scale_bias` (w_b, from -1), each an `nnx.Param` of shape (C,).
 
-    Args:
-        num_features: C, the number of channels.
-        use_running_average: evaluation (True) or training (False); `train()` and `eval()` set it.
-        axis: the channel axis, also as a tuple of one; the batch is the first of the others.
-        momentum: the weight of the *old* value in the running statistics; `None` averages all batches.
-        epsilon: epsilon, added to the variance under its root.
-        dtype: the dtype of the output; `None` as in `RBN`.
-        param_dtype: the dtype of the parameters.
-        use_bias: whether there is a beta.
-        use_scale: whether there is a gamma.
-        bias_init: how beta starts.
-        scale_init: how gamma starts.
-        scale_weight_init: how w_v starts; also with `nnx.with_partitioning`.
-        scale_bias_init: how w_b starts.
-        running_var: the batch variance that is accumulated, "unbiased" or "biased" (BatchNorm's in Flax).
-        axis_name: the axis of `pmap`, `vmap` or `shard_map` that the batch is spread over, or several; under
-            `jit` with a sharded batch the statistics are the whole batch's without it.
-        axis_index_groups: the groups of devices along it that share their statistics; all by default.
-        spatial_axis_name: the axis of `shard_map` along which devices share every image, or several, in
-            evaluation, too. It must be said here and not in `axis_name` alone, as BatchNorm takes it: K_m and
-            K_s are of whole images. Under `jit` with sharded images they are so without it.
-        promote_dtype: a function of the input, E, Var, gamma and beta, as BatchNorm's, that makes them of one
-            dtype; `None` keeps the dtypes as said above.
-        rngs: the random keys that the initializers draw from.
-        bias_metadata: what the `nnx.Param` of beta says beside its value.
-        scale_metadata: what that of gamma says.
-        fused: whether one custom call computes the layer in a program for one CPU; `False` always takes JAX's
-            own operations. Synchronised and spatial statistics take them, too.
-
-    Raises:
-        RBNError: An option or an input is refused; no statistic has changed then.
+    Example:
+        >>> import jax
+        >>> from flax import nnx
+        >>> from rbn.backends.flax.nnx import IEBN
+        >>> IEBN(16, rngs=nnx.Rngs(0))(jax.random.normal(jax.random.key(0), (8, 14, 14, 16))).shape
+        (8, 14, 14, 16)
     """
 
     def __init__(
@@ -471,8 +428,7 @@ class IEBN(AffineNorm):
             gamma=use_scale,
             beta=use_bias,
         )
-        super().__init__(
-            config,
+        setting = Setting(
             use_running_average,
             axis,
             dtype,
@@ -480,15 +436,18 @@ class IEBN(AffineNorm):
             axis_name,
             axis_index_groups,
             promote_dtype,
+            rngs,
             fused,
             spatial_axis_name,
-            bias_init,
-            scale_init,
-            rngs,
-            bias_metadata,
-            scale_metadata,
-            {"scale_weight": scale_weight_init, "scale_bias": scale_bias_init},
+            {
+                "scale": scale_init,
+                "bias": bias_init,
+                "scale_weight": scale_weight_init,
+                "scale_bias": scale_bias_init,
+            },
+            {"scale": scale_metadata, "bias": bias_metadata},
         )
+        super().__init__(config, setting)
 
 
 @refuse_unknown_options
@@ -498,33 +457,25 @@ class BNET(CalibratedNorm):
         X_s = (X - E(X)) / sqrt(Var(X) + eps)
         Y   = depthwise convolution of X_s, zero padded, plus a bias
 
-    Inputs, statistics and modes as in `RBN`, with the kernel's number of spatial axes. State: BatchNorm's
-    statistics and the counter, as in `RBN`, and `conv`, a depthwise `nnx.Conv` that starts as Flax starts it.
+    Inputs, statistics, modes, options and errors are those of `RBN`, with the kernel's number of spatial axes
+    and without `use_bias`, `use_scale`, `scale_init`, `centering`, `scaling`, `restrict`, the calibration's
+    initializers, `spatial_axis_name` and metadata. State: BatchNorm's statistics and the counter, and `conv`,
+    a depthwise `nnx.Conv` that starts as Flax starts it.
+    `convert(model, "bnet", preserve=True)` makes BNETs that equal a model's BatchNorms.
 
     Args:
-        num_features: C, the number of channels.
         kernel_size: the extent of the kernel along every axis; odd.
-        use_running_average: evaluation (True) or training (False); `train()` and `eval()` set it.
-        axis: the channel axis, also as a tuple of one; the batch is the first of the others.
-        momentum: the weight of the *old* value in the running statistics; `None` averages all batches.
-        epsilon: epsilon, added to the variance under its root.
-        dtype: the dtype of the output; `None` as in `RBN`.
-        param_dtype: the dtype of the parameters.
         spatial_dims: the number of spatial axes, 1, 2 or 3.
         kernel_init: how the kernel starts.
         bias_init: how the bias starts.
-        running_var: the batch variance that is accumulated, "unbiased" or "biased" (BatchNorm's in Flax).
-        axis_name: the axis of `pmap`, `vmap` or `shard_map` that the batch is spread over, or several; under
-            `jit` with a sharded batch the statistics are the whole batch's without it.
-        axis_index_groups: the groups of devices along it that share their statistics; all by default.
-        promote_dtype: a function of the input, E, Var, gamma and beta, as BatchNorm's, that makes them of one
-            dtype; `None` keeps the dtypes as said above.
-        rngs: the random keys that `kernel_init` and `bias_init` draw from.
-        fused: whether one custom call computes the layer in a program for one CPU; `False` always takes JAX's
-            own operations. Synchronised and spatial statistics take them, too.
 
-    Raises:
-        RBNError: An option or an input is refused; no statistic has changed then.
+    Example:
+        >>> import jax
+        >>> from flax import nnx
+        >>> from rbn.backends.flax.nnx import BNET
+        >>> layer = BNET(16, kernel_size=5, rngs=nnx.Rngs(0))
+        >>> layer(jax.random.normal(jax.random.key(0), (8, 14, 14, 16))).shape
+        (8, 14, 14, 16)
     """
 
     def __init__(
@@ -556,8 +507,7 @@ class BNET(CalibratedNorm):
             momentum=momentum,
             running_var=running_var,
         )
-        super().__init__(
-            config,
+        setting = Setting(
             use_running_average,
             axis,
             dtype,
@@ -565,8 +515,13 @@ class BNET(CalibratedNorm):
             axis_name,
             axis_index_groups,
             promote_dtype,
+            rngs,
             fused,
+            spatial_axis_name=None,
+            starts={},
+            metadata={},
         )
+        super().__init__(config, setting)
         self.spatial_dims = spatial_dims
         self.conv = nnx.Conv(
             num_features,
@@ -578,34 +533,6 @@ class BNET(CalibratedNorm):
             bias_init=bias_init,
             rngs=rngs,
         )
-
-    @classmethod
-    def from_batch_norm(cls, norm: nnx.BatchNorm, kernel_size: int = 3, *, spatial_dims: int = 2) -> BNET:
-        """A layer that equals a BatchNorm, running statistics included.
-
-        gamma is at the centre of the kernels, which are 0 elsewhere, beta is the bias, and the running
-        variance stays biased as BatchNorm's is in Flax.
-        """
-        layer = cls(
-            norm.num_features,
-            kernel_size,
-            use_running_average=norm.use_running_average,
-            axis=norm.axis,
-            momentum=norm.momentum,
-            epsilon=norm.epsilon,
-            dtype=norm.dtype,
-            param_dtype=norm.param_dtype,
-            spatial_dims=spatial_dims,
-            running_var="biased",
-            axis_name=norm.axis_name,
-            axis_index_groups=norm.axis_index_groups,
-            rngs=nnx.Rngs(0),
-        )
-        gamma, beta = (None if param is None else param[...] for param in (norm.scale, norm.bias))
-        kernel, bias = functional.centre_tap(gamma, beta, layer.conv.kernel[...])
-        layer.conv.kernel[...], layer.conv.bias[...] = kernel, bias
-        layer.mean[...], layer.var[...] = norm.mean[...], norm.var[...]
-        return layer
 
     def normalized_dtype(self, x: Array) -> Dtype:
         """At least float32: half precision is rounded once, after the convolution."""

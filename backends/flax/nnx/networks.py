@@ -15,13 +15,14 @@ from rbn.backends.flax.networks import (
     add_layers,
     batch_norm_options,
     convolution_options,
+    kernel_start,
     linear_options,
-    norm_options,
     run,
     tree,
 )
 from rbn.backends.flax.nnx import layers
 from rbn_core import architectures, networks
+from rbn_core.config import arguments
 from rbn_core.networks import Convolution, Linear, Node, Norm
 
 
@@ -89,9 +90,10 @@ def layer(node: Node, rngs: rnglib.Rngs) -> nnx.Module:
         case Linear():
             return nnx.Linear(node.in_features, node.out_features, **linear_options(node), rngs=rngs)
         case Norm(layer="bn"):
-            return nnx.BatchNorm(node.channels, **batch_norm_options(node), rngs=rngs)
+            return nnx.BatchNorm(node.channels, **batch_norm_options("flax.nnx", node), rngs=rngs)
         case Norm():
-            return getattr(layers, node.config.layer)(node.channels, **norm_options(node), rngs=rngs)
+            options = arguments("flax.nnx", node.config) | kernel_start(node)
+            return getattr(layers, node.config.layer)(node.channels, **options, rngs=rngs)
     raise NotImplementedError(node.op)
 
 

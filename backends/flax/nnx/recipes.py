@@ -12,8 +12,8 @@ import numpy as np
 from flax import nnx
 
 from rbn.backends.flax import functional, uses
-from rbn.backends.flax.nnx.layers import CalibratedNorm, assign
-from rbn.backends.flax.nnx.surgery import config_of, is_frozen, put, stay_frozen
+from rbn.backends.flax.nnx.layers import CalibratedNorm, assign, config_of
+from rbn.backends.flax.nnx.surgery import is_frozen, put, stay_frozen
 from rbn.backends.flax.nnx.weights import modules, to_numpy
 from rbn_core import folding
 from rbn_core.errors import RBNTypeError, RBNValueError

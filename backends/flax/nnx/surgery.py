@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,24 +13,29 @@ from flax import nnx
 from rbn.backends.flax import distributed, places
 from rbn.backends.flax.networks import redescribed
 from rbn.backends.flax.nnx import layers
-from rbn.backends.flax.nnx.layers import CalibratedNorm, assign, config
+from rbn.backends.flax.nnx.layers import CalibratedNorm, assign, config_of
 from rbn.backends.flax.nnx.networks import Network
 from rbn.backends.flax.nnx.weights import Path, modules, variables
 from rbn_core import conversion
-from rbn_core.config import CALIBRATION_STARTS, Config
+from rbn_core.config import CALIBRATION_STARTS
 from rbn_core.errors import RBNTypeError, RBNValueError
-from rbn_core.matching import COUNTER, Row, State, Table
+from rbn_core.matching import COUNTER, State, Table
 from rbn_core.names import own_name, to_layout
+from rbn_core.options import kept_arguments
 
-PROMOTE_DTYPE = (
-    inspect.signature(nnx.BatchNorm).parameters["promote_dtype"].default
-    if "promote_dtype" in inspect.signature(nnx.BatchNorm).parameters
-    else None
-)
+BATCH_NORM = inspect.signature(nnx.BatchNorm.__init__).parameters  # the class itself hides them
+
+PROMOTE_DTYPE = BATCH_NORM["promote_dtype"].default if "promote_dtype" in BATCH_NORM else None
 """BatchNorm's own way to make its arrays of one dtype, where it has one; the layers have another."""
 
-KEPT = ("scale", "bias", "mean", "var")
+SHARED = ("scale", "bias", "mean", "var")
 """The variables that BatchNorm and the layers have in common; the objects stay."""
+
+KEPT = (*kept_arguments("flax.nnx"), "use_running_average", "axis", "dtype", "param_dtype", "rngs")
+"""What a layer takes over from the one before, so that it is no option of a conversion."""
+
+OF_BATCH_NORM = tuple(name for name in BATCH_NORM if name not in ("self", *KEPT))
+"""The options that BatchNorm has."""
 
 
 def convert(
@@ -73,51 +78,60 @@ def convert(
             "replaced in place. Pass the model that holds it."
         )
     rngs = rngs or nnx.Rngs(0)
-    found: dict[int, tuple[nnx.Module, list[Path]]] = {}
-    for path, module in modules(model):
-        if isinstance(module, source):
-            found.setdefault(id(module), (module, []))[1].append(path)
-    rows, planned = [], []
-    named = {key: [".".join(map(str, path)) for path in paths] for key, (_, paths) in found.items()}
-    hit = [key for key, names in named.items() if any(pattern.fullmatch(name) for name in names)]
-    conversion.check_hits(where, [name for names in named.values() for name in names], hit)
-    for key in hit:
-        (old, paths), names = found[key], named[key]
-        new, arrays = _converted(old, names[0], to, preserve, options, rngs)
-        if isinstance(arrays, str):
-            rows += [Row(name, "kept", type(old).__name__, arrays) for name in names]
-            continue
-        _check_holders(model, paths)
-        planned.append((old, new, arrays, paths))
-        learns = issubclass(_parameter_kind(old), nnx.Param)
-        detail = conversion.replaced_by(type(new).__name__, frozen=is_frozen(old), learns=learns)
-        rows += [Row(name, "replaced", type(old).__name__, detail) for name in names]
-    for old, new, arrays, paths in planned:
-        for name in KEPT:
-            if getattr(old, name, None) is not None and getattr(new, name, None) is not None:
-                setattr(new, name, getattr(old, name))
-        for own, variable in variables(new).items():
-            assign(variable, jnp.asarray(arrays[own], variable[...].dtype))
-        if is_frozen(old):
-            stay_frozen(new)
-        else:
-            _make_parameters(new, _parameter_kind(old))
-        for path in paths:
-            put(model, path, new)
+    build = functools.partial(getattr(layers, to.upper(), nnx.BatchNorm), 1, rngs=nnx.Rngs(0))
+    conversion.check_options(to, options, KEPT, build, OF_BATCH_NORM)
+    sources = [(path, module) for path, module in modules(model) if isinstance(module, source)]
+    found = [(".".join(map(str, path)), module) for path, module in sources]
+    planned = conversion.plans(
+        found, pattern, where, lambda path, old: _plan(old, path, to, preserve, options, rngs)
+    )
+    rows = conversion.rows(found, planned, _Replacement.described)
+    replaced = [
+        (path, plan) for path, old in sources if isinstance(plan := planned.get(id(old)), _Replacement)
+    ]
+    _check_holders(model, [path for path, _ in replaced])
+    for plan in planned.values():
+        if isinstance(plan, _Replacement):
+            plan.carry_out()
+    for path, plan in replaced:
+        put(model, path, plan.new)
     if isinstance(model, Network):
-        converted = {
-            ".".join(map(str, path)): (to, config_of(new)) for _, new, _, paths in planned for path in paths
-        }
+        converted = {".".join(map(str, path)): (to, config_of(plan.new)) for path, plan in replaced}
         model.description = redescribed(model.description, converted)
     return conversion.report(rows, to)
 
 
-def _converted(
+class _Replacement(NamedTuple):
+    """A layer, the one that takes its place, and the arrays of that under Flax's names."""
+
+    old: Any
+    new: Any
+    arrays: places.Stored
+
+    def described(self) -> str:
+        """What the table says of the new layer."""
+        learns = issubclass(_parameter_kind(self.old), nnx.Param)
+        return conversion.replaced_by(type(self.new).__name__, frozen=is_frozen(self.old), learns=learns)
+
+    def carry_out(self) -> None:
+        """Give the new layer the variables of the old one, and its arrays."""
+        for name in SHARED:
+            if getattr(self.old, name, None) is not None and getattr(self.new, name, None) is not None:
+                setattr(self.new, name, getattr(self.old, name))
+        for own, variable in variables(self.new).items():
+            assign(variable, jnp.asarray(self.arrays[own], variable[...].dtype))
+        if is_frozen(self.old):
+            stay_frozen(self.new)
+        else:
+            _make_parameters(self.new, _parameter_kind(self.old))
+
+
+def _plan(
     old: Any, path: str, to: str, preserve: bool, options: dict[str, Any], rngs: nnx.Rngs
-) -> tuple[Any, places.Stored | str]:
-    """The layer that takes the place of another, and its arrays under Flax's names, or why it cannot."""
+) -> _Replacement | str:
+    """What takes the place of a layer, or why it stays."""
     if isinstance(old.axis, tuple | list) and len(old.axis) != 1:
-        return None, f"has channels on the axes {tuple(old.axis)}"
+        return f"has channels on the axes {tuple(old.axis)}"
     common = {
         "use_running_average": old.use_running_average,
         "axis": old.axis if isinstance(old.axis, int) else old.axis[0],
@@ -138,8 +152,8 @@ def _converted(
     each = [places.canonical(one, {"": "norm"})[0] for one in places.unstacked(own, leads)]
     if to == "bn":
         if old.momentum is None:
-            return None, "averages all batches, which Flax's BatchNorm does not"
-        given = [conversion.to_batch_norm(config(old), state) for state in each]
+            return "averages all batches, which Flax's BatchNorm does not"
+        given = [conversion.to_batch_norm(config_of(old), state) for state in each]
         affine = {f"use_{own}": isinstance(given[0], dict) and name in given[0] for name, own in AFFINE}
         common |= {"use_fast_variance": False} | affine
     else:
@@ -154,19 +168,19 @@ def _converted(
     starts = places.unstacked(fresh, dict.fromkeys(places.COLLECTIONS, whole))
     if to != "bn":
         given = [
-            conversion.from_batch_norm(config(new), state | _calibration(start), preserve)
+            conversion.from_batch_norm(config_of(new), state | _calibration(start), preserve)
             for state, start in zip(each, starts, strict=True)
         ]
     made = []
     for number, (state, start) in enumerate(zip(given, starts, strict=True)):
         if isinstance(state, str):
-            return None, f"{state}, in layer {number} of the stack" if len(given) > 1 else state
+            return f"{state}, in layer {number} of the stack" if len(given) > 1 else state
         values = {
             own_name("flax", "", name, "norm"): to_layout("flax", name, "norm", value)
             for name, value in state.items()
         }
         made.append({name: values.get(name, array) for name, array in start.items()})
-    return new, places.stacked(made, leads)
+    return _Replacement(old, new, places.stacked(made, leads))
 
 
 def _calibration(own: places.Stored) -> State:
@@ -269,14 +283,6 @@ def _new_frozen(kind: Any) -> Any:
     """A frozen layer without anything in it."""
     kind = _frozen(kind)
     return kind.__new__(kind)
-
-
-def config_of(layer: Any) -> Config:
-    """The options of a layer, of Flax's BatchNorm, too."""
-    if isinstance(layer, CalibratedNorm):
-        return config(layer)
-    affine: dict[str, Any] = {"gamma": layer.use_scale, "beta": layer.use_bias}
-    return Config(layer.num_features, layer.epsilon, layer.momentum, centering=None, scaling=None, **affine)
 
 
 def _check_holders(model: nnx.Module, paths: list[Path]) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from rbn.backends.flax import places
-from rbn.backends.flax.nnx.layers import CalibratedNorm, assign, config
+from rbn.backends.flax.nnx.layers import CalibratedNorm, assign, config_of
 from rbn_core.errors import RBNTypeError
 from rbn_core.matching import State, Table
 from rbn_core.names import Kind
@@ -84,7 +84,7 @@ def describe(model: nnx.Module) -> Layers:
     layers: Layers = {}
     for path in dict.fromkeys(name.rpartition(".")[0] for name in state):
         module = owners.get(path)
-        options = dataclasses.asdict(config(module)) if isinstance(module, CalibratedNorm) else {}
+        options = dataclasses.asdict(config_of(module)) if isinstance(module, CalibratedNorm) else {}
         layers[path] = {"kind": _kind(module)} | options
     return layers
 
