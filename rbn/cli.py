@@ -82,8 +82,8 @@ def main(
 def info() -> None:
     """Show which frameworks are installed, on which devices they run, and what is wrong with them.
 
-    And with which versions the layers were tested, and whether the loops are compiled that they compute with
-    on the CPU.
+    It also shows the versions with which the layers were tested, and whether the compiled loops for the CPU
+    are there.
     """
     console = _console()
     console.print(
@@ -125,39 +125,42 @@ def conform(
     names: Annotated[
         list[str] | None,
         typer.Argument(
-            help="numpy, torch, flax, mindspore, jittor, or what an installed package has registered; "
-            "all that are installed. Or: new FILE FRAMEWORK.",
+            help="numpy, torch, flax, mindspore, jittor, or a name that an installed package has registered; "
+            "by default every installed framework. Or: new FILE FRAMEWORK.",
             autocompletion=_complete_names,
         ),
     ] = None,
     subject: Annotated[
         list[str] | None,
-        typer.Option(metavar="PKG.MODULE:NAME", help="Check this one, and no framework that is not named."),
+        typer.Option(
+            metavar="PKG.MODULE:NAME", help="Check this subject, and only the frameworks that are named."
+        ),
     ] = None,
     expected: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="What is known to differ; anything else fails.")
+        Path | None,
+        typer.Option(metavar="FILE", help="The list of what is known to differ; anything else fails."),
     ] = None,
     only: Annotated[
         list[str] | None,
-        typer.Option(metavar="PATTERN", help="Only cases whose id matches it; * is anything."),
+        typer.Option(metavar="PATTERN", help="Only cases whose id matches; * is anything."),
     ] = None,
     exclude: Annotated[
         list[str] | None, typer.Option(metavar="PATTERN", help="No cases whose id matches.")
     ] = None,
     seeds: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Run every case with so many sets of numbers.")
+        int, typer.Option(min=1, metavar="N", help="Run every case with N sets of numbers.")
     ] = 1,
-    quick: Annotated[bool, typer.Option("--quick", help="One case for each row, within a minute.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="One case of each row, within a minute.")] = False,
     fail_fast: Annotated[
         bool,
         typer.Option("--fail-fast", help="Stop at the first failed case, without looking for its cause."),
     ] = False,
     time_limit: Annotated[
-        float, typer.Option(min=1, metavar="SECONDS", help="What one case may take.")
+        float, typer.Option(min=1, metavar="SECONDS", help="The time limit of one case.")
     ] = 600.0,
     list_cases: Annotated[
         bool,
-        typer.Option("--list", help="Show the cases, and run none: by rows, and in a pipe one id a line."),
+        typer.Option("--list", help="Show the cases and run none: by rows, or in a pipe one id a line."),
     ] = False,
     json: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write every result to this file.")
@@ -172,23 +175,23 @@ def conform(
         Path | None, typer.Option(metavar="FILE", help="Draw the verdict for a README, as SVG.")
     ] = None,
     write_expected: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write what fails, for --expected.")
+        Path | None, typer.Option(metavar="FILE", help="Write the list of what fails, for --expected.")
     ] = None,
     from_journal: Annotated[
         Path | None,
         typer.Option(
             "--from",
             metavar="FILE",
-            help="Run nothing: report what a killed run has left in its .partial file.",
+            help="Run nothing: make the reports from the .partial file of a killed run.",
         ),
     ] = None,
 ) -> None:
-    """Hold implementations to the NumPy reference: by default the layers of the installed frameworks.
+    """Compare implementations with the NumPy reference: by default the layers of the installed frameworks.
 
-    `rbn conform new FILE` writes a subject to fill in: in NumPy, or in the framework named behind it.
+    `rbn conform new FILE` writes a subject to fill in. It is in NumPy, or in the framework named after FILE.
 
-    Exit status: 0 when everything conforms, 1 when anything differs, 2 when what was asked for is unknown,
-    not installed, or cannot be loaded, 130 after Ctrl-C. What is done by then is in the reports.
+    Exit status: 0 when everything conforms, 1 when anything differs, 2 when a name is unknown, not installed,
+    or cannot be loaded, 130 after Ctrl-C. The reports then have the cases that were finished.
     """
     # Not needed by the other commands, and slow to import.
     from rbn.conformance.expectations import read_expectations, write_expectations
@@ -309,26 +312,29 @@ def bench(
     names: Annotated[
         list[str] | None,
         typer.Argument(
-            help="torch, flax, mindspore, jittor; all that are installed.",
+            help="torch, flax, mindspore, jittor; by default every installed one.",
             autocompletion=lambda incomplete: [name for name in FRAMEWORKS if name.startswith(incomplete)],
         ),
     ] = None,
     network: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="Training steps of this network, such as resnet50; in PyTorch."),
+        typer.Option(
+            metavar="NAME", help="Measure training steps of this network, such as resnet50; in PyTorch only."
+        ),
     ] = None,
     dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"], typer.Option(help="Of the inputs; in PyTorch.")
+        Literal["float32", "bfloat16", "float16"],
+        typer.Option(help="The dtype of the inputs; in PyTorch only."),
     ] = "float32",
-    device: Annotated[str, typer.Option(help="cpu, or cuda; in PyTorch.")] = "cpu",
+    device: Annotated[str, typer.Option(help="cpu, or cuda; in PyTorch only.")] = "cpu",
     quick: Annotated[bool, typer.Option("--quick", help="Five repetitions of everything.")] = False,
     json: Annotated[Path | None, typer.Option(help="Write every measurement to this file.")] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw the measurements into this file.")] = None,
 ) -> None:
-    """Measure what RBN costs: its time beside that of the framework's own BatchNorm.
+    """Measure the time of RBN and compare it with that of the framework's own BatchNorm.
 
-    Exit status: 0 when all was measured, 1 when a framework failed, 2 when what was asked for is unknown or
-    not installed.
+    Exit status: 0 when everything was measured, 1 when a framework failed, 2 when a name is unknown or not
+    installed.
     """
     # Not needed by the other commands, and slow to import.
     from rbn.benchmarks.cases import NETWORK_SECONDS, SECONDS, Options
@@ -392,47 +398,53 @@ def _print_maps(wanted: bool) -> None:
 
 @command
 def port(
-    source: Annotated[Path, typer.Argument(help="The file, or the folder of Orbax, to read.")],
-    destination: Annotated[Path, typer.Argument(help="What to write; what is there is replaced.")],
+    source: Annotated[Path, typer.Argument(help="The file, or the Orbax folder, to read.")],
+    destination: Annotated[
+        Path, typer.Argument(help="The file or folder to write; an existing file is replaced.")
+    ],
     source_format: Annotated[
         str | None,
         typer.Option(
             "--from",
             metavar="FORMAT",
-            help="canonical, torch, flax, mindspore or jittor; by default told by the content.",
+            help="canonical, torch, flax, mindspore or jittor; by default found from the content.",
         ),
     ] = None,
     destination_format: Annotated[
         str | None,
         typer.Option(
-            "--to", metavar="FORMAT", help="The same, by the suffix; .safetensors is canonical by default."
+            "--to",
+            metavar="FORMAT",
+            help="The same for the destination; by default found from the suffix. .safetensors is canonical.",
         ),
     ] = None,
     key: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="Which network of a file that holds several, as state_dict_ema."),
+        typer.Option(
+            metavar="NAME", help="Which network to take if a file holds several, such as state_dict_ema."
+        ),
     ] = None,
     network: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="The network the weights must be of, such as resnet50."),
+        typer.Option(metavar="NAME", help="The network to which the weights must belong, such as resnet50."),
     ] = None,
     norm: Annotated[
         str | None,
         typer.Option(
             metavar="LAYER",
             help="Its normalization: bn, rbn, iebn, bnet, or JSON such as "
-            """'{"layer": "rbn", "stages": [1, 4]}'; by default told by the names.""",
+            """'{"layer": "rbn", "stages": [1, 4]}'; by default found from the names.""",
         ),
     ] = None,
     num_classes: Annotated[
-        int | None, typer.Option(help="Its classes; by default told by its shape.")
+        int | None, typer.Option(help="The number of classes; by default found from the shape.")
     ] = None,
     map_file: Annotated[
         str | None,
         typer.Option(
             "--map",
             metavar="FILE",
-            help="TOML with the tables \\[rename] and \\[kinds], or a named map, which --maps lists.",
+            help="A TOML file with the tables \\[rename] and \\[kinds], or a named map, which --maps lists.",
         ),
     ] = None,
     _: Annotated[
@@ -442,11 +454,11 @@ def port(
     convert: Annotated[
         str | None,
         typer.Option(
-            metavar="LAYER", help="What BatchNorm becomes on the way: rbn, iebn, bnet, or JSON as for --norm."
+            metavar="LAYER", help="Replace BatchNorm by this layer: rbn, iebn, bnet, or JSON as for --norm."
         ),
     ] = None,
     preserve: Annotated[
-        bool, typer.Option("--preserve", help="With --convert: the network gives what it gave.")
+        bool, typer.Option("--preserve", help="With --convert: keep the network's outputs the same.")
     ] = False,
     layout: Annotated[
         str | None, typer.Option(help="published with --to torch; linen or nnx with --to flax.")
@@ -455,10 +467,12 @@ def port(
         bool, typer.Option("--verify", help="Run both networks on photographs, and compare their logits.")
     ] = False,
     all_rows: Annotated[
-        bool, typer.Option("--all", help="Print every array, not only those that something became of.")
+        bool, typer.Option("--all", help="Print every array, not only those that changed or were left out.")
     ] = False,
 ) -> None:
-    """Write the weights of one framework's file as another's, or as the canonical file, or from it.
+    """Write the weights of one framework's file as a file of another framework.
+
+    Either file can be the canonical file, which needs no framework.
 
     Exit status: 0 when it is done, 1 when the networks differ (--verify), 2 when it cannot be done.
     """

@@ -58,7 +58,7 @@ class TwoPass(reference.Layer):
         super().__init__(config)
         if config.uses_spatial_statistics:
             raise RBNValueError(
-                "TwoPass: expected statistics over channels, got "
+                "TwoPass: expected channel statistics, got "
                 f"centering={config.centering!r}, scaling={config.scaling!r}. "
                 "Use rbn_core.RBN for spatial statistics."
             )

@@ -26,19 +26,19 @@ OTHER = Path(".venv-integrations", "bin", "python")
 
 HEAD = """# What other BatchNorms do
 
-The BatchNorms of other projects, held to the conformance suite: what is wrong, by how much, and the
-shortest program that shows it without this project. `python tools/findings.py` runs all of it and writes
-this page. This command runs one of them:
+The conformance suite was run on the BatchNorms of other projects. This page says what is wrong with them, by
+how much, and gives the shortest program that shows it without this project. `python tools/findings.py` runs
+all of it and writes this page. This command runs one of them:
 
     python examples/strangers/findings.py torch_batch_norm:subject
 
-*Wrong* means: a result loses digits that its type has; a NaN is lost or made; one value per channel is
-trained on; a refused batch leaves a trace; or the framework's own documentation says something else.
-*Otherwise* means: it is done in another way, which is not wrong. Which value the momentum weighs, and
-which variance is accumulated, is in neither list: a subject says so, and the suite expects it. Errors
-are in units of the tolerance, of which a right layer has at most 1 ([how it is
-derived](conformance.md#tolerances)). The cases are those of BatchNorm without mixed precision and
-without spoilt states, and a few with large numbers in float16.
+*Wrong* means one of these: a result loses digits that its type has; a NaN is lost or made; the layer trains
+on one value per channel; a refused batch leaves a trace; or the framework's own documentation says something
+else. *Otherwise* means that the layer does it in another way, which is not wrong. Neither list has the value
+that the momentum weighs, nor the variance that is accumulated: a subject says which, and the suite expects
+it. Errors are in units of the tolerance; a right layer has at most 1 ([how it is
+derived](conformance.md#tolerances)). The cases are those of BatchNorm without mixed precision and without
+spoilt states, and a few with large numbers in float16.
 """
 
 
@@ -185,7 +185,7 @@ def section(one: Seen, earlier: dict[tuple[str, str], str]) -> Iterator[str]:
         key = (finding["repro"], one.shown[finding["repro"]])
         yield ""
         if key in earlier:
-            yield from (f"What shows it is under {earlier[key]}: `repros/{key[0]}`", "")
+            yield from (f"The program that shows it is under {earlier[key]}: `repros/{key[0]}`", "")
             continue
         earlier[key] = one.name
         code = (FOLDER / "repros" / finding["repro"]).read_text("utf-8").rstrip()

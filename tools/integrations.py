@@ -25,9 +25,9 @@ PACKAGES = {"flax": ("jax", "flax")}
 
 HEAD = """# Integrations
 
-What happens where the layers meet a tool, and a short example of each. Every row stands for tests that passed
-with the versions beside it: `python tools/integrations.py` runs them and writes this page. What to do where a
-tool looks for BatchNorm is told in [Recipes that look for BatchNorm](recipes.md).
+This page says what happens with the layers in a tool, with a short example of each. Every row stands for
+tests that passed with the versions given there. `python tools/integrations.py` runs the tests and writes this
+page. [Recipes that look for BatchNorm](recipes.md) says what to do where a tool looks for BatchNorm.
 """
 
 

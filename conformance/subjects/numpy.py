@@ -150,7 +150,7 @@ class Numpy(NumpyLayer):
     """The reference's two-pass form: NumPy against NumPy, by two derivations."""
 
     ways = ()
-    absent: Mapping[str, str] = {"rbn/*=spatial_*": "statistics over the channels have no two-pass form"}
+    absent: Mapping[str, str] = {"rbn/*=spatial_*": "spatial statistics have no two-pass form"}
 
     def __init__(self) -> None:
         super().__init__("numpy", TwoPass)

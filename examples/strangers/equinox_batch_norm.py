@@ -13,9 +13,9 @@ from stranger import Stranger
 from rbn_core.config import Config
 
 IN_HALF = Finding(
-    "in half precision the mean and the variance of a batch are in half, too, though the running statistics "
-    "are float32: in float16 squares overflow from a deviation of 256 on, the running variance becomes "
-    "infinite, and Y is beta",
+    "in half precision the mean and the variance of a batch are computed in half precision, too, although "
+    "the running statistics are float32: in float16 squares overflow from a deviation of 256 on, the "
+    "running variance becomes infinite, and Y is beta",
     "equinox_half.py",
     ("bn/train/*/float16", "bn/train/*/bfloat16"),
 )
@@ -26,14 +26,14 @@ ACCEPTED = Finding(
     ("bn/train/offset0/1x3*",),
 )
 DEBIASED = Finding(
-    'mode="batch" divides the running variance by 1 - momentum^n in inference, as is right for one that '
-    "starts at 0, but it starts at 1: with the default momentum and batches of variance 1 it is 100 after "
-    "the first one, where Y is a tenth of what is right, and after 100 batches Y is still 0.80 of it",
+    'mode="batch" divides the running variance by 1 - momentum^n in inference. That is right for a variance '
+    "that starts at 0, but this one starts at 1. With the default momentum and batches of variance 1 it is "
+    "100 after the first batch, and Y is a tenth of the right value; after 100 batches Y is still 0.80 of it",
     "equinox_evaluation.py",
 )
 UNBIASED = Finding(
-    "the documentation says that inference uses the unbiased variance; what is stored is the biased one, "
-    "for two values half of it",
+    "the documentation says that inference uses the unbiased variance, but the layer stores the biased one, "
+    "which is half of it for two values",
     "equinox_biased.py",
 )
 FINDINGS = {"subject": (DEBIASED, IN_HALF, ACCEPTED, UNBIASED)}

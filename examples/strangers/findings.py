@@ -151,7 +151,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("subject", help="module:name of a subject beside this file")
     parser.add_argument("--few", action="store_true", help="a few cases of every kind")
-    parser.add_argument("--json", type=Path, help="write what was found there")
+    parser.add_argument("--json", type=Path, help="write the results to this file")
     given = parser.parse_args()
     subject, findings = load(given.subject)
     cases = few(subject) if given.few else (*all_cases(), *select((), (*OVERFLOW, *SHARED)))

@@ -9,8 +9,8 @@ from rbn.conformance.subjects.flax import FlaxModule, NNXModule
 from rbn_core.config import Config
 
 ONE_PASS = Finding(
-    "the variance is E[X²] - E[X]², which cancels where the mean is large against the deviation: of 4096 and "
-    "4097 it is 0, and Y is 158 where 1 is right; use_fast_variance=False is right",
+    "the variance is E[X²] - E[X]², which loses its digits where the mean is large compared with the "
+    "deviation: for 4096 and 4097 it is 0, and Y is 158 where 1 is right; use_fast_variance=False is right",
     "flax_one_pass_variance.py",
     ("bn/train/offset1000/*",),
 )

@@ -13,15 +13,15 @@ from stranger import Stranger
 from rbn_core.config import Config
 
 ONE_PASS = Finding(
-    "the variance is E[X²] - E[X]², which cancels where the mean is large against the deviation, and is not "
-    "kept from being negative: of 4096 and 4097 it is 0, and Y is 158 where 1 is right; three times 1000.4 "
-    "become NaN",
+    "the variance is E[X²] - E[X]², which loses its digits where the mean is large compared with the "
+    "deviation, and can become negative: for 4096 and 4097 it is 0, and Y is 158 where 1 is right; three "
+    "values of 1000.4 give NaN",
     "haiku_one_pass_variance.py",
     ("bn/train/offset1000/*",),
 )
 IN_HALF = Finding(
-    "in half precision the sums and the running statistics are in half, too: in float16 squares overflow "
-    "from |X| = 256 on, the running variance becomes infinite, and Y is the offset",
+    "in half precision the sums and the running statistics have half precision, too: in float16 squares "
+    "overflow from |X| = 256 on, the running variance becomes infinite, and Y is the offset",
     "haiku_half.py",
     ("bn/train/*/float16", "bn/train/*/bfloat16"),
 )

@@ -16,8 +16,8 @@ from jittor import nn
 from rbn_core.config import Config
 
 ONE_PASS = Finding(
-    "the variance is E[X²] - E[X]², which cancels where the mean is large against the deviation: of 4096 and "
-    "4097 it is 0, and Y is 158 where 1 is right",
+    "the variance is E[X²] - E[X]², which loses its digits where the mean is large compared with the "
+    "deviation: for 4096 and 4097 it is 0, and Y is 158 where 1 is right",
     "jittor_one_pass_variance.py",
     ("bn/train/offset1000/*/float32",),
 )
@@ -28,8 +28,8 @@ ACCEPTED = Finding(
     ("bn/train/offset0/1x3*",),
 )
 CONSTANTS = Finding(
-    "eps, momentum and the mean's 1/n are float32 constants in float64 as well, which leaves 8 digits; where "
-    "these are powers of 2, it is right",
+    "eps, momentum and the mean's 1/n are float32 constants in float64 as well, which leaves 8 digits; the "
+    "result is right where these are powers of 2",
     "jittor_float64.py",
     (
         "bn/train/*/float64",
@@ -39,14 +39,14 @@ CONSTANTS = Finding(
     ),
 )
 IN_HALF = Finding(
-    "in half precision the sums, the parameters' gradients and the running statistics are in half, too: in "
-    "float16 squares overflow from |X| = 256 on, and the running variance becomes infinite",
+    "in half precision the sums, the parameters' gradients and the running statistics have half precision, "
+    "too: in float16 squares overflow from |X| = 256 on, and the running variance becomes infinite",
     "jittor_half.py",
     ("bn/train/*/float16", "bn/train/*/bfloat16"),
 )
 NAN = Finding(
-    "maximum(0) makes 0 of a NaN variance, since kernels are compiled with -Ofast, which assumes no NaN; "
-    "in which dtypes depends on the processor",
+    "maximum(0) turns a NaN variance into 0, because kernels are compiled with -Ofast, which assumes that "
+    "there is no NaN; the dtypes in which this happens depend on the processor",
     "jittor_loses_nan.py",
 )
 PROMOTED = "Y and dX are float32 where the running statistics are"

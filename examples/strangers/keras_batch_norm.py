@@ -20,15 +20,16 @@ else:
     import torch
 
 ONE_PASS = Finding(
-    "on PyTorch the variance is E[X²] - E[X]², which cancels where the mean is large against the deviation, "
-    "and is not kept from being negative: of 4096 and 4097 it is 0, and Y is 15.8 where 1 is right; three "
-    "times 1000.4 become NaN",
+    "on PyTorch the variance is E[X²] - E[X]², which loses its digits where the mean is large compared with "
+    "the deviation, and can become negative: for 4096 and 4097 it is 0, and Y is 15.8 where 1 is right; "
+    "three values of 1000.4 give NaN",
     "keras_one_pass_variance.py",
     ("bn/train/offset1000/*/float32",),
-    "https://github.com/keras-team/keras/pull/18795, which mended it for TensorFlow and JAX",
+    "https://github.com/keras-team/keras/pull/18795, which fixed it for TensorFlow and JAX",
 )
 IN_FLOAT32 = Finding(
-    'on PyTorch and JAX a layer of dtype="float64" returns float64 that was computed in float32: 8 digits',
+    'on PyTorch and JAX a layer of dtype="float64" returns a float64 result that was computed in float32, '
+    "with 8 right digits",
     "keras_float64.py",
     ("bn/*/float64",),
 )

@@ -11,7 +11,8 @@ from rbn_core.config import Config
 NAMES = ("X", "scale", "B", "input_mean", "input_var")
 FIXED = {"running_var": "biased", "track_running_stats": True}
 ATTRIBUTES = (
-    "epsilon and momentum are attributes in float32: with powers of 2, which float32 has, these cases pass"
+    "epsilon and momentum are attributes in float32: with powers of 2, which are exact in float32, these "
+    "cases pass"
 )
 DECLARED = {
     "bn/train/*/float64": ATTRIBUTES,
@@ -19,7 +20,7 @@ DECLARED = {
     "bn/eval/offset10/*/float64": ATTRIBUTES,  # at 1000 they are within what the offset costs
     "bn/eval/[!o]*/float64": ATTRIBUTES,
 }
-ONE_VALUE = "the standard takes the population variance, which one value has: it is 0"
+ONE_VALUE = "the standard uses the population variance, which is 0 for one value"
 
 
 def model(config: Config, training: bool, dtype: str, stored: str, opset: int) -> ModelProto:

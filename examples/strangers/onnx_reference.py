@@ -9,15 +9,15 @@ from onnx_node import ATTRIBUTES, DECLARED, FIXED, ONE_VALUE, stepping
 from stranger import Stranger
 
 HALF = Finding(
-    "in training with X in half precision the statistics are computed in half, where the standard says "
-    "float32 for float16, and returned in half, whatever the type of input_mean: in float16 the "
-    "variance is infinite where the squared deviations add up to more than 65504, and Y is B",
+    "in training with X in half precision the statistics are computed in half precision, where the standard "
+    "says float32 for float16, and are returned in half precision with any type of input_mean: in float16 "
+    "the variance is infinite where the squared deviations add up to more than 65504, and Y is B",
     "onnx_half.py",
     ("bn/train/*/float16", "bn/train/*/bfloat16"),
 )
 BLENDED = Finding(
-    "before opset 14 a node with one output normalizes with running statistics into which the batch's are "
-    "mixed, a tenth with the default momentum; opsets 7 and 8 raise a TypeError",
+    "before opset 14 a node with one output normalizes with running statistics that already contain the "
+    "batch's, a tenth with the default momentum; opsets 7 and 8 raise a TypeError",
     "onnx_opset_9.py",
     (
         "bn/eval/[!o]*",

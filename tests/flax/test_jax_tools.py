@@ -220,7 +220,7 @@ def test_exported_programs_run_in_a_process_that_cannot_import_the_package(tmp_p
 
 @pytest.mark.meeting(
     "`compiled.cost_analysis()`",
-    "XLA knows no custom call's cost: count with `fused=False`",
+    "XLA does not know the cost of a custom call: count with `fused=False`",
     "jax.jit(f).lower(x).compile().cost_analysis()",
 )
 @pytest.mark.skipif(not fused.AVAILABLE, reason="without custom calls")
@@ -344,7 +344,7 @@ HOW_A_VARIANCE_IS_COMPUTED = {"use_fast_variance", "force_float32_reductions"}
 
 @pytest.mark.meeting(
     "the options of Flax's BatchNorm",
-    "the same, but for how a variance is computed",
+    "the same, except how a variance is computed",
     "RBN(use_running_average=False, axis_name='batch')",
 )
 @pytest.mark.parametrize("name", ["RBN", "IEBN", "BNET"])

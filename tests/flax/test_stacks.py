@@ -163,7 +163,7 @@ def lively(net: Any) -> Any:
 
 @pytest.mark.meeting(
     "`convert` of stacks that `nn.scan` and `nn.vmap` made",
-    "works with `init=`, where they lie on the first axis",
+    "works with `init=`, if the layers lie along the first axis",
     "convert(model, variables, init=lambda: model.init(key, x))",
 )
 @pytest.mark.parametrize(
@@ -320,7 +320,7 @@ def test_nnx_layers_of_a_stack_are_what_they_are_one_by_one(name: str) -> None:
 
 @pytest.mark.meeting(
     "`nnx.convert` of stacks that `nnx.vmap` made",
-    "works, where they lie on the first axis",
+    "works, if the layers lie along the first axis",
     "convert(model)",
 )
 @pytest.mark.parametrize(("to", "depth"), [("rbn", DEPTH), ("bnet", 2)])

@@ -239,7 +239,7 @@ def test_a_loop_over_batch_norms_finds_the_layers(kind):
 
 @pytest.mark.meeting(
     "code that rebuilds or folds a BatchNorm",
-    "an error that names the way out",
+    "an error that says what to do instead",
     "layer.eps",
 )
 @pytest.mark.parametrize("kind", [RBN, IEBN, BNET])

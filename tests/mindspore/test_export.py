@@ -121,7 +121,7 @@ def test_onnx_is_written_as_of_batch_norm_and_runs(tmp_path) -> None:
 
 @pytest.mark.meeting(
     "ONNX with an open batch",
-    "MindSpore refuses it, of BatchNorm, too",
+    "MindSpore refuses it, also for BatchNorm",
     "ms.export(net, ms.Tensor(shape=[None, 3, 8, 8], dtype=ms.float32), file_name='net', file_format='ONNX')",
 )
 def test_onnx_of_an_open_batch_is_refused_by_mindspore_as_of_batch_norm() -> None:

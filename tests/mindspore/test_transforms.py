@@ -73,7 +73,7 @@ def test_vmap_and_jacrev_in_evaluation(name) -> None:
 
 @pytest.mark.meeting(
     "`mindspore.vmap` and `mindspore.jacrev` in training",
-    "an error of MindSpore's, of BatchNorm, too: it cannot map what changes a parameter",
+    "an error of MindSpore, also with BatchNorm: it cannot map an operation that changes a parameter",
     "ms.vmap(net.set_train(False))(batches)",
 )
 @pytest.mark.parametrize("transform", ["vmap", "jacrev"])
@@ -92,7 +92,7 @@ def loss(net):
 
 @pytest.mark.meeting(
     "`mindspore.jacfwd` and Hessians in evaluation",
-    "an error that names the way out, `fused=False`",
+    "an error that says what to do instead, `fused=False`",
     "ms.jacrev(ms.grad(loss))(x)",
 )
 @pytest.mark.skipif(bool(kernels.problem()), reason="without the compiled loops every layer is plain")

@@ -250,7 +250,7 @@ def evaluates_like_mmengine(model):
 
 @pytest.mark.meeting(
     "`convert_sync_batchnorm`, `fuse_conv_bn_eval` and others that rebuild or fold a BatchNorm",
-    "an error that names the way out",
+    "an error that says what to do instead",
     "nn.SyncBatchNorm.convert_sync_batchnorm(model)",
 )
 @KINDS
@@ -274,7 +274,7 @@ def test_what_would_drop_the_calibration_is_refused(kind, tool):
 
 @pytest.mark.meeting(
     "timm's `convert_sync_batchnorm`, `freeze_batch_norm_2d` and `freeze`",
-    "an error that names the way out",
+    "an error that says what to do instead",
     "timm.layers.freeze_batch_norm_2d(model)",
     packages=("timm",),
 )
@@ -339,7 +339,7 @@ def test_resnets_of_torchvision_and_timm_take_the_layers(kind, torchvision, timm
 
 
 @pytest.mark.meeting(
-    "torchvision's feature pyramid and heads built with `norm_layer=`, as Panoptic FPN is made of them",
+    "torchvision's feature pyramid and heads built with `norm_layer=`, the parts of Panoptic FPN",
     "work",
     "FeaturePyramidNetwork([64, 128], 256, norm_layer=RBN)",
     packages=("torchvision",),
@@ -578,7 +578,7 @@ def test_feature_extraction_of_torchvision_and_timm(kind, torchvision, timm):
 
 @pytest.mark.meeting(
     "`torch.utils.flop_counter`",
-    "counts what it counts for BatchNorm: 0",
+    "counts 0, as for BatchNorm",
     "FlopCounterMode(display=False)",
 )
 @KINDS

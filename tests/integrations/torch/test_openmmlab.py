@@ -129,7 +129,7 @@ def test_the_retinanet_of_mmdet_trains(name, build, library):
 
 @pytest.mark.meeting(
     "mmcv's `fuse_conv_bn`, mmengine's `convert_sync_batchnorm` and `efficient_conv_bn_eval`",
-    "an error that names the way out",
+    "an error that says what to do instead",
     "fuse_conv_bn(model)",
     packages=("mmengine", "mmcv-lite"),
 )

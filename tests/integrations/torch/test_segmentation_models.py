@@ -49,7 +49,7 @@ def test_networks_are_converted_and_train(encoder, to, models):
 
 @pytest.mark.meeting(
     "segmentation-models-pytorch's `decoder_use_norm=` and `from_pretrained`",
-    "know their own layers: an error, and `convert` first",
+    "accept their own layers only: an error; call `convert` first",
     "smp.Unet(decoder_use_norm='rbn')",
     packages=("segmentation-models-pytorch",),
 )

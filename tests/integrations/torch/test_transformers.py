@@ -45,7 +45,7 @@ def plain(transformers):
 
 @pytest.mark.meeting(
     "transformers' `save_pretrained` and `from_pretrained`",
-    "work with a class of one's own",
+    "work with a class of your own",
     "AutoModelForImageClassification.from_pretrained(folder)",
     packages=("transformers",),
 )

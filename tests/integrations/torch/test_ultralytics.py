@@ -74,7 +74,7 @@ def predict(model):
 
 @pytest.mark.meeting(
     "ultralytics' training, prediction and files",
-    "work with a class of one's own",
+    "work with a class of your own",
     "RBNYOLO('yolo11n.yaml').train(data='coco8.yaml')",
     packages=("ultralytics",),
 )
@@ -99,7 +99,7 @@ def test_a_class_of_ones_own_trains_predicts_and_loads(ultralytics, folder, bloc
 
 @pytest.mark.meeting(
     "ultralytics' `YOLO.train` after `convert`",
-    "builds BatchNorm anew, as after every change of a network; `convert` warns of it",
+    "builds the network again with BatchNorm, as after every change of a network; `convert` warns of it",
     "convert(YOLO('yolo11n.yaml').model)",
     packages=("ultralytics",),
 )
@@ -116,7 +116,7 @@ def test_training_builds_the_network_anew_and_convert_warns(change, ultralytics,
 
 @pytest.mark.meeting(
     "ultralytics' `fuse()`, also in `predict`",
-    "an error that names the way out",
+    "an error that says what to do instead",
     "model.predict(image)",
     packages=("ultralytics",),
 )
