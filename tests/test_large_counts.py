@@ -37,18 +37,18 @@ def after_a_large_batch(framework):
         x = jax.ShapeDtypeStruct((SHAPE[0], *SHAPE[2:], SHAPE[1]), jnp.float32)
         layer = RBN(use_running_average=False)
         y, _ = jax.eval_shape(lambda x: layer.init_with_output(jax.random.key(0), x), x)
-        _, running_var = functional.track(
-            (jnp.zeros(2), jnp.ones(2)), mean, var, 1, momentum=0.9, running_var="unbiased", values=VALUES
-        )
+        running = jnp.zeros(2), jnp.ones(2)
+        _, running_var = functional.accumulate(running, mean, var, 0.1, values=VALUES)
         return np.asarray(running_var), (y.shape[0], y.shape[3], *y.shape[1:3])
     if framework == "mindspore":
         import mindspore as ms
 
-        from rbn.backends.mindspore import RBN
+        from rbn.backends.mindspore import functional
 
-        layer = RBN(2)
-        layer._track(ms.Tensor(mean, ms.float32), ms.Tensor(var, ms.float32), VALUES)
-        return layer.moving_variance.asnumpy(), None
+        batch = (ms.Tensor(mean, ms.float32), ms.Tensor(var, ms.float32))
+        running = (ms.Parameter(ms.ops.zeros(2)), ms.Parameter(ms.ops.ones(2)))
+        functional.accumulate(running, *batch, 0.1, values=VALUES)
+        return running[1].asnumpy(), None
     from rbn.backends.jittor import functional
 
     # After the backend, which prepares what Jittor reads at its import.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import mindspore as ms
 import numpy as np
@@ -219,18 +220,36 @@ def affine(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 def accumulate(
-    running: tuple[Parameter, Parameter], mean: Tensor, var: Tensor, new_weight: float | Tensor
+    running: tuple[Parameter, Parameter],
+    mean: Tensor,
+    var: Tensor,
+    new_weight: float | None,
+    *,
+    count: Any = None,
+    values: int | Tensor | None = None,
 ) -> None:
     """Eq. 3, in place: running <- running + (1 - m) (batch - running), without a gradient.
 
     Args:
         running: E and Var, (C,) each.
         mean: mu_B, (C,).
-        var: sigma_B^2, (C,), already divided as the layer wants it.
-        new_weight: 1 - m, the weight of the batch.
+        var: sigma_B^2, (C,), biased.
+        new_weight: 1 - m, the weight of the batch; `None` takes 1 / count, for the average of all batches.
+        count: The number of batches with this one.
+        values: n of eq. 2, to take n / (n - 1) sigma_B^2; `None` takes sigma_B^2.
     """
+    if values is not None:
+        n = scalar(values, var) if isinstance(values, int) else values
+        var = var * (n / (n - 1))
+    weight = 1 / count.astype(running[0].dtype) if new_weight is None else scalar(new_weight, running[0])
     for old, batch in ((running[0], mean), (running[1], var)):
-        ops.assign_add(old, new_weight * (ops.stop_gradient(batch).astype(old.dtype) - old))
+        ops.assign_add(old, weight * (ops.stop_gradient(batch).astype(old.dtype) - old))
+
+
+@ops.constexpr
+def complement(momentum: float) -> float:
+    """1 - m of eq. 3, in double precision in a graph, too, whose own arithmetic on numbers is in float32."""
+    return 1.0 - float(momentum)
 
 
 def spatial_statistic(name: Statistic, x: Tensor, eps: float) -> Tensor:
@@ -297,11 +316,6 @@ def as_planes(x: Tensor) -> Tensor:
 def is_known(shape: tuple[int | None, ...] | None) -> bool:
     """Whether every extent is known; in a graph for inputs of several shapes some are `None`."""
     return shape is not None and None not in shape
-
-
-def described(values: tuple[Tensor | None, ...]) -> tuple[tuple[tuple[int, ...], ms.Type] | None, ...]:
-    """The shape and dtype of each, as constants of a graph; `None` for what is missing."""
-    return tuple([None if value is None else (value.shape, value.dtype) for value in values])
 
 
 def cast(x: Tensor, dtype: ms.Type) -> Tensor:

@@ -19,7 +19,7 @@ from mindspore import Parameter, Tensor, nn, ops
 from rbn import kernels
 from rbn.backends.mindspore import functional, internals
 from rbn.kernels.library import PARAMETERS, RESTRICTIONS, STATISTICS, path
-from rbn_core.config import Config, check_counter, check_shape, check_vectors
+from rbn_core.config import Config, check_counter, check_shape, check_vectors, config_of
 from rbn_core.errors import RBNError, RBNTypeError, RBNValueError
 from rbn_core.options import CHANNEL_STATISTICS, Statistic
 
@@ -28,37 +28,8 @@ DTYPES = (ms.float32, ms.float64, ms.float16, ms.bfloat16)
 KEPT = (ms.float32, ms.float64)
 """What statistics are accumulated in."""
 STATED = ("moving_mean", "moving_variance")
-CONVOLUTION = ("conv.weight", "conv.bias")
+CONVOLUTION = ("weight", "bias")
 NUMBERED: weakref.WeakValueDictionary[int, nn.Cell] = weakref.WeakValueDictionary()
-
-
-def check_layer(
-    layer: str,
-    num_features: int,
-    centering: Statistic | None,
-    scaling: Statistic | None,
-    restrict: str,
-    options: tuple[Any, ...],
-    accumulates: bool,
-    stored: tuple[Any, ...],
-) -> None:
-    """Refuse a layer that was changed into none, in either form: nothing is computed or accumulated then.
-
-    Args:
-        layer: "RBN", "IEBN" or "BNET".
-        num_features: C.
-        centering: K_m.
-        scaling: K_s.
-        restrict: R.
-        options: eps, momentum and running_var.
-        accumulates: Whether statistics are about to be accumulated.
-        stored: What it stores, as `functional.described` gives it: `PARAMETERS`, the running mean and
-            variance, the counter, and of a convolution the weight, the bias and the weight's due shape.
-
-    Raises:
-        RBNError: An option is unknown, or something stored is missing or has a wrong shape or dtype.
-    """
-    _check_layer(layer, num_features, centering, scaling, restrict, options, accumulates, stored)
 
 
 class Number:
@@ -75,19 +46,22 @@ class Number:
         return id(layer)
 
 
-def check_memory(number: int) -> None:
-    """Refuse to accumulate statistics in the memory of a parameter, which is still read afterwards.
+def check(number: int, accumulates: bool) -> None:
+    """Refuse a layer that was changed into none, in either form: nothing is computed or accumulated then.
 
-    While a graph is compiled, and in PyNative mode when a layer is trained for the first time or has other
-    parameters than before: MindSpore tells an address when everything before is computed.
+    Statistics are not accumulated in the memory of a parameter, which is still read afterwards. That is
+    looked at while a graph is compiled, and in PyNative mode when a layer is trained for the first time or
+    has other parameters than before: MindSpore tells an address when everything before is computed.
 
     Args:
         number: The layer's `Number`.
+        accumulates: Whether statistics are about to be accumulated.
 
     Raises:
-        RBNValueError: A statistic lies in the memory of a parameter or of the other statistic.
+        RBNError: An option is unknown, something stored is missing or has a wrong shape or dtype, or a
+            statistic lies in the memory of a parameter or of the other statistic.
     """
-    _check_memory(number, is_compiled(check_memory))
+    _check(number, accumulates, is_compiled(check))
 
 
 def takes(x: Tensor, centering: Statistic | None, scaling: Statistic | None, restrict: str) -> bool:
@@ -151,23 +125,19 @@ def in_pynative(options: tuple[Any, ...], x: Tensor, *vectors: Tensor) -> tuple[
 
 def accumulate(
     running: tuple[Parameter, Parameter],
-    count: Parameter,
     mean: Tensor,
     var: Tensor,
-    momentum: float | None,
-    values: int | None,
+    new_weight: float | None,
+    *,
+    count: Parameter,
+    values: int | None = None,
 ) -> None:
-    """Eq. 3, in place: running <- running + (1 - m) (batch - running), and one more batch; no gradient.
+    """`functional.accumulate` in one operator, which counts the batch, too.
 
-    Args:
-        running: E and Var, (C,) each.
-        count: How many batches there were, of which `momentum=None` takes the average.
-        mean: mu_B, (C,).
-        var: sigma_B^2, (C,), biased.
-        momentum: m.
-        values: n, to take n / (n - 1) sigma_B^2; `None` takes sigma_B^2.
+    `count` is what differs: the parameter of int32 with the number of batches without this one. It is one
+    more afterwards, and that is the number whose inverse `new_weight=None` takes.
     """
-    ACCUMULATE(running[0], running[1], count, mean, var, accumulation(momentum, values))
+    ACCUMULATE(running[0], running[1], count, mean, var, accumulation(new_weight, values))
 
 
 class Eager(internals.Function or object):  # type: ignore[misc]
@@ -365,86 +335,63 @@ def _takes(
     )
 
 
-@ops.constexpr
-def _check_layer(*facts: Any) -> None:
-    try:
-        _checked(*facts)
-    except TypeError:  # also of what cannot be looked up, and is no option either
-        _checked.__wrapped__(*facts)
-
-
 @ops.constexpr(reuse_result=False)
-def _check_memory(number: int, compiled: bool) -> None:
+def _check(number: int, accumulates: bool, compiled: bool) -> None:
     layer = NUMBERED[number]
-    stored: dict[str, Any] = {name: getattr(layer, name, None) for name in (*PARAMETERS, *STATED)}
-    conv = getattr(layer, "conv", None)
-    stored |= {name: getattr(conv, name.partition(".")[2], None) for name in CONVOLUTION}
-    stored = {name: value for name, value in stored.items() if value is not None}
-    known = tuple(map(id, stored.values()))
-    if vars(layer).get("_apart") == known and not compiled:  # a Parameter can have got other memory
+    config = config_of("mindspore", layer)
+    stored = {name: getattr(layer, name, None) for name in (*config.parameters, *STATED)}
+    due: tuple[int, ...] | None = None
+    if config.layer == "BNET":
+        stored |= {f"conv.{name}": getattr(layer.conv, name, None) for name in CONVOLUTION}
+        due = (config.num_features, 1, *layer.conv.kernel_size)
+    facts = {name: None if value is None else (value.shape, value.dtype) for name, value in stored.items()}
+    _check_stored(config, tuple(facts.items()), due, accumulates)
+    if not accumulates:
         return
+    count = getattr(layer, "num_batches_tracked", None)
+    check_counter(count, config.momentum, config.layer)
+    if count is not None:
+        check_shape("num_batches_tracked", count.shape, (), config.layer)
+    known = tuple(map(id, stored.values()))
+    if compiled or vars(layer).get("_apart") != known:  # a Parameter can have got other memory
+        _check_memory(config.layer, stored)
+        vars(layer)["_apart"] = known
+
+
+def _check_memory(layer: str, stored: Mapping[str, Parameter]) -> None:
     places = {name: value.data_ptr() for name, value in stored.items()}
     for name in STATED:
         for other, place in places.items():
             if other != name and place == places[name] != 0:  # before its first value is read, a place is 0
                 raise RBNValueError(
-                    f"{layer.layer}: expected {name} in memory of its own, got that of {other}. "
+                    f"{layer}: expected {name} in memory of its own, got that of {other}. "
                     f"Assign a copy to one of them."
                 )
-    vars(layer)["_apart"] = known
 
 
 @functools.lru_cache(maxsize=1024)
-def _checked(
-    layer: str,
-    num_features: int,
-    centering: Statistic | None,
-    scaling: Statistic | None,
-    restrict: str,
-    options: tuple[Any, ...],
+def _check_stored(
+    config: Config,
+    facts: tuple[tuple[str, tuple[tuple[int, ...], Any] | None], ...],
+    due: tuple[int, ...] | None,
     accumulates: bool,
-    stored: tuple[Any, ...],
 ) -> None:
-    eps, momentum, running_var = options
-    kernel_size = 1 if layer == "BNET" else None  # not what is checked here
-    Config(
-        num_features,
-        eps,
-        momentum,
-        centering,
-        scaling,
-        restrict,
-        running_var,
-        kernel_size=kernel_size,
-        layer=layer,
-    )
-    *arrays, due = stored
-    found = dict(zip((*PARAMETERS, *STATED, "num_batches_tracked", *CONVOLUTION), arrays, strict=True))
-    needed = [*STATED]
-    if layer == "BNET":
-        needed += ["conv.bias"]
-        check_shape("conv.weight", found["conv.weight"] and found["conv.weight"][0], due, layer)
-    else:
-        needed += ["gamma", "beta"]
-        needed += ["center_weight"] if centering else []
-        needed += ["scale_weight", "scale_bias"] if scaling else []
-    check_vectors({name: found[name] and found[name][0] for name in needed}, num_features, layer)
-    for name in (*needed, "conv.weight") if layer == "BNET" else needed:
-        dtype = found[name][1]
+    for name, found in facts:
+        shape, dtype = found or (None, None)
+        if name == "conv.weight" and due is not None:
+            check_shape(name, shape, due, config.layer)
+        else:
+            check_vectors({name: shape}, config.num_features, config.layer)
         if dtype not in DTYPES:  # gradients of integers would be rounded
             raise RBNTypeError(
-                f"{layer}: expected {name} of floating-point numbers, got {dtype}. Assign one of float32."
+                f"{config.layer}: expected {name} of floating-point numbers, got {dtype}. "
+                "Assign one of float32."
             )
         if accumulates and name in STATED and dtype not in KEPT:
             raise RBNTypeError(
-                f"{layer}: expected {name} in at least float32 to accumulate it, got {dtype}. "
+                f"{config.layer}: expected {name} in at least float32 to accumulate it, got {dtype}. "
                 f"Call {name}.set_dtype(mindspore.float32), or switch the layer to evaluation."
             )
-    if accumulates:
-        count = found["num_batches_tracked"]
-        check_counter(count, momentum, layer)
-        if count is not None:
-            check_shape("num_batches_tracked", count[0], (), layer)
 
 
 @ops.constexpr
@@ -460,10 +407,10 @@ def plan(*options: Any) -> Tensor:
 
 
 @ops.constexpr
-def accumulation(momentum: float | None, values: int | None) -> Tensor:
+def accumulation(new_weight: float | None, values: int | None) -> Tensor:
     """What the statistics are weighted with, as the operator takes it; an average has the weight -1."""
-    new_weight = -1.0 if momentum is None else 1 - momentum
-    return _float64(new_weight, 1.0 if values is None else values / (values - 1))
+    correction = 1.0 if values is None else values / (values - 1)
+    return _float64(-1.0 if new_weight is None else new_weight, correction)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -2,23 +2,41 @@
 
 from __future__ import annotations
 
-from typing import Any, Self, TypeAlias
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import mindspore as ms
-import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore.common.initializer import Initializer, initializer
 
 from rbn.backends.mindspore import distributed, functional, fused, internals
 from rbn_core.config import Config, check_choice, check_input, refuse_unknown_options
 from rbn_core.errors import RBNValueError
-from rbn_core.options import Statistic
+from rbn_core.options import OPTIONS, Statistic
 
 Start: TypeAlias = Initializer | str | float | Tensor
 """What MindSpore's BatchNorm takes as a parameter's start."""
 
 CASTS = {"fp32": ms.float32, "fp16": ms.float16, "bf16": ms.bfloat16}
 """The flags of a cell that `to_float` and mixed precision cast, and to what."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a constructor takes beside the options of `rbn_core.Config`, as `RBN` describes it.
+
+    Attributes:
+        starts: Where the running mean and variance start, and in layers that have them gamma and beta.
+    """
+
+    starts: tuple[Start, ...]
+    use_batch_statistics: bool | None
+    data_format: str
+    dtype: Any
+    sync: bool
+    process_groups: list[list[int]] | None
+    fused: bool
+    affine: bool = False
 
 
 class CalibratedNorm(nn.Cell):
@@ -35,72 +53,50 @@ class CalibratedNorm(nn.Cell):
     spatial_dims: int | None = None
     number = fused.Number()
 
-    def __init__(
-        self,
-        config: Config,
-        affine: bool,
-        starts: dict[str, Start],
-        moving_mean_init: Start,
-        moving_var_init: Start,
-        use_batch_statistics: bool | None,
-        data_format: str,
-        dtype: Any,
-        sync: bool,
-        process_groups: list[list[int]] | None,
-        fused: bool,
-    ) -> None:
-        check_choice("use_batch_statistics", use_batch_statistics, (None, True, False), config.layer)
-        check_choice("data_format", data_format, ("NCHW", "NHWC"), config.layer)
-        groups = distributed.check_groups(process_groups, config.layer)
+    def __init__(self, config: Config, setting: Setting) -> None:
+        check_choice("use_batch_statistics", setting.use_batch_statistics, (None, True, False), config.layer)
+        check_choice("data_format", setting.data_format, ("NCHW", "NHWC"), config.layer)
+        groups = distributed.check_groups(setting.process_groups, config.layer)
         super().__init__()
         self.layer = config.layer
         self.num_features = config.num_features
         self.eps = config.eps
         self.momentum = config.momentum
-        self.affine = affine
-        self.use_batch_statistics = use_batch_statistics
-        self.data_format = data_format
+        self.affine = setting.affine
+        self.use_batch_statistics = setting.use_batch_statistics
+        self.data_format = setting.data_format
         self.centering = config.centering
         self.scaling = config.scaling
         self.restrict = config.restrict
         self.running_var = config.running_var
-        self.sync = sync
+        self.sync = setting.sync
         self.process_groups = groups
-        self.fused = fused
+        self.fused = setting.fused
         self.cast_to: Any = None
         if internals.AS_GIVEN is not None:
             self.mixed_precision_type = internals.AS_GIVEN
         # BatchNorm's names: in a network MindSpore renames the parameters after their attributes.
-        kept = functional.at_least_float32(dtype)
+        kept = functional.at_least_float32(setting.dtype)
+        mean, var, *affine = setting.starts
         self.moving_mean = Parameter(
-            initializer(moving_mean_init, config.num_features, kept), name="mean", requires_grad=False
+            initializer(mean, config.num_features, kept), name="mean", requires_grad=False
         )
         self.moving_variance = Parameter(
-            initializer(moving_var_init, config.num_features, kept), name="variance", requires_grad=False
+            initializer(var, config.num_features, kept), name="variance", requires_grad=False
         )
         self.num_batches_tracked = Parameter(
             Tensor(0, ms.int32), name="num_batches_tracked", requires_grad=False
         )
-        for name, start in {**config.parameters, **starts}.items():
-            learned = affine or name not in ("gamma", "beta")
-            value = initializer(start, config.num_features, dtype)
+        given = dict(zip(("gamma", "beta"), affine, strict=False))
+        for name, start in config.parameters.items():
+            learned = setting.affine or name not in ("gamma", "beta")
+            value = initializer(given.get(name, start), config.num_features, setting.dtype)
             setattr(self, name, Parameter(value, name=name, requires_grad=learned))
 
     def construct(self, x: Tensor) -> Tensor:
         """Y, of the shape and dtype of `x`; in a network that is cast to a dtype, of that one."""
         batch_statistics = self.training if self.use_batch_statistics is None else self.use_batch_statistics
-        fused.check_layer(
-            self.layer,
-            self.num_features,
-            self.centering,
-            self.scaling,
-            self.restrict,
-            (self.eps, self.momentum, self.running_var),
-            batch_statistics,
-            self._described(),
-        )
-        if batch_statistics:
-            fused.check_memory(self.number)
+        fused.check(self.number, batch_statistics)
         channels_last = self.data_format == "NHWC"
         if functional.is_known(x.shape):
             own_values = x.size // self.num_features
@@ -166,18 +162,8 @@ class CalibratedNorm(nn.Cell):
         if convolved:
             y = functional.differentiable_once(self.transform(ops.movedim(y, -1, 1) if channels_last else y))
             y = ops.movedim(y, 1, -1) if channels_last else y
-        count = self._count()
-        if batch_statistics and fused.counts(count):
-            fused.accumulate(
-                (self.moving_mean, self.moving_variance),
-                count,
-                mean,
-                var,
-                self.momentum,
-                values if self.running_var == "unbiased" else None,
-            )
-        elif batch_statistics:
-            self._track(mean, var, values)
+        if batch_statistics:
+            self._accumulate(mean, var, values, fused.counts(self._counter()))
         return y
 
     def _forward(self, x: Tensor, average: functional.Average, values: int | Tensor) -> Tensor:
@@ -195,7 +181,7 @@ class CalibratedNorm(nn.Cell):
         )
         y = functional.differentiable_once(self.transform(y))
         if batch_statistics:
-            self._track(mean, var, values)
+            self._accumulate(mean, var, values, False)
         return y
 
     def _parameters(self) -> dict[str, Tensor]:
@@ -211,46 +197,27 @@ class CalibratedNorm(nn.Cell):
             parameters["scale_bias"] = self.scale_bias
         return parameters
 
-    def _count(self) -> Any:
-        """How many batches there were; `None` where nobody counts."""
+    def _accumulate(self, mean: Tensor, var: Tensor, values: int | Tensor, at_once: bool) -> None:
+        """Eq. 3, and one batch more; `at_once` in the operator that does both."""
+        running = (self.moving_mean, self.moving_variance)
+        new_weight = None if self.momentum is None else functional.complement(self.momentum)
+        n = values if self.running_var == "unbiased" else None
+        counter = self._counter()
+        if at_once:
+            fused.accumulate(running, mean, var, new_weight, count=counter, values=n)
+        else:
+            count = None if counter is None else counter + 1
+            functional.accumulate(running, mean, var, new_weight, count=count, values=n)
+            if count is not None:
+                ops.assign(self.num_batches_tracked, count)
+
+    def _counter(self) -> Any:
+        """What counts the batches; `None` where nobody does."""
         return getattr(self, "num_batches_tracked", None)
-
-    def _described(self) -> tuple[Any, ...]:
-        """What the layer stores, for `fused.check_layer`."""
-        values = (
-            getattr(self, "gamma", None),
-            getattr(self, "beta", None),
-            getattr(self, "center_weight", None),
-            getattr(self, "scale_weight", None),
-            getattr(self, "scale_bias", None),
-            getattr(self, "moving_mean", None),
-            getattr(self, "moving_variance", None),
-            self._count(),
-        )
-        return *functional.described(values), *self._described_transform()
-
-    def _described_transform(self) -> tuple[Any, ...]:
-        """What `transform` needs; nothing but in BNET."""
-        return None, None, None
 
     def transform(self, y: Tensor) -> Tensor:
         """What follows on (N, C) coefficients; nothing but in BNET."""
         return y
-
-    def _track(self, mean: Tensor, var: Tensor, values: int | Tensor) -> None:
-        count = self._count()
-        if count is not None:
-            count = count + 1
-            ops.assign(self.num_batches_tracked, count)
-        if self.momentum is None:
-            new_weight = 1 / count.astype(self.moving_mean.dtype)
-        else:
-            new_weight = 1 - functional.scalar(self.momentum, self.moving_mean)
-        if self.running_var == "unbiased":
-            if isinstance(values, int):
-                values = functional.scalar(values, var)
-            var = var * (values / (values - 1))
-        functional.accumulate((self.moving_mean, self.moving_variance), mean, var, new_weight)
 
     def add_flags(self, **flags: Any) -> nn.Cell:
         """Stay in float32 where `to_float` or mixed precision casts the network, as BatchNorm does at O2.
@@ -270,11 +237,9 @@ class CalibratedNorm(nn.Cell):
 
     def extend_repr(self) -> str:
         """The options, as `print(network)` shows them."""
-        return (
-            f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, "
-            f"use_batch_statistics={self.use_batch_statistics}, data_format={self.data_format!r}, "
-            f"running_var={self.running_var!r}, sync={self.sync}"
-        )
+        own = ("use_batch_statistics", "data_format", "sync", *(() if self.layer == "BNET" else ("affine",)))
+        names = [option.argument("mindspore") for option in OPTIONS.values() if self.layer in option.layers]
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in (*names, *own) if name is not None)
 
 
 @refuse_unknown_options
@@ -320,6 +285,15 @@ class RBN(CalibratedNorm):
 
     Raises:
         RBNError: An option or an input is refused; no statistic has changed then.
+
+    Example:
+        >>> from mindspore import ops
+        >>> from rbn.backends.mindspore import RBN
+        >>> layer = RBN(16, scaling="channel_std").set_train()
+        >>> layer(ops.randn(8, 16, 14, 14)).shape
+        (8, 16, 14, 14)
+        >>> [parameter.name for parameter in layer.trainable_params()]
+        ['gamma', 'beta', 'center_weight', 'scale_weight', 'scale_bias']
     """
 
     def __init__(
@@ -345,26 +319,11 @@ class RBN(CalibratedNorm):
         fused: bool = True,
     ) -> None:
         config = Config(num_features, eps, momentum, centering, scaling, restrict, running_var)
-        super().__init__(
-            config,
-            affine,
-            {"gamma": gamma_init, "beta": beta_init},
-            moving_mean_init,
-            moving_var_init,
-            use_batch_statistics,
-            data_format,
-            dtype,
-            sync,
-            process_groups,
-            fused,
+        starts = (moving_mean_init, moving_var_init, gamma_init, beta_init)
+        setting = Setting(
+            starts, use_batch_statistics, data_format, dtype, sync, process_groups, fused, affine
         )
-
-    def extend_repr(self) -> str:
-        """The options, as `print(network)` shows them."""
-        return (
-            f"{super().extend_repr()}, affine={self.affine}, centering={self.centering!r}, "
-            f"scaling={self.scaling!r}, restrict={self.restrict!r}"
-        )
+        super().__init__(config, setting)
 
 
 @refuse_unknown_options
@@ -374,32 +333,15 @@ class IEBN(CalibratedNorm):
         X_s = (X - E(X)) / sqrt(Var(X) + eps)
         Y   = X_s sigmoid(w_v mean_c(X) + w_b) gamma + beta        mean_c over the positions of one channel
 
-    Inputs, statistics and modes as in `RBN`. State: BatchNorm's, the int32 scalar `num_batches_tracked`, and
-    `scale_weight` (w_v, from 0) and `scale_bias` (w_b, from -1), each of shape (C,).
+    Inputs, statistics, modes, options and errors are those of `RBN`, without `centering`, `scaling` and
+    `restrict`. State: BatchNorm's, `num_batches_tracked`, and `scale_weight` (w_v, from 0) and `scale_bias`
+    (w_b, from -1), each of shape (C,).
 
-    Args:
-        num_features: C, the number of channels.
-        eps: epsilon, added to the variance under its root.
-        momentum: the weight of the *old* value in the running statistics; `None` averages all batches.
-        affine: whether gamma and beta are learned; they are there and applied either way.
-        gamma_init: where gamma starts.
-        beta_init: where beta starts.
-        moving_mean_init: where the running mean starts.
-        moving_var_init: where the running variance starts.
-        use_batch_statistics: `True` takes and accumulates the batch's statistics in evaluation too, `False`
-            the running ones in training too; `None` follows `set_train`.
-        data_format: where the channels are, "NCHW" for axis 1 or "NHWC" for the last.
-        dtype: the dtype of the parameters.
-        running_var: the batch variance that is accumulated, "unbiased" or "biased".
-        sync: whether E and Var are those of the batches of all processes together. A process without an image
-            takes part in PyNative; a graph refuses it.
-        process_groups: which processes share, as in `nn.SyncBatchNorm`: lists of the ranks of each group,
-            such as [[0, 1], [2, 3]]; all together by default.
-        fused: whether one operator computes the layer where there is one for the device; `False` always takes
-            MindSpore's own operations. Shared and spatial statistics take them, too.
-
-    Raises:
-        RBNError: An option or an input is refused; no statistic has changed then.
+    Example:
+        >>> from mindspore import ops
+        >>> from rbn.backends.mindspore import IEBN
+        >>> IEBN(16)(ops.randn(8, 16, 14, 14)).shape
+        (8, 16, 14, 14)
     """
 
     def __init__(
@@ -422,23 +364,11 @@ class IEBN(CalibratedNorm):
         fused: bool = True,
     ) -> None:
         config = Config.iebn(num_features, eps=eps, momentum=momentum, running_var=running_var)
-        super().__init__(
-            config,
-            affine,
-            {"gamma": gamma_init, "beta": beta_init},
-            moving_mean_init,
-            moving_var_init,
-            use_batch_statistics,
-            data_format,
-            dtype,
-            sync,
-            process_groups,
-            fused,
+        starts = (moving_mean_init, moving_var_init, gamma_init, beta_init)
+        setting = Setting(
+            starts, use_batch_statistics, data_format, dtype, sync, process_groups, fused, affine
         )
-
-    def extend_repr(self) -> str:
-        """The options, as `print(network)` shows them."""
-        return f"{super().extend_repr()}, affine={self.affine}"
+        super().__init__(config, setting)
 
 
 @refuse_unknown_options
@@ -448,33 +378,22 @@ class BNET(CalibratedNorm):
         X_s = (X - E(X)) / sqrt(Var(X) + eps)
         Y   = depthwise convolution of X_s, zero padded, plus a bias
 
-    Inputs, statistics and modes as in `RBN`, with the kernel's number of spatial axes. State: BatchNorm's
-    running statistics, the int32 scalar `num_batches_tracked`, and `conv`, a depthwise `nn.Conv*d` that
-    starts as MindSpore starts it. MindSpore's convolutions refuse float64, and on a CPU bfloat16; there the
-    same parameters are applied in operations that it has.
+    Inputs, statistics, modes, options and errors are those of `RBN`, with the kernel's number of spatial axes
+    and without `affine`, `gamma_init`, `beta_init`, `centering`, `scaling` and `restrict`. State: BatchNorm's
+    running statistics, `num_batches_tracked`, and `conv`, a depthwise `nn.Conv*d` that starts as MindSpore
+    starts it. MindSpore's convolutions refuse float64, and on a CPU bfloat16; there the same parameters are
+    applied in operations that it has. `convert(model, "bnet", preserve=True)` makes BNETs that equal a
+    model's BatchNorms.
 
     Args:
-        num_features: C, the number of channels.
         kernel_size: the extent of the kernel along every axis; odd.
-        eps: epsilon, added to the variance under its root.
-        momentum: the weight of the *old* value in the running statistics; `None` averages all batches.
-        moving_mean_init: where the running mean starts.
-        moving_var_init: where the running variance starts.
-        use_batch_statistics: `True` takes and accumulates the batch's statistics in evaluation too, `False`
-            the running ones in training too; `None` follows `set_train`.
-        data_format: where the channels are, "NCHW" for axis 1 or "NHWC" for the last.
-        dtype: the dtype of the parameters.
         spatial_dims: the number of spatial axes, 1, 2 or 3.
-        running_var: the batch variance that is accumulated, "unbiased" or "biased".
-        sync: whether E and Var are those of the batches of all processes together. A process without an image
-            takes part in PyNative; a graph refuses it.
-        process_groups: which processes share, as in `nn.SyncBatchNorm`: lists of the ranks of each group,
-            such as [[0, 1], [2, 3]]; all together by default.
-        fused: whether one operator computes the layer where there is one for the device; `False` always takes
-            MindSpore's own operations. Shared and spatial statistics take them, too.
 
-    Raises:
-        RBNError: An option or an input is refused; no statistic has changed then.
+    Example:
+        >>> from mindspore import ops
+        >>> from rbn.backends.mindspore import BNET
+        >>> BNET(16, kernel_size=5)(ops.randn(8, 16, 14, 14)).shape
+        (8, 16, 14, 14)
     """
 
     def __init__(
@@ -498,19 +417,9 @@ class BNET(CalibratedNorm):
         config = Config.bnet(
             num_features, kernel_size, spatial_dims, eps=eps, momentum=momentum, running_var=running_var
         )
-        super().__init__(
-            config,
-            False,
-            {},
-            moving_mean_init,
-            moving_var_init,
-            use_batch_statistics,
-            data_format,
-            dtype,
-            sync,
-            process_groups,
-            fused,
-        )
+        starts = (moving_mean_init, moving_var_init)
+        setting = Setting(starts, use_batch_statistics, data_format, dtype, sync, process_groups, fused)
+        super().__init__(config, setting)
         self.spatial_dims = spatial_dims
         self.kernel_size = kernel_size
         self.conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[spatial_dims - 1](
@@ -523,45 +432,6 @@ class BNET(CalibratedNorm):
             has_bias=True,
             dtype=dtype,
         )
-        self.conv_shape = tuple(self.conv.weight.shape)
-
-    @classmethod
-    def from_batch_norm(cls, norm: nn.Cell, kernel_size: int = 3, *, spatial_dims: int = 2) -> Self:
-        """A layer that equals a BatchNorm: gamma at the centre of its kernels, 0 elsewhere, beta for a bias.
-
-        Args:
-            norm: `nn.BatchNorm1d`, `2d` or `3d`.
-            kernel_size: the extent of the kernel along every axis; odd.
-            spatial_dims: the number of spatial axes, 1, 2 or 3.
-        """
-        norm = getattr(norm, "bn2d", norm)  # nn.BatchNorm3d wraps one
-        layer = cls(
-            norm.num_features,
-            kernel_size,
-            norm.eps,
-            1.0 - norm.momentum,  # MindSpore stores the weight of the new value
-            norm.moving_mean.copy(),
-            norm.moving_variance.copy(),
-            norm.use_batch_statistics,
-            norm.format,
-            norm.gamma.dtype,
-            spatial_dims=spatial_dims,
-        )
-        # NumPy's reshape: MindSpore's makes a view, and no optimizer can assign to a parameter that is one.
-        kernel = np.zeros((norm.num_features, kernel_size**spatial_dims), np.float32)
-        kernel[:, kernel_size**spatial_dims // 2] = norm.gamma.astype(ms.float32).asnumpy()
-        weight = layer.conv.weight
-        weight.set_data(Tensor(kernel.reshape(weight.shape), weight.dtype))
-        layer.conv.bias.set_data(norm.beta.copy())
-        return layer.set_train(norm.training)
-
-    def _described_transform(self) -> tuple[Any, ...]:
-        """The convolution's weight, its bias, and the shape due to the weight."""
-        values = (
-            getattr(self.conv, "weight", None),
-            getattr(self.conv, "bias", None),
-        )
-        return *functional.described(values), self.conv_shape
 
     def transform(self, y: Tensor) -> Tensor:
         """The convolution in the place of BatchNorm's affine step."""
@@ -569,10 +439,6 @@ class BNET(CalibratedNorm):
         if y.dtype == ms.float32 and stored in (ms.float32, ms.float16) and stored == self.conv.bias.dtype:
             return self.conv(functional.cast(y, stored))
         return functional.depthwise(y, self.conv.weight, self.conv.bias, self.kernel_size)
-
-    def extend_repr(self) -> str:
-        """The options, as `print(network)` shows them; the convolution shows its own."""
-        return f"{super().extend_repr()}, spatial_dims={self.spatial_dims}"
 
 
 @ops.constexpr

@@ -10,7 +10,7 @@ from mindspore.common.initializer import Normal
 
 from rbn.backends.mindspore.layers import BNET, IEBN, RBN, CalibratedNorm
 from rbn_core import architectures, networks
-from rbn_core.config import Config
+from rbn_core.config import arguments
 from rbn_core.errors import RBNValueError
 from rbn_core.networks import (
     INPUT,
@@ -85,31 +85,6 @@ def network(name: str, norm: str | Mapping[str, Any] = "bn", num_classes: int | 
     return Network(architectures.network(name, norm, num_classes))
 
 
-def norm_options(config: Config) -> dict[str, Any]:
-    """A layer's options as its constructor in MindSpore takes them, without the number of channels.
-
-    Raises:
-        RBNValueError: They are some that the layer in MindSpore has not.
-    """
-    bnet = config.layer == "BNET"
-    if not (bnet or (config.gamma and config.beta)) or not config.track_running_stats:
-        raise RBNValueError(
-            f"{config.layer}: expected gamma, beta and running statistics, as all in MindSpore have, got "
-            f"gamma={config.gamma}, beta={config.beta}, track_running_stats={config.track_running_stats}. "
-            "Keep them, and freeze what is not to be learned."
-        )
-    options = {"eps": config.eps, "momentum": config.momentum, "running_var": config.running_var}
-    if bnet:
-        return options | {"kernel_size": config.kernel_size, "spatial_dims": config.spatial_dims}
-    if config.layer == "RBN":
-        return options | {name: getattr(config, name) for name in ("centering", "scaling", "restrict")}
-    if config.restrict != "sigmoid":
-        raise RBNValueError(
-            f"IEBN: expected restrict 'sigmoid', got {config.restrict!r}. Leave it out, or take RBN."
-        )
-    return options
-
-
 LAYERS: dict[str, Callable[..., CalibratedNorm]] = {"rbn": RBN, "iebn": IEBN, "bnet": BNET}
 """What a norm node's `layer` is here, but for MindSpore's own BatchNorm, "bn"."""
 
@@ -152,7 +127,7 @@ def _cell(node: Node) -> nn.Cell:
 
 
 def _norm(node: Norm) -> nn.Cell:
-    options = norm_options(node.config)
+    options = arguments("mindspore", node.config)
     if node.layer != "bn":
         layer = LAYERS[node.layer](node.channels, **options)
         if node.starts_at_zero:

@@ -12,9 +12,21 @@ from mindspore.experimental.optim import AdamW
 from mindspore.nn.optim import Optimizer
 
 from rbn.backends.mindspore.weights import Place, places, to_array, to_tensor
-from rbn_core.errors import RBNTypeError, RBNValueError
+from rbn_core.errors import RBNValueError
 from rbn_core.matching import match
-from rbn_core.training import Training, check, check_decay, grouped, needed
+from rbn_core.training import (
+    REFUSED,
+    Training,
+    by_slot,
+    check,
+    check_decay,
+    check_kind,
+    check_meaning,
+    check_own,
+    grouped,
+    needed,
+    not_portable,
+)
 
 SLOTS: dict[type[Optimizer], tuple[str, dict[str, str]]] = {
     nn.Momentum: ("sgd", {"momentum": "moments"}),
@@ -27,14 +39,6 @@ SLOTS: dict[type[Optimizer], tuple[str, dict[str, str]]] = {
 
 DECOUPLED = (nn.AdamWeightDecay, AdamW)
 """Whose weight decay is decoupled from the gradient."""
-
-REFUSED = {
-    "dampening": "its momentum leaves a part of every gradient out",
-    "use_amsgrad": "it goes by the largest second moment so far, which has no place elsewhere",
-    "amsgrad": "it goes by the largest second moment so far, which has no place elsewhere",
-    "maximize": "its arrays are those of the negated gradient",
-}
-"""Options that give the arrays another meaning, and which."""
 
 
 def optimizer_to_numpy(optimizer: Optimizer, model: nn.Cell) -> Training:
@@ -88,11 +92,7 @@ def optimizer_from_numpy(optimizer: Optimizer, model: nn.Cell, training: Trainin
             is another one or has another form; nothing has changed.
     """
     kind, slots = _kind(optimizer)
-    if training.optimizer != kind:
-        raise RBNValueError(
-            f"RBN: expected where an optimizer of kind {kind!r} stands, got {training.optimizer!r}. "
-            "Build the optimizer that the training was made with."
-        )
+    check_kind(training, kind)
     check(training)
     if training.step >= 2**31:
         raise RBNValueError(
@@ -103,13 +103,8 @@ def optimizer_from_numpy(optimizer: Optimizer, model: nn.Cell, training: Trainin
     trained = _trained(optimizer, model)
     numbers = _numbers(optimizer, training, list(trained))
     options = _group_options(optimizer, training, list(trained))
-    stored = {
-        f"{slot}/{name}": place
-        for slot, own in _stored(optimizer, trained, slots).items()
-        for name, place in own.items()
-    }
-    given = {f"{slot}/{name}": value for slot, own in training.slots.items() for name, value in own.items()}
-    arrays, _ = match(given, {name: place.shape for name, place in stored.items()})
+    stored = by_slot(_stored(optimizer, trained, slots))
+    arrays, _ = match(by_slot(training.slots), {name: place.shape for name, place in stored.items()})
     values = [
         (stored[name].parameter, to_tensor(array, stored[name].parameter)) for name, array in arrays.items()
     ]
@@ -123,19 +118,14 @@ def optimizer_from_numpy(optimizer: Optimizer, model: nn.Cell, training: Trainin
 def _kind(optimizer: Optimizer) -> tuple[str, dict[str, str]]:
     """What an optimizer is called, and the slots in use, if both mean here what they mean elsewhere."""
     if type(optimizer) not in SLOTS:
-        raise RBNTypeError(
-            "RBN: expected mindspore.nn.Momentum, SGD, Adam or AdamWeightDecay, or AdamW of "
-            f"mindspore.experimental.optim, which every framework has, got {type(optimizer).__name__}. "
-            "Train with one of these, or move the weights alone."
+        raise not_portable(
+            "mindspore.nn.Momentum, SGD, Adam or AdamWeightDecay, or mindspore.experimental.optim.AdamW",
+            optimizer,
         )
     groups = optimizer.param_groups if isinstance(optimizer, AdamW) else []
-    for option, reason in REFUSED.items():
-        values = [getattr(optimizer, option, False), *(group.get(option) for group in groups)]
-        if value := next(filter(None, values), None):
-            raise RBNValueError(
-                f"RBN: expected an optimizer that means the same everywhere, got {option}={value!r}: "
-                f"{reason}. Train without it, or move the weights alone."
-            )
+    for option in REFUSED:
+        for value in (getattr(optimizer, option, False), *(group.get(option) for group in groups)):
+            check_meaning(option, value)
     kind, slots = SLOTS[type(optimizer)]
     return kind, slots if kind == "adam" or optimizer.momentum.asnumpy() > 0 else {}
 
@@ -146,11 +136,8 @@ def _trained(optimizer: Optimizer, model: nn.Cell) -> dict[str, Place]:
     known = places(model)
     for name, place in known.items():
         names.setdefault(id(place.parameter), name)
-    if strange := [parameter.name for parameter in optimizer.parameters if id(parameter) not in names]:
-        raise RBNValueError(
-            f"RBN: expected an optimizer of the model's parameters, got one of others, {', '.join(strange)}. "
-            "Build it with model.trainable_params()."
-        )
+    strange = [parameter.name for parameter in optimizer.parameters if id(parameter) not in names]
+    check_own(strange, "model.trainable_params()")
     return {names[id(parameter)]: known[names[id(parameter)]] for parameter in optimizer.parameters}
 
 

@@ -20,25 +20,16 @@ from rbn.backends.mindspore.weights import (
     to_numpy,
 )
 from rbn_core import conversion
-from rbn_core.config import check_choice, old_value_weight
+from rbn_core.config import old_value_weight
 from rbn_core.errors import RBNTypeError
-from rbn_core.matching import Row, State, Table
+from rbn_core.matching import State, Table
 from rbn_core.names import NAMES, PARAMETERS, RUNNING_STATISTICS
+from rbn_core.options import kept_arguments
 
 KEPT = (
-    "num_features",
-    "eps",
-    "momentum",
-    "affine",
-    "gamma_init",
-    "beta_init",
-    "moving_mean_init",
-    "moving_var_init",
-    "use_batch_statistics",
-    "data_format",
-    "dtype",
-    "sync",
-    "process_groups",
+    *kept_arguments("mindspore"),
+    *("affine", "gamma_init", "beta_init", "moving_mean_init", "moving_var_init", "use_batch_statistics"),
+    *("data_format", "dtype", "sync", "process_groups"),
 )
 """What a layer takes over from the one before, so that it is no option of a conversion."""
 
@@ -77,7 +68,9 @@ def convert(
     """
     chosen = conversion.chooser(to, where)
     replaceable = CalibratedNorm if to == "bn" else (*BATCH_NORMS, *MINT_BATCH_NORMS)
-    _check_options(to, options)
+    conversion.check_options(
+        to, options, KEPT, lambda **given: LAYERS[to](1, **given), of_batch_norm=("spatial_dims",)
+    )
     if isinstance(model, replaceable):
         raise RBNTypeError(
             f"convert: expected a model with layers inside, got a {type(model).__name__} itself, which "
@@ -85,22 +78,10 @@ def convert(
         )
     cells = list(layers(model))
     found = [(path, cell) for path, cell in cells if isinstance(cell, replaceable)]
-    hit = {id(cell) for path, cell in found if chosen.fullmatch(path)}
-    conversion.check_hits(where, [path for path, _ in found], hit)
-    planned: dict[int, _Replacement | str] = {}
-    rows = []
-    for path, cell in found:
-        if id(cell) not in hit:
-            continue
-        if id(cell) not in planned:
-            planned[id(cell)] = _plan(path, cell, to, preserve, options)
-        plan = planned[id(cell)]
-        if isinstance(plan, _Replacement):
-            learns = not (before := _learnable(cell)) or any(each.requires_grad for each in before)
-            detail = conversion.replaced_by(type(plan.layer).__name__, frozen=False, learns=learns)
-            rows.append(Row(path, "replaced", type(cell).__name__, detail))
-        else:
-            rows.append(Row(path, "kept", type(cell).__name__, plan))
+    planned = conversion.plans(
+        found, chosen, where, lambda path, cell: _plan(path, cell, to, preserve, options)
+    )
+    rows = conversion.rows(found, planned, _Replacement.described)
     replacements = [plan for plan in planned.values() if isinstance(plan, _Replacement)]
     for plan in replacements:
         plan.carry_out([cell for _, cell in cells])
@@ -117,6 +98,10 @@ class _Replacement(NamedTuple):
     path: str
     state: State
 
+    def described(self) -> str:
+        """What the table says of the new layer."""
+        return conversion.replaced_by(type(self.layer).__name__, frozen=False, learns=_learns(self.old))
+
     def carry_out(self, cells: list[nn.Cell]) -> None:
         """Put the layer wherever the old one is, with its parameters, and with the state."""
         layer, old = self.layer, self.old
@@ -129,24 +114,6 @@ class _Replacement(NamedTuple):
         _take_modes_and_hooks(layer, old)
         for cell in cells:
             exchange(cell, old, layer)
-
-
-def _check_options(to: str, options: Mapping[str, Any]) -> None:
-    """Refuse options that no layer could be built with, whether there is one or not."""
-    if kept := [name for name in options if name in KEPT]:
-        raise RBNTypeError(
-            f"convert: expected options that the layer before has not, got {', '.join(kept)}. "
-            "These stay as they are: set them on the layers afterwards."
-        )
-    if to != "bn":
-        LAYERS[to](1, **options)
-        return
-    if unknown := set(options) - {"spatial_dims"}:
-        raise RBNTypeError(
-            f"convert: expected no option but spatial_dims for 'bn', got {', '.join(sorted(unknown))}. "
-            "Leave it out."
-        )
-    check_choice("spatial_dims", options.get("spatial_dims", 2), (1, 2, 3), "convert")
 
 
 def _plan(
@@ -228,8 +195,7 @@ def _take_parameters(layer: nn.Cell, old: nn.Cell) -> None:
     """Let a layer have the parameters of the one before, and learn what that has learned."""
     holder = layer.bn2d if isinstance(layer, nn.BatchNorm3d) else layer
     before = stored(old)
-    learnable = _learnable(old)
-    learns = not learnable or any(parameter.requires_grad for parameter in learnable)
+    learns = _learns(old)
     for name, parameter in stored(layer).items():
         if name in before and before[name].dtype == parameter.dtype:
             holder.insert_param_to_cell(NAMES["mindspore"][name], before[name])
@@ -239,9 +205,10 @@ def _take_parameters(layer: nn.Cell, old: nn.Cell) -> None:
             parameter.requires_grad = False
 
 
-def _learnable(cell: nn.Cell) -> list[ms.Parameter]:
-    """What a layer could learn."""
-    return [parameter for name, parameter in stored(cell).items() if name in PARAMETERS]
+def _learns(cell: nn.Cell) -> bool:
+    """Whether a layer learns a parameter, or has none that it could."""
+    learned = [parameter.requires_grad for name, parameter in stored(cell).items() if name in PARAMETERS]
+    return any(learned) or not learned
 
 
 def _take_modes_and_hooks(layer: nn.Cell, old: nn.Cell) -> None:

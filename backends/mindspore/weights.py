@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from rbn.backends.mindspore.internals import no_grad
 from rbn.backends.mindspore.layers import CalibratedNorm
+from rbn_core import config
 from rbn_core.config import Config
 from rbn_core.errors import RBNValueError
 from rbn_core.matching import State, Table, match
@@ -141,21 +142,7 @@ def kind(cell: nn.Cell) -> Kind:
 
 def config_of(layer: CalibratedNorm) -> Config:
     """A layer's options in the conventions of `rbn_core.Config`."""
-    bnet = layer.layer == "BNET"
-    return Config(
-        layer.num_features,
-        layer.eps,
-        layer.momentum,
-        layer.centering,
-        layer.scaling,
-        layer.restrict,
-        layer.running_var,
-        gamma=not bnet,
-        beta=not bnet,
-        kernel_size=layer.kernel_size if bnet else None,
-        spatial_dims=layer.spatial_dims or 2,
-        layer=layer.layer,
-    )
+    return config.config_of("mindspore", layer)
 
 
 def layers(model: nn.Cell, path: str = "", above: tuple[nn.Cell, ...] = ()) -> Iterator[tuple[str, nn.Cell]]:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,13 +23,13 @@ import numpy as np
 from mindspore import Parameter, Tensor, amp, nn, ops
 from mindspore.communication import get_rank, init
 
-from rbn.backends.mindspore import BNET, IEBN, RBN, from_numpy, to_numpy
+from rbn.backends.mindspore import from_numpy, layers, to_numpy
 from rbn.backends.mindspore.internals import end_gradient
 from rbn.backends.mindspore.weights import stored
 from rbn.conformance.cases import LAYERS, PRECISIONS_OF, SHARED_SPOILS, SHARED_WITH
 from rbn.conformance.shares import Devices, processes, start
 from rbn.conformance.subject import Array, LayerSubject, Outcome, Subject
-from rbn_core.config import Config
+from rbn_core.config import Config, arguments
 from rbn_core.matching import State
 from rbn_core.names import NAMES, PARAMETERS
 
@@ -193,23 +194,17 @@ class MindSpore(MindSporeCell):
 
     def make_rbn(self, config: Config, dtype: Any) -> nn.Cell:
         """RBN, IEBN or BNET."""
-        common: dict[str, Any] = {
-            "eps": config.eps,
-            "momentum": config.momentum,
+        whole = replace(config, gamma=True, beta=True, track_running_stats=True)  # MindSpore's layers are
+        own: dict[str, Any] = {
             "use_batch_statistics": None if config.track_running_stats else True,
             "data_format": "NHWC" if self.layout == "channels_last" else "NCHW",
             "dtype": dtype,
-            "running_var": config.running_var,
             "sync": self.sync,
             "fused": self.fused,
         }
-        affine = config.gamma or config.beta
-        if config.kernel_size is not None:
-            return BNET(config.num_features, config.kernel_size, spatial_dims=config.spatial_dims, **common)
-        if config.layer == "IEBN":
-            return IEBN(config.num_features, affine=affine, **common)
-        common |= {"centering": config.centering, "scaling": config.scaling, "restrict": config.restrict}
-        return RBN(config.num_features, affine=affine, **common)
+        if config.layer != "BNET":
+            own["affine"] = config.gamma or config.beta
+        return getattr(layers, config.layer)(config.num_features, **arguments("mindspore", whole), **own)
 
     def under(self, precision: str) -> Self:
         """The same as MindSpore casts it."""

@@ -10,9 +10,9 @@ import itertools
 import mindspore as ms
 import numpy as np
 import pytest
-from mindspore import Tensor, ops
+from mindspore import Parameter, Tensor, ops
 
-from rbn.backends.mindspore import BNET, IEBN, RBN, from_numpy, fused, to_numpy
+from rbn.backends.mindspore import BNET, IEBN, RBN, from_numpy, functional, fused, to_numpy
 from rbn_core.errors import RBNError
 
 pytestmark = pytest.mark.skipif(not fused.AVAILABLE, reason="the loops were not compiled: no C++ compiler")
@@ -222,6 +222,25 @@ def test_the_plain_form_is_the_same_in_graphs(kind, training, compiled):
     again = kind(3, fused=False, dtype=ms.float64).set_train(training)
     from_numpy(again, to_numpy(plain))
     assert_same((plain, again), images(4, 3, 5, 2), compiled)
+
+
+@pytest.mark.parametrize("values", [None, 20])
+@pytest.mark.parametrize("new_weight", [0.1, 1.0, None])
+def test_equation_3_has_one_form_of_call_and_the_operator_counts_the_batch(new_weight, values):
+    mean, var = images(3), images(3, seed=2)
+    weight = 1 / 4 if new_weight is None else new_weight
+    correction = 1 if values is None else values / (values - 1)
+    due = [weight * mean.asnumpy(), 1 - weight + weight * correction * var.asnumpy()]
+    counter = Parameter(Tensor(3, ms.int32))
+    for accumulate, count in ((functional.accumulate, Tensor(4, ms.int32)), (fused.accumulate, counter)):
+        running = [Parameter(start((3,), ms.float64)) for start in (ops.zeros, ops.ones)]
+        accumulate(running, mean, var, new_weight, count=count, values=values)
+        for found, expected in zip(running, due, strict=True):
+            np.testing.assert_allclose(found.asnumpy(), expected, rtol=1e-14)
+    assert counter == 4
+    running = [Parameter(start((3,), ms.float64)) for start in (ops.zeros, ops.ones)]
+    functional.accumulate(running, mean, var, 0.1)
+    np.testing.assert_allclose(running[1].asnumpy(), 0.9 + 0.1 * var.asnumpy(), rtol=1e-14)
 
 
 def test_views_of_other_tensors(compiled):

@@ -320,7 +320,7 @@ def test_a_schedule_that_says_otherwise_is_refused():
         (
             lambda w: nn.SGD([*w, Parameter(Tensor([1.0]), name="strange")], 0.2),
             RBNValueError,
-            "got one of others, strange",
+            r"got one of others: strange\. Build it with model.trainable_params",
         ),
     ],
 )
