@@ -33,7 +33,7 @@ class _TopFolders:
 
 
 if _pyproject.is_file():
-    sys.meta_path.append(_TopFolders)
+    sys.meta_path.insert(0, _TopFolders)  # before the finder of another checkout that is installed
 
 try:
     __version__ = metadata.version("rbn")

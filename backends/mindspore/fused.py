@@ -46,7 +46,7 @@ class Number:
         return id(layer)
 
 
-def check(number: int, accumulates: bool) -> None:
+def check_layer(number: int, accumulates: bool) -> None:
     """Refuse a layer that was changed into none, in either form: nothing is computed or accumulated then.
 
     Statistics are not accumulated in the memory of a parameter, which is still read afterwards. That is
@@ -61,7 +61,7 @@ def check(number: int, accumulates: bool) -> None:
         RBNError: An option is unknown, something stored is missing or has a wrong shape or dtype, or a
             statistic lies in the memory of a parameter or of the other statistic.
     """
-    _check(number, accumulates, is_compiled(check))
+    _check_layer(number, accumulates, is_compiled(check_layer))
 
 
 def takes(x: Tensor, centering: Statistic | None, scaling: Statistic | None, restrict: str) -> bool:
@@ -336,7 +336,7 @@ def _takes(
 
 
 @ops.constexpr(reuse_result=False)
-def _check(number: int, accumulates: bool, compiled: bool) -> None:
+def _check_layer(number: int, accumulates: bool, compiled: bool) -> None:
     layer = NUMBERED[number]
     config = config_of("mindspore", layer)
     stored = {name: getattr(layer, name, None) for name in (*config.parameters, *STATED)}

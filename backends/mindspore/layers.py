@@ -96,7 +96,7 @@ class CalibratedNorm(nn.Cell):
     def construct(self, x: Tensor) -> Tensor:
         """Y, of the shape and dtype of `x`; in a network that is cast to a dtype, of that one."""
         batch_statistics = self.training if self.use_batch_statistics is None else self.use_batch_statistics
-        fused.check(self.number, batch_statistics)
+        fused.check_layer(self.number, batch_statistics)
         channels_last = self.data_format == "NHWC"
         if functional.is_known(x.shape):
             own_values = x.size // self.num_features

@@ -197,3 +197,24 @@ def test_from_the_editable_install(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     files = json.loads(python("-P", "-c", code, *FOLDERS, cwd=tmp_path, env=environment))
     assert files == {name: str(ROOT / folder / "__init__.py") for name, folder in FOLDERS.items()}
+
+
+OTHER_CHECKOUT = """
+import importlib.util, sys, types
+
+class Other:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name == "rbn.backends":
+            return importlib.util.spec_from_loader(name, loader=None, origin="another checkout")
+
+sys.meta_path.insert(0, Other)
+import rbn, rbn.backends
+print(rbn.__file__, rbn.backends.__file__, sep="\\n")
+"""
+
+
+def test_a_checkout_takes_its_own_folders_and_not_those_of_another_that_is_installed():
+    done = subprocess.run([sys.executable, "-c", OTHER_CHECKOUT], capture_output=True, text=True, cwd=ROOT)
+    package, backends = map(Path, done.stdout.split())
+    assert package.parents[1] == backends.parents[1]
