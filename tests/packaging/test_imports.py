@@ -110,8 +110,15 @@ def install(folder, **environment):
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
-    """The folder that a wheel of the tree is installed in."""
-    return install(tmp_path_factory.mktemp("wheel"))
+    """The folder that a wheel of the tree is installed in.
+
+    The compiler does not optimize, which would take it a minute: `make setup` has it do so.
+    """
+    folder = tmp_path_factory.mktemp("wheel")
+    compiler = folder / "compiler"
+    compiler.write_text('#!/bin/sh\nexec g++ "$@" -O0\n')  # the last option counts
+    compiler.chmod(0o755)
+    return install(folder, CXX=str(compiler))
 
 
 @pytest.fixture(scope="module")
