@@ -1,5 +1,6 @@
 """Which tests ``--framework`` selects: pytest runs on a small tree of its own with this conftest."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -31,9 +32,13 @@ def run(tmp_path):
         (tmp_path / name).write_text(text)
     shutil.copy(CONFTEST, tmp_path / "tests")
 
+    # No plugin but that of several processes: importing all of them takes longer than the tests.
+    environment = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    plugins = ["-p", "no:cacheprovider", "-p", "xdist.plugin"]
+
     def run(*arguments):
-        command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", *arguments]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        command = [sys.executable, "-m", "pytest", "-v", *plugins, *arguments]
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
 
     return run
 
