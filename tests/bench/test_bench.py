@@ -169,7 +169,7 @@ def test_a_framework_on_small_inputs(request):
 
 @pytest.mark.framework("torch")
 def test_a_network_on_small_images():
-    options = Options(network="resnet18", images=(2, 3, 32, 32), seconds=0.0)
+    options = Options(network="cifar_resnet20", images=(2, 3, 32, 32), seconds=0.0)
     (found,) = run(["torch"], options, lambda runs: None)
     assert found.failure == ""
     (measurement,) = found.measurements
