@@ -4,6 +4,9 @@ SET_UP_BY := pyproject.toml constraints.txt setup.py $(wildcard kernels/*.cpp ke
 STAMP := .venv/.set-up-$(shell cat $(SET_UP_BY) | sha256sum | cut -c1-16)
 FRAMEWORKS := torch flax mindspore jittor
 
+# Processes run side by side: a thread of OpenMP that waits sleeps, and leaves its processor to the others.
+export OMP_WAIT_POLICY ?= passive
+
 # The pinned versions are those for Python 3.11.
 PYTHON = $(shell command -v python3.11 \
 	|| { python3 -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null && command -v python3; })

@@ -10,8 +10,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# Stands for python3.11, python3.12 and all that is in the bin of an environment: notes how it was called,
-# fails when the call is in the file `fail`, and otherwise runs nothing but `-m venv` and what is in tools/.
+# Stands for python3.11, python3.12 and all that is in the bin of an environment: notes how it was called and
+# how threads are to wait, fails when the call is in the file `fail`, and otherwise runs nothing but `-m venv`
+# and what is in tools/.
 STUB = f"""#!/bin/sh
 case "$*" in
     "-m venv "*)
@@ -25,6 +26,7 @@ case "$*" in
         exec {sys.executable} "$@";;
 esac
 echo "$(basename "$0") $*" >> "$CALLS"
+echo "$OMP_WAIT_POLICY" > "$CALLS.waiting"
 if grep -qxF -- "$(basename "$0") $*" "$FAIL"; then echo "it broke"; exit 1; fi
 """
 
@@ -199,6 +201,13 @@ def test_mypy_gets_the_tree_of_import_names(make):
     parts = ("backends", "kernels", "conformance", "benchmarks", "formats", "training")
     for name in ("rbn", "rbn_core", *(f"rbn/{part}" for part in parts)):
         assert (types / name / "__init__.py").is_file()
+
+
+def test_threads_sleep_while_they_wait_unless_the_environment_says_otherwise(make, tmp_path, monkeypatch):
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    for given, waiting in (({}, "passive"), ({"OMP_WAIT_POLICY": "active"}, "active")):
+        make("conform", **given)
+        assert (tmp_path / "calls.waiting").read_text() == f"{waiting}\n"
 
 
 def test_conform_fails_when_the_suite_does(make):
