@@ -9,9 +9,9 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,14 +38,45 @@ OPTIONS = {
 """The centering, scaling and restrict that the fast form knows."""
 
 STATISTICS_DTYPES = (torch.float32, torch.float64)
+COUNT = len(VECTORS)
+
+
+class Vectors(NamedTuple):
+    """What a layer keeps, (C,) each, in the order in which the loops take it; `None` for what it lacks.
+
+    E and Var are left out where a layer takes the batch's.
+    """
+
+    gamma: Tensor | None
+    beta: Tensor | None
+    center_weight: Tensor | None
+    scale_weight: Tensor | None
+    scale_bias: Tensor | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+
+
+class Options(NamedTuple):
+    """epsilon of eq. 1, K_m of eq. 5, K_s and R of eq. 9."""
+
+    eps: float
+    centering: Statistic | None
+    scaling: Statistic | None
+    restrict: str
+
 
 LIBRARY = torch.library.Library("rbn", "DEF")
-ARGUMENTS = ", ".join(
-    (*(f"Tensor? {name}" for name in VECTORS), "float eps, str? centering, str? scaling, str restrict")
+LAYER = ", ".join(
+    (
+        *(f"Tensor? {name}" for name in Vectors._fields),
+        "float eps, str? centering, str? scaling, str restrict",
+    )
 )
-LIBRARY.define(f"forward(Tensor x, {ARGUMENTS}) -> ({', '.join(['Tensor'] * 5)})")
+"""Vectors and options one after another, as autograd and the operators take them."""
+
+LIBRARY.define(f"forward(Tensor x, {LAYER}) -> ({', '.join(['Tensor'] * 5)})")
 LIBRARY.define(
-    f"backward(Tensor dy, Tensor x, Tensor mu, Tensor v, {ARGUMENTS}, bool needs_dx) "
+    f"backward(Tensor dy, Tensor x, Tensor mu, Tensor v, {LAYER}, bool needs_dx) "
     f"-> ({', '.join(['Tensor'] * (1 + len(PARAMETERS)))})"
 )
 
@@ -159,15 +190,16 @@ def rbn(
         for value in (*map(parameters.get, PARAMETERS), *(running or (None, None)))
     ]
     options = (eps, centering, scaling, restrict)
-    if torch.compiler.is_compiling():
-        forward = torch.ops.rbn.forward.default
-    elif torch.is_grad_enabled():
-        forward = _Eager.apply
-    elif running is not None and _nobody_listens(x):
-        return _evaluated(x, layer, options), *running
+    # torch.compile and what records operators must see a registered one. Without them the loops are called at
+    # once, in an autograd.Function: PyTorch's way to an operator takes longer than a small layer.
+    compiling = torch.compiler.is_compiling()
+    at_once = not compiling and _nobody_listens(x)
+    if torch.is_grad_enabled() and not compiling:
+        y, _, _, mean, var = _Differentiable.apply(x, *layer, *options, at_once)
+    elif at_once:
+        y, _, _, mean, var = _forward_cpu(x, layer, options, kept=False)
     else:
-        forward = _forward
-    y, _, _, mean, var = forward(x, *layer, *options)
+        y, _, _, mean, var = torch.ops.rbn.forward.default(x, *layer, *options)
     return y, mean, var
 
 
@@ -192,7 +224,7 @@ def accumulate(
         functional.accumulate(running, mean, var, new_weight, correction)
         return
     torch.autograd.graph.increment_version(running)
-    kernels.accumulate(_arrays(*running, mean, var), new_weight, correction)
+    kernels.accumulate(_arrays((*running, mean, var)), new_weight, correction)
 
 
 def statistics_dtype(x: Tensor) -> torch.dtype:
@@ -212,58 +244,52 @@ def _forward_shapes(x: Tensor, *_: Any) -> tuple[Tensor, ...]:
 
 
 @torch.library.register_fake("rbn::backward", lib=LIBRARY)
-def _backward_shapes(dy: Tensor, x: Tensor, mu: Tensor, v: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    *layer_arguments, needs_dx = arguments
-    return _gradients_of(functional.dense(x)[0], mu, layer_arguments[: len(PARAMETERS)], needs_dx)
+def _backward_shapes(dy: Tensor, x: Tensor, mu: Tensor, v: Tensor, *layer: Any) -> tuple[Tensor, ...]:
+    return _gradients_of(functional.dense(x)[0], mu, layer[: len(PARAMETERS)], needs_dx=layer[-1])
 
 
-def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _remember(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, ...]) -> None:
     x, *layer = inputs
     _, mu, v, mean, var = output
-    *stored, running_mean, _, eps, centering, scaling, restrict = layer
+    vectors, ctx.options = layer[:COUNT], layer[COUNT:]
     ctx.mark_non_differentiable(mu, v, mean, var)
     ctx.set_materialize_grads(False)
-    # E and Var as the operator copied them: the layer's own may have changed until the backward pass.
-    running = (None, None) if running_mean is None else (mean, var)
-    ctx.save_for_backward(x, mu, v, *stored, *running)
-    ctx.options = (eps, centering, scaling, restrict)
+    if vectors[-1] is not None:  # as the operator copied them: the layer's own may change until then
+        vectors[-2:] = mean, var
+    ctx.save_for_backward(x, mu, v, *vectors)
 
 
 def _differentiate(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    x, mu, v, *layer = ctx.saved_tensors
-    nothing = (None,) * (2 + len(ctx.options))  # for E, Var and the options
     wanted = ctx.needs_input_grad[: 1 + len(PARAMETERS)]
-    if dy is None:
-        return (*(None for _ in wanted), *nothing)
-    if torch.is_grad_enabled():  # the gradients are to be differentiated again
-        gradients = _differentiable_gradients(dy, x, layer, ctx.options, wanted)
-    else:
-        operator = _backward_cpu if _nobody_listens(dy, x) else torch.ops.rbn.backward.default
-        gradients = operator(dy, x, mu, v, *layer, *ctx.options, wanted[0])
-    return (
-        *(gradient if want else None for gradient, want in zip(gradients, wanted, strict=True)),
-        *nothing,
-    )
+    gradients: Iterable[Tensor | None] = (None,) * len(wanted)
+    if dy is not None:
+        x, mu, v, *vectors = ctx.saved_tensors
+        if torch.is_grad_enabled():  # the gradients are to be differentiated again
+            gradients = _differentiable_gradients(dy, x, vectors, Options(*ctx.options), wanted)
+        else:
+            operator = _backward_cpu if _nobody_listens(dy, x) else torch.ops.rbn.backward.default
+            gradients = operator(dy, x, mu, v, *vectors, *ctx.options, wanted[0])
+    found = [gradient if want else None for gradient, want in zip(gradients, wanted, strict=True)]
+    return *found, *[None] * (len(ctx.needs_input_grad) - len(found))
 
 
 torch.library.register_autograd("rbn::forward", _differentiate, setup_context=_remember, lib=LIBRARY)
 
 
-class _Eager(torch.autograd.Function):
-    """`rbn::forward` without what the library wraps around it, which takes longer than a small layer."""
+class _Differentiable(torch.autograd.Function):
+    """`rbn::forward` as autograd knows it, without what the library wraps around it."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:  # a setup_context beside it takes its own time
-        output = _forward(*inputs)
-        _remember(ctx, inputs, output)
+        x, *layer, at_once = inputs
+        if at_once:
+            output = _forward_cpu(x, layer[:COUNT], layer[COUNT:])
+        else:
+            output = torch.ops.rbn.forward.default(x, *layer)
+        _remember(ctx, (x, *layer), output)
         return output
 
     backward = staticmethod(_differentiate)
-
-
-def _forward(x: Tensor, *layer: Any) -> tuple[Tensor, ...]:
-    operator = _forward_cpu if _nobody_listens(x) else torch.ops.rbn.forward.default
-    return operator(x, *layer)
 
 
 def _nobody_listens(*images: Tensor) -> bool:
@@ -278,22 +304,14 @@ def _nobody_listens(*images: Tensor) -> bool:
 
 
 def _differentiable_gradients(
-    dy: Tensor, x: Tensor, layer: list[Tensor | None], options: tuple[Any, ...], wanted: tuple[bool, ...]
+    dy: Tensor, x: Tensor, vectors: Sequence[Tensor | None], options: Options, wanted: tuple[bool, ...]
 ) -> list[Tensor | None]:
     """The gradients as functions of dY, X and the parameters, through the plain form."""
-    *stored, mean, var = layer
-    inputs = [x, *stored]
-    eps, centering, scaling, restrict = options
-    y, _, _ = functional.rbn(
-        x,
-        {name: value for name, value in zip(PARAMETERS, stored, strict=True) if value is not None},
-        None if mean is None or var is None else (mean, var),
-        eps=eps,
-        centering=centering,
-        scaling=scaling,
-        restrict=restrict,
-    )
-    chosen = [value for value, want in zip(inputs, wanted, strict=True) if want]
+    *stored, mean, var = vectors
+    parameters = {name: value for name, value in zip(PARAMETERS, stored, strict=True) if value is not None}
+    running = None if mean is None or var is None else (mean, var)
+    y, _, _ = functional.rbn(x, parameters, running, **options._asdict())
+    chosen = [value for value, want in zip((x, *stored), wanted, strict=True) if want]
     found = iter(torch.autograd.grad(y.to(x.dtype), chosen, dy, create_graph=True))
     return [next(found) if want else None for want in wanted]
 
@@ -301,60 +319,50 @@ def _differentiable_gradients(
 # ---- on the CPU: calls into the compiled loops ----
 
 
-@torch.library.impl(LIBRARY, "forward", "CPU")
-def _forward_cpu(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    *layer, eps, centering, scaling, restrict = arguments
-    like = {"dtype": statistics_dtype(x), "device": x.device}  # `new_empty` takes longer
-    mu, v = torch.empty(x.shape[:2], **like), torch.empty(x.shape[:2], **like)
-    *_, running_mean, running_var = layer
-    mean = var = None
-    if running_mean is None:
-        mean, var = torch.empty(x.shape[1], **like), torch.empty(x.shape[1], **like)
-    y = _transformed(x, layer, (eps, centering, scaling, restrict), mu, v, mean, var)
-    return (
-        (y, mu, v, mean, var) if mean is not None else (y, mu, v, running_mean.clone(), running_var.clone())
-    )
-
-
-def _evaluated(x: Tensor, layer: list[Tensor | None], options: tuple[Any, ...]) -> Tensor:
-    """Y with the E and Var that are in the layer, and nothing for a backward pass."""
-    return _transformed(x, layer, options, None, None, None, None)
-
-
-def _transformed(
-    x: Tensor, layer: list[Tensor | None], options: tuple[Any, ...], *statistics: Tensor | None
-) -> Tensor:
-    """Y, while the moments of the planes and of the batch are written, where there is room for them."""
+def _forward_cpu(
+    x: Tensor, vectors: Sequence[Any], options: Sequence[Any], kept: bool = True
+) -> tuple[Any, ...]:
+    """Y, mu, v, E and Var; of the last four no more than needed, where none is kept for a backward pass."""
+    known = vectors[-1] is not None
+    mu = v = mean = var = None
+    if kept or not known:
+        like = {"dtype": statistics_dtype(x), "device": x.device}  # `new_empty` takes longer
+        mu, v = torch.empty(x.shape[:2], **like), torch.empty(x.shape[:2], **like)
+        if not known:
+            mean, var = torch.empty(x.shape[1], **like), torch.empty(x.shape[1], **like)
     x, channels_last = functional.dense(x)
     y = torch.empty_like(x)
-    vectors = _contiguous(layer)
-    plan = _plan(x, channels_last, layer[-1] is None, *options)
-    try:
-        kernels.forward(plan, _arrays(x, y, *statistics, *vectors))
-    except RBNValueError:  # what starts between two numbers: rare, and dear to ask of each
-        x, *vectors = map(_aligned, (x, *vectors))
-        kernels.forward(plan, _arrays(x, y, *statistics, *vectors))
-    return y
+    plan = _plan(x, channels_last, not known, options)
+    _call(kernels.forward, plan, [x, y, mu, v, mean, var, *_dense(vectors)])
+    if known:
+        mean, var = (value.clone() for value in vectors[-2:]) if kept else vectors[-2:]
+    return y, mu, v, mean, var
+
+
+LIBRARY.impl("forward", lambda x, *layer: _forward_cpu(x, layer[:COUNT], layer[COUNT:]), "CPU")
 
 
 @torch.library.impl(LIBRARY, "backward", "CPU")
-def _backward_cpu(dy: Tensor, x: Tensor, mu: Tensor, v: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    *layer, eps, centering, scaling, restrict, needs_dx = arguments
+def _backward_cpu(dy: Tensor, x: Tensor, mu: Tensor, v: Tensor, *layer: Any) -> tuple[Tensor, ...]:
+    vectors, options, needs_dx = layer[:COUNT], layer[COUNT:-1], layer[-1]
     x, channels_last = functional.dense(x)
     dy = dy.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last else dy.contiguous()
-    gradients = _gradients_of(x, mu, layer[: len(PARAMETERS)], needs_dx)
-    vectors = _contiguous(layer)
-    plan = _plan(x, channels_last, layer[-1] is None, eps, centering, scaling, restrict)
-    dx, *others = gradients
-    try:
-        kernels.backward(plan, _arrays(dy, x, mu, v, dx, *vectors, *others))
-    except RBNValueError:
-        dy, x, *vectors = map(_aligned, (dy, x, *vectors))
-        kernels.backward(plan, _arrays(dy, x, mu, v, dx, *vectors, *others))
+    dx, *others = gradients = _gradients_of(x, mu, vectors[: len(PARAMETERS)], needs_dx)
+    plan = _plan(x, channels_last, vectors[-1] is None, options)
+    _call(kernels.backward, plan, [dy, x, mu, v, dx, *_dense(vectors), *others])
     return gradients
 
 
-def _plan(x: Tensor, channels_last: bool, batch_statistics: bool, *options: Any) -> kernels.Plan:
+def _call(function: Callable[..., None], plan: kernels.Plan, tensors: list[Tensor | None]) -> None:
+    """Call the loops, with copies of what they cannot read, which must live as long as they run."""
+    try:
+        function(plan, _arrays(tensors))
+    except RBNValueError:  # what starts between two numbers: rare, and dear to ask of each
+        tensors = [*map(_aligned, tensors)]
+        function(plan, _arrays(tensors))
+
+
+def _plan(x: Tensor, channels_last: bool, batch_statistics: bool, options: Sequence[Any]) -> kernels.Plan:
     dtype = NAMES_OF_DTYPES[DTYPES[x.dtype]]
     return _known_plan(
         tuple(x.shape), dtype, channels_last, batch_statistics, torch.get_num_threads(), *options
@@ -387,11 +395,11 @@ def _known_plan(
     )
 
 
-def _contiguous(layer: list[Tensor | None]) -> list[Tensor | None]:
-    """As the loops read it; a copy must live as long as they run."""
+def _dense(vectors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """As the loops read them."""
     return [
         None if value is None else (value.resolve_neg() if value.is_neg() else value).contiguous()
-        for value in layer
+        for value in vectors
     ]
 
 
@@ -402,7 +410,7 @@ def _aligned(values: Tensor | None) -> Tensor | None:
     return values.clone()
 
 
-def _arrays(*tensors: Tensor | None) -> list[kernels.Array]:
+def _arrays(tensors: Iterable[Tensor | None]) -> list[kernels.Array]:
     """As the loops take them; those without numbers are none."""
     return [
         (tensor.data_ptr(), tensor.numel(), DTYPES[tensor.dtype]) if tensor is not None else kernels.NOTHING
@@ -410,7 +418,7 @@ def _arrays(*tensors: Tensor | None) -> list[kernels.Array]:
     ]
 
 
-def _gradients_of(x: Tensor, mu: Tensor, stored: Any, needs_dx: bool) -> tuple[Tensor, ...]:
+def _gradients_of(x: Tensor, mu: Tensor, stored: Sequence[Any], needs_dx: bool) -> tuple[Tensor, ...]:
     """Room for the gradients of X and of the parameters; none for what the layer lacks or nobody wants."""
     dx = torch.empty_like(x) if needs_dx else x.new_empty(0)
     return dx, *[mu.new_empty(0) if value is None else torch.empty_like(value) for value in stored]
@@ -421,28 +429,16 @@ def _gradients_of(x: Tensor, mu: Tensor, stored: Any, needs_dx: bool) -> tuple[T
 
 @torch.library.impl(LIBRARY, "forward", "CUDA")
 def _forward_cuda(x: Tensor, *layer: Any) -> tuple[Tensor, ...]:
-    from rbn.backends.torch import triton_kernels  # imports Triton, which takes seconds
+    from rbn.backends.torch.triton import launch  # imports Triton, which takes seconds
 
-    *stored, running_mean, running_var, eps, centering, scaling, restrict = layer
-    running = None if running_mean is None else (running_mean, running_var)
-    y, mu, v, mean, var = triton_kernels.forward(
-        functional.dense(x)[0], stored, running, eps, centering, scaling, restrict
-    )
-    if running is not None:
-        mean, var = running_mean.clone(), running_var.clone()
-    return y, mu, v, mean, var
+    vectors, options = Vectors(*layer[:COUNT]), Options(*layer[COUNT:])
+    return launch.forward(functional.dense(x)[0], vectors, options)
 
 
 @torch.library.impl(LIBRARY, "backward", "CUDA")
-def _backward_cuda(dy: Tensor, x: Tensor, mu: Tensor, v: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    from rbn.backends.torch import triton_kernels
+def _backward_cuda(dy: Tensor, x: Tensor, mu: Tensor, v: Tensor, *layer: Any) -> tuple[Tensor, ...]:
+    from rbn.backends.torch.triton import launch
 
-    *layer, eps, centering, scaling, restrict, needs_dx = arguments
-    *stored, mean, var = layer
-    running = None if mean is None else (mean, var)
-    wanted = [value is not None for value in stored]
-    x, _ = functional.dense(x)
-    dx, gradients = triton_kernels.backward(
-        dy, x, mu, v, stored, running, eps, centering, scaling, restrict, needs_dx, wanted
-    )
+    vectors, options = Vectors(*layer[:COUNT]), Options(*layer[COUNT:-1])
+    dx, gradients = launch.backward(dy, functional.dense(x)[0], mu, v, vectors, options, needs_dx=layer[-1])
     return tuple(mu.new_empty(0) if gradient is None else gradient for gradient in (dx, *gradients))

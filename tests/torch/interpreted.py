@@ -12,7 +12,9 @@ import warnings
 import pytest
 import torch
 
-from rbn.backends.torch import RBN, fused, triton_kernels
+from rbn.backends.torch import RBN, fused
+from rbn.backends.torch.fused import Options, Vectors
+from rbn.backends.torch.triton import launch
 from rbn.conformance.cases import parse
 from rbn.conformance.checks import PASSED, check
 from rbn.conformance.subjects.torch import Torch
@@ -67,7 +69,7 @@ def on_the_cpu():
             fused.LIBRARY.impl(name, implementation, "CPU", allow_override=True)
         patch.setattr(fused, "_nobody_listens", lambda *_: False)  # or the loops are called at once
         patch.setitem(fused.AVAILABLE, "cpu", True)
-        patch.setattr(triton_kernels, "processors", lambda device: PROCESSORS)
+        patch.setattr(launch, "processors", lambda device: PROCESSORS)
         yield
 
 
@@ -134,9 +136,9 @@ def test_what_is_frozen_gets_no_gradient(layer, training, frozen):
 def test_parameters_may_have_gaps(layer):
     x = torch.randn(3, 5, 4, 4)
     wide = [torch.randn(5, 2)[:, 0] for _ in range(5)]
-    options = (layer.epsilon, "channel_mean", "channel_std", "sigmoid")
+    options = Options(layer.epsilon, "channel_mean", "channel_std", "sigmoid")
     found, expected = (
-        triton_kernels.forward(x, values, (values[0], values[1].square()), *options)[0]
+        launch.forward(x, Vectors(*values, values[0], values[1].square()), options)[0]
         for values in (wide, [value.clone() for value in wide])
     )
     assert torch.equal(found, expected)
@@ -146,35 +148,34 @@ def test_parameters_may_have_gaps(layer):
 def test_an_empty_batch_has_no_statistics_and_gives_no_gradient(layer, running):
     x = torch.randn(0, 5, 4, 4)
     values = list(layer.parameters())
-    running = (layer.running_mean, layer.running_var) if running else None
-    options = (layer.epsilon, "channel_mean", "channel_mean", "sigmoid")
-    y, mu, v, mean, var = triton_kernels.forward(x, values, running, *options)
+    vectors = Vectors(*values, *((layer.running_mean, layer.running_var) if running else (None, None)))
+    options = Options(layer.epsilon, "channel_mean", "channel_mean", "sigmoid")
+    y, mu, v, mean, var = launch.forward(x, vectors, options)
     assert y.shape == x.shape
     assert mu.shape == v.shape == (0, 5)
-    assert running is not None or all(s.isnan().all() for s in (mean, var))
-    dx, gradients = triton_kernels.backward(x, x, mu, v, values, running, *options, True, [True] * 5)
+    assert running or all(s.isnan().all() for s in (mean, var))
+    dx, gradients = launch.backward(x, x, mu, v, vectors, options, needs_dx=True)
     assert dx.shape == x.shape
     assert all(torch.equal(gradient, torch.zeros(5)) for gradient in gradients)
 
 
-OPTIONS = (1e-5, "channel_mean", "channel_std", "sigmoid")
+OPTIONS = Options(1e-5, "channel_mean", "channel_std", "sigmoid")
 
 
 def handed_over():
     """What both passes take, all of it in order."""
-    x = torch.randn(3, 5, 4, 4)
-    parameters, running = [torch.rand(5) for _ in range(5)], (torch.rand(5), torch.rand(5))
-    _, mu, v, *_ = triton_kernels.forward(x, parameters, running, *OPTIONS)
-    return x, mu, v, parameters, running
+    x, vectors = torch.randn(3, 5, 4, 4), Vectors(*(torch.rand(5) for _ in range(7)))
+    _, mu, v, *_ = launch.forward(x, vectors, OPTIONS)
+    return x, mu, v, vectors
 
 
-def assert_refused(text, x, mu, v, parameters, running, options=OPTIONS, dy=None):
+def assert_refused(text, x, mu, v, vectors, options=OPTIONS, dy=None):
     if dy is None:
         with pytest.raises(RBNValueError, match=text):
-            triton_kernels.forward(x, parameters, running, *options)
+            launch.forward(x, vectors, options)
     dy = x if dy is None else dy
     with pytest.raises(RBNValueError, match=text):
-        triton_kernels.backward(dy, x, mu, v, parameters, running, *options, True, [True] * 5)
+        launch.backward(dy, x, mu, v, vectors, options, needs_dx=True)
 
 
 WRONG = [torch.rand(4), torch.rand(1), torch.rand(10), torch.rand(0), torch.rand(5, 1), torch.rand(5).half(),
@@ -184,19 +185,16 @@ WRONG = [torch.rand(4), torch.rand(1), torch.rand(10), torch.rand(0), torch.rand
 @pytest.mark.parametrize(
     "wrong", WRONG, ids=lambda value: f"{tuple(value.shape)} {value.dtype} {value.device}"
 )
-@pytest.mark.parametrize("place", range(7))
-def test_a_vector_that_does_not_fit_is_refused(place, wrong):
-    x, mu, v, parameters, running = handed_over()
-    vectors = [*parameters, *running]
-    vectors[place] = wrong
-    assert_refused("RBN: expected numbers of shape", x, mu, v, vectors[:5], tuple(vectors[5:]))
+@pytest.mark.parametrize("name", Vectors._fields)
+def test_a_vector_that_does_not_fit_is_refused(name, wrong):
+    x, mu, v, vectors = handed_over()
+    assert_refused("RBN: expected numbers of shape", x, mu, v, vectors._replace(**{name: wrong}))
 
 
-@pytest.mark.parametrize("place", [2, 3, 4])
-def test_a_parameter_that_the_options_need_is_not_left_out(place):
-    x, mu, v, parameters, running = handed_over()
-    parameters[place] = None
-    assert_refused("with these options, got None", x, mu, v, parameters, running)
+@pytest.mark.parametrize("name", ["center_weight", "scale_weight", "scale_bias"])
+def test_a_parameter_that_the_options_need_is_not_left_out(name):
+    x, mu, v, vectors = handed_over()
+    assert_refused("with these options, got None", x, mu, v, vectors._replace(**{name: None}))
 
 
 @pytest.mark.parametrize(
@@ -205,16 +203,16 @@ def test_a_parameter_that_the_options_need_is_not_left_out(place):
      (1e-5, "input_mean", None, "sigmoid"), (1e-5, "spatial_mean", None, "sigmoid")],
 )  # fmt: skip
 def test_an_option_that_the_kernels_do_not_know_is_refused(options):
-    assert_refused("RBN: expected options of the two-pass form", *handed_over(), options)
+    assert_refused("RBN: expected options of the two-pass form", *handed_over(), Options(*options))
 
 
 def test_images_and_gradients_that_do_not_fit_are_refused():
-    x, mu, v, parameters, running = handed_over()
+    x, mu, v, vectors = handed_over()
     for wrong in (x[:, :, ::2], x.transpose(2, 3), x.int()):
-        assert_refused("RBN: expected floating-point images without gaps", wrong, mu, v, parameters, running)
+        assert_refused("RBN: expected floating-point images without gaps", wrong, mu, v, vectors)
     for wrong in (x.half(), x.double(), x[:2], x[:, :, :2], x.to("meta")):
-        assert_refused("RBN: expected dY of shape", x, mu, v, parameters, running, dy=wrong)
+        assert_refused("RBN: expected dY of shape", x, mu, v, vectors, dy=wrong)
     for wrong in (mu[:2], mu[:, :4], mu.double(), mu.to("meta")):
         for planes in ((wrong, v), (mu, wrong)):
             with pytest.raises(RBNValueError, match="RBN: expected numbers of shape"):
-                triton_kernels.backward(x, x, *planes, parameters, running, *OPTIONS, True, [True] * 5)
+                launch.backward(x, x, *planes, vectors, OPTIONS, needs_dx=True)
