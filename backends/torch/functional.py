@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from rbn.backends.torch import internals
 from rbn_core.options import SPATIAL_STATISTICS, Statistic
 
 
@@ -154,8 +156,10 @@ def accumulate(
     running: tuple[Tensor, Tensor],
     mean: Tensor,
     var: Tensor,
-    new_weight: float | Tensor,
-    correction: float,
+    new_weight: float | None,
+    *,
+    count: Tensor | None = None,
+    values: int | None = None,
 ) -> None:
     """Eq. 3, in place: running <- running + (1 - m) (batch - running), without a gradient.
 
@@ -165,11 +169,18 @@ def accumulate(
         running: E and Var, (C,) each.
         mean: mu_B, (C,).
         var: sigma_B^2, (C,), biased.
-        new_weight: 1 - m, the weight of the batch.
-        correction: What the layer wants sigma_B^2 multiplied with: n / (n - 1), or 1.
+        new_weight: 1 - m, the weight of the batch; `None` takes 1 / count, for the average of all batches.
+        count: The number of batches with this one.
+        values: n of eq. 2, to accumulate n / (n - 1) sigma_B^2; `None` takes sigma_B^2 as it is.
     """
+    weight: Any = new_weight
+    if weight is None and count is not None:
+        weight = count.to(running[0]).reciprocal()  # in their dtype: 1 / an integer tensor is float32
+    if not torch.compiler.is_compiling() and internals.functorch_is_active():
+        mean, var, weight = (internals.as_written_to(running[0], value) for value in (mean, var, weight))
+    correction = 1.0 if values is None else values / (values - 1)
     for old, batch in zip(running, (mean.detach(), var.detach() * correction), strict=True):
-        old.detach().lerp_(batch.to(old.dtype), new_weight)
+        old.detach().lerp_(batch.to(old.dtype), weight)
 
 
 def spatial_statistic(name: Statistic, x: Tensor, eps: float) -> Tensor:

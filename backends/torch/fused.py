@@ -207,22 +207,24 @@ def accumulate(
     running: tuple[Tensor, Tensor],
     mean: Tensor,
     var: Tensor,
-    new_weight: float | Tensor,
-    correction: float,
+    new_weight: float | None,
+    *,
+    count: Tensor | None = None,
+    values: int | None = None,
 ) -> None:
     """`functional.accumulate`, on the CPU in one call for each statistic."""
     at_once = (
-        isinstance(new_weight, float)
-        and not torch.compiler.is_compiling()
+        not torch.compiler.is_compiling()
         and _nobody_listens(*running, mean, var)
         and all(
             each.dtype in STATISTICS_DTYPES and each.is_contiguous() and _aligned(each) is each
             for each in running
         )
     )
-    if not at_once:
-        functional.accumulate(running, mean, var, new_weight, correction)
+    if not at_once or not isinstance(new_weight, float):
+        functional.accumulate(running, mean, var, new_weight, count=count, values=values)
         return
+    correction = 1.0 if values is None else values / (values - 1)
     torch.autograd.graph.increment_version(running)
     kernels.accumulate(_arrays((*running, mean, var)), new_weight, correction)
 

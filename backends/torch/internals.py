@@ -85,8 +85,19 @@ def is_batched(tensor: Tensor) -> bool:
     return False
 
 
-def without_functionalization(tensor: Tensor) -> Tensor:
-    """What `torch.func.functionalize` wraps, to write it into a tensor from outside; else the tensor."""
+def as_written_to(target: Tensor, value: Any) -> Any:
+    """A value that can be written into a tensor, which `torch.func.functionalize` may have wrapped or not.
+
+    Args:
+        target: What is written to.
+        value: What is written; a tensor is unwrapped where the target comes from outside.
+    """
+    from_outside = isinstance(value, Tensor) and _without_functionalization(target) is target
+    return _without_functionalization(value) if from_outside else value
+
+
+def _without_functionalization(tensor: Tensor) -> Tensor:
+    """What `torch.func.functionalize` wraps; else the tensor."""
     names = ("_C._functorch.is_functionaltensor", "_C._functorch._unwrap_functional_tensor", "_sync")
     is_functional, unwrapped, synchronize = map(_FOUND.get, names)
     if not (is_functional and unwrapped and synchronize):

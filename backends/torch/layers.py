@@ -220,8 +220,15 @@ class CalibratedNorm(nn.BatchNorm2d):
         y = self.transform(y)
         if tracks and empty:  # such as a head's for images without objects; BatchNorm counts it, too
             self._count()
-        elif tracks:
-            self._track(mean, var, values, accumulate)
+        elif tracks and running is not None and not self._is_mapped(mean):
+            accumulate(
+                running,
+                mean,
+                var,
+                self.momentum,
+                count=self._count(),
+                values=values if self.variance_estimator == "unbiased" else None,
+            )
         return y if y.dtype is input.dtype else y.to(input.dtype)
 
     def transform(self, y: Tensor) -> Tensor:
@@ -329,26 +336,19 @@ class CalibratedNorm(nn.BatchNorm2d):
             counter.add_(1)
         return counter
 
-    def _track(self, mean: Tensor, var: Tensor, values: int, accumulate: Callable[..., None]) -> None:
-        transformed = not torch.compiler.is_compiling() and internals.functorch_is_active()
-        if transformed and internals.is_batched(mean) and not internals.is_batched(self.running_mean):
-            warnings.warn(
-                f"{self.layer}: expected a batch to update running statistics from, got a map over one. "
-                "They stay as they are: train without torch.vmap, or stack the statistics, too.",
-                RBNWarning,
-                stacklevel=2,
-            )
-            return
-        counter = self._count()
-        new_weight = self.momentum
-        if new_weight is None and counter is not None:  # in their dtype: 1 / an integer tensor is float32
-            new_weight = counter.to(self.running_mean).reciprocal()
-        if transformed and internals.without_functionalization(self.running_mean) is self.running_mean:
-            mean, var = map(internals.without_functionalization, (mean, var))
-            if isinstance(new_weight, Tensor):
-                new_weight = internals.without_functionalization(new_weight)
-        correction = values / (values - 1) if self.variance_estimator == "unbiased" else 1.0
-        accumulate((self.running_mean, self.running_var), mean, var, new_weight, correction)
+    def _is_mapped(self, mean: Tensor) -> bool:
+        """Whether `torch.vmap` maps over batches, of which the running statistics can take none."""
+        if torch.compiler.is_compiling() or not internals.functorch_is_active():
+            return False
+        if not internals.is_batched(mean) or internals.is_batched(self.running_mean):
+            return False
+        warnings.warn(
+            f"{self.layer}: expected a batch to update running statistics from, got a map over one. "
+            "They stay as they are: train without torch.vmap, or stack the statistics, too.",
+            RBNWarning,
+            stacklevel=2,
+        )
+        return True
 
 
 @refuse_unknown_options
