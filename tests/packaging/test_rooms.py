@@ -59,7 +59,7 @@ def test_equation_3_has_one_name_and_one_signature(name):
             if not isinstance(node, ast.FunctionDef):
                 continue
             if (ast.get_docstring(node) or "").startswith("Eq. 3"):
-                assert node.name == "accumulate", f"{path.name}: {node.name}"
+                assert node.name.lstrip("_") == "accumulate", f"{path.name}: {node.name}"
             if node.name == "accumulate":
                 arguments = [each.arg for each in (*node.args.args, *node.args.kwonlyargs)]
                 assert tuple(arguments) == ACCUMULATE, path
