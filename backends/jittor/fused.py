@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -96,7 +97,7 @@ def check_layer(config: Config, given: Mapping[str, Any], training: bool) -> dic
         RBNValueError: Something is missing, has another shape than the layer's, or is a statistic and
             something else at once.
     """
-    due = config.state_shapes() | {COUNTER: (1,)}  # Jittor has no 0-dimensional variables
+    due = dict(_shapes(config))
     if training:
         check_counter(given.get(COUNTER), config.momentum, config.layer)
     if not training or given.get(COUNTER) is None:
@@ -165,6 +166,12 @@ def rbn(
     forward = Forward(call, planes, tuple(stored.values()))
     y = forward(*forward.inputs)
     return y.reshape(x.shape), *forward.statistics
+
+
+@lru_cache(maxsize=1024)
+def _shapes(config: Config) -> Mapping[str, tuple[int, ...]]:
+    """The shape of everything that a layer stores; made once, as every call asks for it."""
+    return config.state_shapes() | {COUNTER: (1,)}  # Jittor has no 0-dimensional variables
 
 
 def _holds(value: object, *, integers: bool) -> bool:

@@ -24,6 +24,9 @@ from rbn_core.matching import COUNTER
 from rbn_core.names import NAMES
 from rbn_core.options import OPTIONS, Statistic
 
+PLACES = tuple((canonical, *own.rpartition(".")[::2]) for canonical, own in NAMES["jittor"].items())
+"""The canonical name of everything that a layer stores, the part of it that has it, and its name there."""
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -154,11 +157,10 @@ class CalibratedNorm(nn.BatchNorm):
 
     def _stored(self) -> dict[str, Any]:
         """What there is, under canonical names."""
-        stored = {}
-        for canonical, own in NAMES["jittor"].items():
-            of, _, name = own.rpartition(".")
-            stored[canonical] = getattr(getattr(self, of, None) if of else self, name, None)
-        return stored
+        return {
+            canonical: getattr(getattr(self, part, None) if part else self, name, None)
+            for canonical, part, name in PLACES
+        }
 
     def _count(self) -> Var | None:
         """Count a batch, where batches are counted."""
