@@ -60,7 +60,7 @@ static inline bool varies(const rbn_layer &l) {
   return l.batch_statistics || l.centering == RBN_CHANNEL_STD || l.scaling == RBN_CHANNEL_STD;
 }
 
-// What channels are, and what a plane of each is; see `calibrate` of rbn_core/fused.py for the names.
+// What channels are, and what a plane of each is; see `calibrate` of rbn_core/two_pass.py for the names.
 template <class V>
 struct Channel {
   V gamma, beta, center_weight, scale_weight, scale_bias, origin, mean_0, inverse_std;
@@ -167,7 +167,7 @@ static inline void calibrate(const rbn_layer &l, const Channel<typename W::Value
 }
 
 // From S0 and S1 of every plane the e and f of its second pass (in their place) and its a, and the gradients of
-// the parameters, for the channels [c, c + W::count): `calibrate_backward` of rbn_core/fused.py.
+// the parameters, for the channels [c, c + W::count): `calibrate_backward` of rbn_core/two_pass.py.
 template <class W, class A>
 static inline void channel_backward(const rbn_layer &l, const rbn_parameters &p, int64_t c, const A *mu, const A *v,
                                     A *s0_e, A *s1_f, A *a, const rbn_gradients &gradients) {

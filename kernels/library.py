@@ -22,17 +22,17 @@ INTERFACE = 2
 """`RBN_INTERFACE` of rbn_kernels.h: a library from before a change of it must not be called."""
 
 DTYPES = ("float32", "float64", "float16", "bfloat16")
-STATISTICS = (None, "channel_mean", "channel_std", "input_mean")
+LOOP_STATISTICS = (None, "channel_mean", "channel_std", "input_mean")
 RESTRICTIONS = ("sigmoid", "hard_sigmoid")
 INSTRUCTIONS = ("the compiler's default", "AVX2", "AVX-512")
-PARAMETERS = ("gamma", "beta", "center_weight", "scale_weight", "scale_bias")
-VECTORS = (*PARAMETERS, "running_mean", "running_var")
+VECTOR_PARAMETERS = ("gamma", "beta", "center_weight", "scale_weight", "scale_bias")
+VECTORS = (*VECTOR_PARAMETERS, "running_mean", "running_var")
 """The (C,) inputs of a layer, in the order of `rbn_parameters`; the last two where E and Var are known."""
 
 FORWARD = ("x", "y", "mu", "v", "mean", "var", *VECTORS)
 """The arrays of a forward pass, in the order of `rbn_forward_arrays`."""
 
-BACKWARD = ("dy", "x", "mu", "v", "dx", *VECTORS, *(f"the gradient of {name}" for name in PARAMETERS))
+BACKWARD = ("dy", "x", "mu", "v", "dx", *VECTORS, *(f"the gradient of {name}" for name in VECTOR_PARAMETERS))
 """The arrays of a backward pass, in the order of `rbn_backward_arrays`."""
 
 ACCUMULATE = ("running_mean", "running_var", "mean", "var")
@@ -98,8 +98,8 @@ class Plan:
             self.positions,
             DTYPES.index(self.dtype),
             self.channels_last,
-            STATISTICS.index(self.centering),
-            STATISTICS.index(self.scaling),
+            LOOP_STATISTICS.index(self.centering),
+            LOOP_STATISTICS.index(self.scaling),
             RESTRICTIONS.index(self.restrict),
             self.batch_statistics,
             self.threads,

@@ -1,4 +1,4 @@
-// RBN and IEBN on the CPU in as many passes over memory as BatchNorm: the two-pass form of rbn_core/fused.py.
+// RBN and IEBN on the CPU in as many passes over memory as BatchNorm: the two-pass form of rbn_core/two_pass.py.
 //
 // An image batch is N x C planes of M values, either (N, C, M) or, channels last, (N, M, C), without gaps. Values
 // are float32, float64, float16 or bfloat16; statistics, parameters and their gradients are float32, or float64

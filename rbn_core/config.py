@@ -16,10 +16,10 @@ import numpy as np
 from rbn_core.errors import RBNError, RBNTypeError, RBNValueError
 from rbn_core.options import (
     FRAMEWORKS,
+    IMAGE_STATISTICS,
     LAYERS,
     NEW_VALUE,
     OPTIONS,
-    SPATIAL_STATISTICS,
     Statistic,
     meant,
 )
@@ -148,9 +148,9 @@ class Config:
         return shapes | ({"num_batches_tracked": ()} if self.track_running_stats else {})
 
     @property
-    def uses_spatial_statistics(self) -> bool:
-        """Whether a spatial statistic is used; those have no two-pass form."""
-        return self.centering in SPATIAL_STATISTICS or self.scaling in SPATIAL_STATISTICS
+    def has_two_pass_form(self) -> bool:
+        """Whether the statistics follow from the moments of the planes, so that there is a two-pass form."""
+        return self.centering not in IMAGE_STATISTICS and self.scaling not in IMAGE_STATISTICS
 
 
 def config_of(framework: str, layer: Any, **known: Any) -> Config:

@@ -13,9 +13,13 @@ from typing import Any, Literal
 Statistic = Literal["channel_mean", "channel_std", "spatial_mean", "spatial_std", "input_mean"]
 """An instance statistic: mu_c, sigma_c, mu_s, sigma_s of RBN's Table 3, and IEBN's mu_c of X itself."""
 
-CHANNEL_STATISTICS: tuple[Statistic, ...] = ("channel_mean", "channel_std")
-SPATIAL_STATISTICS: tuple[Statistic, ...] = ("spatial_mean", "spatial_std")
-INSTANCE_STATISTICS = (*CHANNEL_STATISTICS, *SPATIAL_STATISTICS, None)
+MOMENT_STATISTICS: tuple[Statistic, ...] = ("channel_mean", "channel_std")
+"""Those that follow from the mean and the variance of a plane: the fast form has them."""
+
+IMAGE_STATISTICS: tuple[Statistic, ...] = ("spatial_mean", "spatial_std")
+"""Those computed from the image: over channels where the name begins with "spatial", else over positions."""
+
+INSTANCE_STATISTICS = (*MOMENT_STATISTICS, *IMAGE_STATISTICS, None)
 RESTRICTIONS = ("sigmoid", "hard_sigmoid")
 RUNNING_VARIANCES = ("unbiased", "biased")
 SPATIAL_RANKS = (1, 2, 3)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from rbn_core.config import Config, check_counter, check_input, check_shape, refuse_unknown_options
 from rbn_core.matching import State, match
-from rbn_core.options import SPATIAL_STATISTICS, Statistic
+from rbn_core.options import Statistic
 
 Array = NDArray[Any]
 
@@ -454,8 +454,8 @@ def statistic_backward(name: Statistic, x: Array, k: Array, dk: Array) -> Array:
 
 
 def statistic_axes(name: Statistic, x: Array) -> tuple[int, ...]:
-    """The axes that a statistic averages over."""
-    return (1,) if name in SPATIAL_STATISTICS else spatial_axes(x)
+    """The axes that a statistic is over: the channels of a position, or the positions of a channel."""
+    return (1,) if name.startswith("spatial") else spatial_axes(x)
 
 
 def centre_tap(config: Config) -> Array:

@@ -142,7 +142,7 @@ def check_meaning(option: str, value: object) -> None:
     """Refuse an option that gives the arrays of an optimizer another meaning.
 
     Args:
-        option: One of `stored_optimizers.REFUSED`.
+        option: One of `REFUSED`.
         value: What it is set to.
 
     Raises:

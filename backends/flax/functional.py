@@ -1,4 +1,4 @@
-"""RBN in JAX operations: the two-pass form of `rbn_core.fused`, and spatial statistics around it."""
+"""RBN in JAX operations: the two-pass form of `rbn_core.two_pass`, and image statistics around it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jax import Array
 
 from rbn_core.config import IEBN_STARTS
 from rbn_core.errors import RBNTypeError, RBNValueError
-from rbn_core.options import SPATIAL_STATISTICS, Statistic
+from rbn_core.options import IMAGE_STATISTICS, Statistic
 
 RESTRICT = {"sigmoid": jax.nn.sigmoid, "hard_sigmoid": jax.nn.hard_sigmoid}
 
@@ -99,13 +99,13 @@ def rbn(
         # Without a batch axis in front, the one behind the channels is it.
         x, mask = (None if array is None else array.swapaxes(0, 1) for array in (x, mask))
     front = max(axis, 1)
-    if centering in SPATIAL_STATISTICS:
-        k_m = spatial_statistic(centering, x, front, eps, mask)
+    if centering in IMAGE_STATISTICS:
+        k_m = image_statistic(centering, x, front, eps, mask)
         x = x + per_channel(parameters["center_weight"], x, front) * k_m
         centering = None
     mu, v, counts = moments(x, front, mask, whole)
     known: Any = parameters
-    if scaling in SPATIAL_STATISTICS:
+    if scaling in IMAGE_STATISTICS:
         known = {"center_weight": parameters["center_weight"]} if centering else {}
     a, b, mean, var = calibrate(
         mu,
@@ -114,13 +114,13 @@ def rbn(
         running,
         eps,
         centering,
-        None if scaling in SPATIAL_STATISTICS else scaling,
+        None if scaling in IMAGE_STATISTICS else scaling,
         restrict,
         lambda values: average(values, counts),
     )
     y = affine(x, a, b, front)
-    if scaling in SPATIAL_STATISTICS:
-        y = scale_spatially(y, parameters, front, eps, scaling, restrict, mask)
+    if scaling in IMAGE_STATISTICS:
+        y = scale_by_image(y, parameters, front, eps, scaling, restrict, mask)
     if axis == 0:
         y = y.swapaxes(0, 1)
     return y, mean, var
@@ -255,8 +255,8 @@ def calibrate(
 ) -> tuple[Array, Array, Array, Array]:
     """Equations 2 to 9 on (N, C) moments, for channel statistics.
 
-    The batch's plane means are measured from their own mean, as `rbn_core.fused.calibrate` explains; Y does
-    not depend on that origin, so it needs no gradient.
+    The batch's plane means are measured from their own mean, as `rbn_core.two_pass.calibrate` explains. Y
+    does not depend on that origin, so it needs no gradient.
 
     Returns:
         a and b of Y = a X + b, (N, C) each, and the E and biased Var they were made with, (C,) each.
@@ -373,8 +373,8 @@ def where_any(counts: Any, new: tuple[Array, Array], old: tuple[Array, Array]) -
     return mean, var
 
 
-def spatial_statistic(name: Statistic, x: Array, axis: int, eps: float, mask: Array | None) -> Array:
-    """mu_s or sigma_s of Table 3, over the channels of one image and position: (N, *spatial), 1 at `axis`."""
+def image_statistic(name: Statistic, x: Array, axis: int, eps: float, mask: Array | None) -> Array:
+    """One of `IMAGE_STATISTICS`, of a shape that broadcasts to that of x: mu_s, sigma_s, with 1 at `axis`."""
     if mask is None:
         return (
             x.mean(axis, keepdims=True)
@@ -388,7 +388,7 @@ def spatial_statistic(name: Statistic, x: Array, axis: int, eps: float, mask: Ar
     return jnp.sqrt(ratio(jnp.square(jnp.where(mask, x - mean, 0)).sum(axis, keepdims=True), counts) + eps)
 
 
-def scale_spatially(
+def scale_by_image(
     x_s: Array,
     parameters: Mapping[str, Array],
     axis: int,
@@ -397,8 +397,8 @@ def scale_spatially(
     restrict: str,
     mask: Array | None,
 ) -> Array:
-    """Eq. 9 and the affine step, for a statistic that differs from position to position."""
-    k_s = spatial_statistic(scaling, x_s, axis, eps, mask)
+    """Eq. 9 and the affine step, for one of `IMAGE_STATISTICS`."""
+    k_s = image_statistic(scaling, x_s, axis, eps, mask)
     z = per_channel(parameters["scale_weight"], x_s, axis) * k_s
     y = x_s * RESTRICT[restrict](z + per_channel(parameters["scale_bias"], x_s, axis))
     if "gamma" in parameters:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from rbn import kernels
 from rbn.backends.flax import distributed, functional, internals
-from rbn.kernels.library import DTYPES, PARAMETERS, RESTRICTIONS, STATISTICS, VECTORS, address
+from rbn.kernels.library import DTYPES, LOOP_STATISTICS, RESTRICTIONS, VECTOR_PARAMETERS, VECTORS, address
 from rbn_core.config import Config, check_shape
 from rbn_core.errors import RBNTypeError
 from rbn_core.names import NAMES
@@ -132,8 +132,8 @@ def takes(
         and x.dtype.name in DTYPES
         and x.size >= POSITIONS * x.shape[0] * x.shape[axis] > 0
         and axis % x.ndim in (1, x.ndim - 1)
-        and centering in STATISTICS
-        and scaling in STATISTICS
+        and centering in LOOP_STATISTICS
+        and scaling in LOOP_STATISTICS
         and restrict in RESTRICTIONS
         and functional.widest(*arrays, jnp.float32) == computed_in(x)
         and not any(map(internals.says_where, arrays))
@@ -253,9 +253,9 @@ def _forward_shapes(call: Call, x: Any, *_: Any) -> list[Any]:
 
 def _backward_in_loops(call: Call, dy: Array, x: Array, mu: Array, v: Array, *vectors: Array) -> list[Array]:
     image, _, channels = call.shapes(x)
-    backward = jax.ffi.ffi_call(TARGETS[1], (image, *(channels,) * len(PARAMETERS)))
+    backward = jax.ffi.ffi_call(TARGETS[1], (image, *(channels,) * len(VECTOR_PARAMETERS)))
     dx, *written = backward(dy, x, mu, v, *vectors, plan=call.plan(x))
-    gradients = [each for name, each in zip(PARAMETERS, written, strict=True) if name in call.present]
+    gradients = [each for name, each in zip(VECTOR_PARAMETERS, written, strict=True) if name in call.present]
     if not call.batch_statistics:  # rarely wanted: XLA leaves them out then
         gradients += _backward_in_operations(call, dy, x, mu, v, *vectors)[-2:]
     return [dx, *gradients]

@@ -1,4 +1,4 @@
-"""RBN in Jittor operations: the two-pass form of `rbn_core.fused`, and spatial statistics around it.
+"""RBN in Jittor operations: the two-pass form of `rbn_core.two_pass`, and image statistics around it.
 
 Images keep their dtype, at least float32, and everything of size (N, C) or less is float64: Jittor adds the
 numbers of a sum one after another, and in float32 the mean of a large plane would lose half its digits.
@@ -14,7 +14,7 @@ from jittor import Var
 
 from rbn.backends.jittor import internals
 from rbn_core.errors import RBNValueError
-from rbn_core.options import SPATIAL_STATISTICS, Statistic
+from rbn_core.options import IMAGE_STATISTICS, Statistic
 
 
 def hard_sigmoid(z: Var) -> Var:
@@ -62,13 +62,13 @@ def rbn(
     shape = x.shape
     x = as_planes(at_least_float32(x))
     parameters = {name: value.float64() for name, value in parameters.items()}
-    if centering in SPATIAL_STATISTICS:
-        x = x + per_channel(parameters["center_weight"], x) * spatial_statistic(centering, x, eps)
+    if centering in IMAGE_STATISTICS:
+        x = x + per_channel(parameters["center_weight"], x) * image_statistic(centering, x, eps)
         centering = None
-    if scaling in SPATIAL_STATISTICS:
+    if scaling in IMAGE_STATISTICS:
         before = {"center_weight": parameters["center_weight"]} if centering else {}
         x_s, mean, var = two_pass(x, before, running, eps, centering, None, restrict, average)
-        y = scale_spatially(x_s, parameters, eps, scaling, restrict)
+        y = scale_by_image(x_s, parameters, eps, scaling, restrict)
     else:
         y, mean, var = two_pass(x, parameters, running, eps, centering, scaling, restrict, average)
     return y.reshape(shape), mean, var
@@ -109,8 +109,8 @@ def calibrate(
 ) -> tuple[Var, Var, Var, Var]:
     """Equations 2 to 9 on (N, C) moments, for channel statistics.
 
-    The batch's plane means are measured from their own mean, as `rbn_core.fused.calibrate` explains; Y does
-    not depend on that origin, so it needs no gradient.
+    The batch's plane means are measured from their own mean, as `rbn_core.two_pass.calibrate` explains. Y
+    does not depend on that origin, so it needs no gradient.
 
     Returns:
         a and b of Y = a X + b, (N, C) each, and the E and biased Var they were made with, (C,) each.
@@ -224,8 +224,8 @@ def accumulate(
             old.update((exact + weight * (batch - exact)).cast(at_least_float32(old).dtype))
 
 
-def spatial_statistic(name: Statistic, x: Var, eps: float) -> Var:
-    """mu_s or sigma_s of Table 3, over the channels of one image and position; in the shape of x."""
+def image_statistic(name: Statistic, x: Var, eps: float) -> Var:
+    """One of `IMAGE_STATISTICS`, in the shape of x; mu_s and sigma_s are over the channels of a position."""
     mean = mean_over(x, 1)
     if name == "spatial_mean":
         return spread(mean, x, 1)
@@ -233,11 +233,11 @@ def spatial_statistic(name: Statistic, x: Var, eps: float) -> Var:
     return spread(jt.sqrt(var + constant(eps)), x, 1)
 
 
-def scale_spatially(
+def scale_by_image(
     x_s: Var, parameters: Mapping[str, Var], eps: float, scaling: Statistic, restrict: str
 ) -> Var:
-    """Eq. 9 and the affine step, for a statistic that differs from position to position."""
-    k_s = spatial_statistic(scaling, x_s, eps)
+    """Eq. 9 and the affine step, for one of `IMAGE_STATISTICS`."""
+    k_s = image_statistic(scaling, x_s, eps)
     z = per_channel(parameters["scale_weight"], x_s) * k_s + per_channel(parameters["scale_bias"], x_s)
     y = x_s * RESTRICT[restrict](z)
     if "gamma" in parameters:

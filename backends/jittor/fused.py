@@ -17,7 +17,7 @@ from jittor import Function, Var
 
 from rbn import kernels
 from rbn.backends.jittor import functional
-from rbn.kernels.library import DTYPES, PARAMETERS, RESTRICTIONS, STATISTICS, VECTORS, address
+from rbn.kernels.library import DTYPES, LOOP_STATISTICS, RESTRICTIONS, VECTOR_PARAMETERS, VECTORS, address
 from rbn_core.config import FLOATING, Config, check_counter, check_shape
 from rbn_core.errors import RBNError, RBNTypeError, RBNValueError
 from rbn_core.matching import COUNTER
@@ -123,7 +123,7 @@ def check_layer(config: Config, given: Mapping[str, Any], training: bool) -> dic
                 f"{config.layer}: expected {NAMES['jittor'][name]} as a variable of its own, got that of "
                 f"{NAMES['jittor'][others[0]]}, which training would overwrite. Assign a copy: its clone()."
             )
-    return {name: given[name] for name in PARAMETERS if name in due}
+    return {name: given[name] for name in VECTOR_PARAMETERS if name in due}
 
 
 def takes(x: Var, centering: Statistic | None, scaling: Statistic | None, restrict: str) -> bool:
@@ -133,8 +133,8 @@ def takes(x: Var, centering: Statistic | None, scaling: Statistic | None, restri
         and not jt.flags.use_cuda
         and str(x.dtype) in DTYPES
         and x.numel() > 0
-        and centering in STATISTICS
-        and scaling in STATISTICS
+        and centering in LOOP_STATISTICS
+        and scaling in LOOP_STATISTICS
         and restrict in RESTRICTIONS
     )
 
@@ -197,7 +197,7 @@ class Call:
     """A call of a layer, as the operators take it.
 
     Attributes:
-        names: Of its parameters, as in `PARAMETERS`.
+        names: Of its parameters, as in `VECTOR_PARAMETERS`.
         running: E and Var where they are known.
         eps: epsilon of eq. 1.
         centering: K_m of eq. 5.
@@ -228,8 +228,8 @@ class Call:
         present = self.names if self.running is None else (*self.names, *VECTORS[-2:])
         return {
             "dtype": DTYPES.index(str(x.dtype)),
-            "centering": STATISTICS.index(self.centering),
-            "scaling": STATISTICS.index(self.scaling),
+            "centering": LOOP_STATISTICS.index(self.centering),
+            "scaling": LOOP_STATISTICS.index(self.scaling),
             "restriction": RESTRICTIONS.index(self.restrict),
             "batch_statistics": int(self.running is None),
             "eps": self.eps,
@@ -292,13 +292,13 @@ class Backward(Function):
         """One pass to read dY and X, one to write dX."""
         names = ("x", *self.call.names)
         wanted = [name for name, value in zip(names, (x, *stored), strict=True) if not value.is_stop_grad()]
-        outputs = ("x", *PARAMETERS)
+        outputs = ("x", *VECTOR_PARAMETERS)
         given, dtype = x.dtype, statistics_dtype(x)
         if dy.dtype != given:  # in mixed precision, where nothing casts the gradients of a product back
             dy, x = dy.cast(dtype), x.cast(dtype)
         found = jt.code(
-            [x.shape if "x" in wanted else (1, 1, 1), *[x.shape[1:2]] * len(PARAMETERS)],
-            [x.dtype, *[dtype] * len(PARAMETERS)],
+            [x.shape if "x" in wanted else (1, 1, 1), *[x.shape[1:2]] * len(VECTOR_PARAMETERS)],
+            [x.dtype, *[dtype] * len(VECTOR_PARAMETERS)],
             [dy, x, self.mu, self.v, *self.call.vectors(x, stored)],
             cpu_header=HEADER,
             cpu_src=BACKWARD,

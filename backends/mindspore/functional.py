@@ -1,4 +1,4 @@
-"""RBN in MindSpore operations: the two-pass form of `rbn_core.fused`, and spatial statistics around it.
+"""RBN in MindSpore operations: the two-pass form of `rbn_core.two_pass`, and image statistics around it.
 
 Everything here runs in PyNative and is compiled in graph mode, whose parser takes a part of Python only.
 """
@@ -16,7 +16,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from rbn.backends.mindspore import internals
 from rbn_core.errors import RBNError
-from rbn_core.options import SPATIAL_STATISTICS, Statistic
+from rbn_core.options import IMAGE_STATISTICS, Statistic
 
 Average = Callable[[Tensor], Tensor]
 Stored = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
@@ -69,13 +69,13 @@ def rbn(
         Y, and the E and biased Var it was normalized with, all in at least float32.
     """
     x = x.astype(at_least_float32(x.dtype))
-    if centering in SPATIAL_STATISTICS:
-        x = x + per_channel(parameters["center_weight"], x) * spatial_statistic(centering, x, eps)
+    if centering in IMAGE_STATISTICS:
+        x = x + per_channel(parameters["center_weight"], x) * image_statistic(centering, x, eps)
         centering = None
-    if scaling in SPATIAL_STATISTICS:
+    if scaling in IMAGE_STATISTICS:
         before = {"center_weight": parameters["center_weight"]} if centering is not None else {}
         x_s, mean, var = two_pass(x, in_order(before), running, eps, centering, None, restrict, average)
-        y = scale_spatially(x_s, parameters, eps, scaling, restrict)
+        y = scale_by_image(x_s, parameters, eps, scaling, restrict)
     else:
         y, mean, var = two_pass(x, in_order(parameters), running, eps, centering, scaling, restrict, average)
     return y, mean, var
@@ -170,8 +170,8 @@ def calibrate(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Equations 2 to 9 on (N, C) moments, for channel statistics.
 
-    The batch's plane means are measured from their own mean, as `rbn_core.fused.calibrate` explains; Y does
-    not depend on that origin, so it needs no gradient.
+    The batch's plane means are measured from their own mean, as `rbn_core.two_pass.calibrate` explains. Y
+    does not depend on that origin, so it needs no gradient.
 
     Returns:
         a and b of Y = a X + b, (N, C) each, and the E and biased Var they were made with, (C,) each.
@@ -252,19 +252,19 @@ def complement(momentum: float) -> float:
     return 1.0 - float(momentum)
 
 
-def spatial_statistic(name: Statistic, x: Tensor, eps: float) -> Tensor:
-    """mu_s or sigma_s of Table 3, over the channels of every position: (N, 1, *spatial)."""
+def image_statistic(name: Statistic, x: Tensor, eps: float) -> Tensor:
+    """One of `IMAGE_STATISTICS`, so far over the channels of a position, (N, 1, *spatial): mu_s, sigma_s."""
     mean = ops.mean(x, 1, True)
     if name == "spatial_mean":
         return mean
     return ops.sqrt(ops.mean(ops.square(x - mean), 1, True) + scalar(eps, x))
 
 
-def scale_spatially(
+def scale_by_image(
     x_s: Tensor, parameters: Mapping[str, Tensor], eps: float, scaling: Statistic, restrict: str
 ) -> Tensor:
-    """Eq. 9 and the affine step, for a statistic that differs from position to position."""
-    k_s = spatial_statistic(scaling, x_s, eps)
+    """Eq. 9 and the affine step, for one of `IMAGE_STATISTICS`."""
+    k_s = image_statistic(scaling, x_s, eps)
     z = per_channel(parameters["scale_weight"], x_s) * k_s + per_channel(parameters["scale_bias"], x_s)
     y = x_s * restriction(restrict, z)
     if "gamma" in parameters:

@@ -18,10 +18,10 @@ from mindspore import Parameter, Tensor, nn, ops
 
 from rbn import kernels
 from rbn.backends.mindspore import functional, internals
-from rbn.kernels.library import PARAMETERS, RESTRICTIONS, STATISTICS, path
+from rbn.kernels.library import LOOP_STATISTICS, RESTRICTIONS, VECTOR_PARAMETERS, path
 from rbn_core.config import Config, check_counter, check_shape, check_vectors, config_of
 from rbn_core.errors import RBNError, RBNTypeError, RBNValueError
-from rbn_core.options import CHANNEL_STATISTICS, Statistic
+from rbn_core.options import MOMENT_STATISTICS, Statistic
 
 AVAILABLE = not kernels.problem()
 DTYPES = (ms.float32, ms.float64, ms.float16, ms.bfloat16)
@@ -149,7 +149,7 @@ class Eager(internals.Function or object):  # type: ignore[misc]
         numbers = plan(*options)
         y, mu, v, mean, var = FORWARD(x, *vectors, numbers)
         # E and Var as the operator copied them: the layer's own may have changed until the backward pass.
-        ctx.save_for_backward(x, mu, v, *vectors[: len(PARAMETERS)], mean, var, numbers)
+        ctx.save_for_backward(x, mu, v, *vectors[: len(VECTOR_PARAMETERS)], mean, var, numbers)
         ctx.mark_non_differentiable(mean, var)
         ctx.set_materialize_grads(False)
         return y, mean, var
@@ -281,8 +281,8 @@ ACCUMULATE: Any = _accumulate()
 if AVAILABLE:
     BACKWARD = _operator(
         "rbn_mindspore_backward",
-        lambda dy, x, mu, v, vector, *_: (x, *[vector] * len(PARAMETERS)),
-        lambda dy, x, mu, v, vector, *_: (x, *[vector] * len(PARAMETERS)),
+        lambda dy, x, mu, v, vector, *_: (x, *[vector] * len(VECTOR_PARAMETERS)),
+        lambda dy, x, mu, v, vector, *_: (x, *[vector] * len(VECTOR_PARAMETERS)),
         _gradients_of_backward,
     )
     FORWARD = _operator(
@@ -329,8 +329,8 @@ def _takes(
         and dtype in DTYPES
         and 0 not in shape
         and None not in shape  # MindSpore cannot tell its own operators' results then
-        and centering in (None, *CHANNEL_STATISTICS)
-        and scaling in STATISTICS
+        and centering in (None, *MOMENT_STATISTICS)
+        and scaling in LOOP_STATISTICS
         and restrict in RESTRICTIONS
     )
 
@@ -430,8 +430,8 @@ def _plan(
 ) -> Tensor:
     return _float64(
         channels_last,
-        STATISTICS.index(centering),
-        STATISTICS.index(scaling),
+        LOOP_STATISTICS.index(centering),
+        LOOP_STATISTICS.index(scaling),
         RESTRICTIONS.index(restrict),
         threads,
         eps,

@@ -1,4 +1,4 @@
-"""RBN in PyTorch operations: the two-pass form of `rbn_core.fused`, and spatial statistics around it."""
+"""RBN in PyTorch operations: the two-pass form of `rbn_core.two_pass`, and image statistics around it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rbn.backends.torch import internals
-from rbn_core.options import SPATIAL_STATISTICS, Statistic
+from rbn_core.options import IMAGE_STATISTICS, Statistic
 
 
 def hard_sigmoid(z: Tensor) -> Tensor:
@@ -55,13 +55,13 @@ def rbn(
         Y, and the E and biased Var it was normalized with, all in at least float32.
     """
     x = dense(x)[0].to(torch.promote_types(x.dtype, torch.float32))
-    if centering in SPATIAL_STATISTICS:
-        x = x + per_channel(parameters["center_weight"], x) * spatial_statistic(centering, x, eps)
+    if centering in IMAGE_STATISTICS:
+        x = x + per_channel(parameters["center_weight"], x) * image_statistic(centering, x, eps)
         centering = None
-    if scaling in SPATIAL_STATISTICS:
+    if scaling in IMAGE_STATISTICS:
         before = {"center_weight": parameters["center_weight"]} if centering else {}
         x_s, mean, var = two_pass(x, before, running, eps, centering, None, restrict, average)
-        y = scale_spatially(x_s, parameters, eps, scaling, restrict)
+        y = scale_by_image(x_s, parameters, eps, scaling, restrict)
     else:
         y, mean, var = two_pass(x, parameters, running, eps, centering, scaling, restrict, average)
     return y, mean, var
@@ -105,8 +105,8 @@ def calibrate(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Equations 2 to 9 on (N, C) moments, for channel statistics.
 
-    The batch's plane means are measured from their own mean, as `rbn_core.fused.calibrate` explains; Y does
-    not depend on that origin, so it needs no gradient.
+    The batch's plane means are measured from their own mean, as `rbn_core.two_pass.calibrate` explains. Y
+    does not depend on that origin, so it needs no gradient.
 
     Returns:
         a and b of Y = a X + b, (N, C) each, and the E and biased Var they were made with, (C,) each.
@@ -183,18 +183,18 @@ def accumulate(
         old.detach().lerp_(batch.to(old.dtype), weight)
 
 
-def spatial_statistic(name: Statistic, x: Tensor, eps: float) -> Tensor:
-    """mu_s or sigma_s of Table 3, over the channels of every position: (N, 1, *spatial)."""
+def image_statistic(name: Statistic, x: Tensor, eps: float) -> Tensor:
+    """One of `IMAGE_STATISTICS`, so far over the channels of a position, (N, 1, *spatial): mu_s, sigma_s."""
     if name == "spatial_mean":
         return x.mean(dim=1, keepdim=True)
     return torch.sqrt(x.var(dim=1, correction=0, keepdim=True) + eps)
 
 
-def scale_spatially(
+def scale_by_image(
     x_s: Tensor, parameters: Mapping[str, Tensor], eps: float, scaling: Statistic, restrict: str
 ) -> Tensor:
-    """Eq. 9 and the affine step, for a statistic that differs from position to position."""
-    k_s = spatial_statistic(scaling, x_s, eps)
+    """Eq. 9 and the affine step, for one of `IMAGE_STATISTICS`."""
+    k_s = image_statistic(scaling, x_s, eps)
     z = per_channel(parameters["scale_weight"], x_s) * k_s + per_channel(parameters["scale_bias"], x_s)
     y = x_s * RESTRICT[restrict](z)
     if "gamma" in parameters:

@@ -19,11 +19,11 @@ from torch import Tensor
 from rbn import kernels
 from rbn.backends.torch import functional, internals
 from rbn.kernels.library import DTYPES as NAMES_OF_DTYPES
-from rbn.kernels.library import PARAMETERS, VECTORS
+from rbn.kernels.library import VECTOR_PARAMETERS, VECTORS
 from rbn_core.config import check_vectors
 from rbn_core.errors import RBNTypeError, RBNValueError
 from rbn_core.names import NAMES
-from rbn_core.options import CHANNEL_STATISTICS, RESTRICTIONS, Statistic
+from rbn_core.options import MOMENT_STATISTICS, RESTRICTIONS, Statistic
 
 DTYPES = {getattr(torch, name): place for place, name in enumerate(NAMES_OF_DTYPES)}
 AVAILABLE = {"cpu": not kernels.problem(), "cuda": importlib.util.find_spec("triton") is not None}
@@ -33,7 +33,7 @@ KINDS = (Tensor, torch.nn.Parameter)
 """The kinds of tensors whose memory holds their numbers."""
 
 OPTIONS = {
-    *itertools.product((None, *CHANNEL_STATISTICS), (None, *CHANNEL_STATISTICS, "input_mean"), RESTRICTIONS)
+    *itertools.product((None, *MOMENT_STATISTICS), (None, *MOMENT_STATISTICS, "input_mean"), RESTRICTIONS)
 }
 """The centering, scaling and restrict that the fast form knows."""
 
@@ -77,7 +77,7 @@ LAYER = ", ".join(
 LIBRARY.define(f"forward(Tensor x, {LAYER}) -> ({', '.join(['Tensor'] * 5)})")
 LIBRARY.define(
     f"backward(Tensor dy, Tensor x, Tensor mu, Tensor v, {LAYER}, bool needs_dx) "
-    f"-> ({', '.join(['Tensor'] * (1 + len(PARAMETERS)))})"
+    f"-> ({', '.join(['Tensor'] * (1 + len(VECTOR_PARAMETERS)))})"
 )
 
 
@@ -187,7 +187,7 @@ def rbn(
     dtype = statistics_dtype(x)
     layer = [
         value if value is None or value.dtype is dtype else value.to(dtype)
-        for value in (*map(parameters.get, PARAMETERS), *(running or (None, None)))
+        for value in (*map(parameters.get, VECTOR_PARAMETERS), *(running or (None, None)))
     ]
     options = (eps, centering, scaling, restrict)
     # torch.compile and what records operators must see a registered one. Without them the loops are called at
@@ -247,7 +247,7 @@ def _forward_shapes(x: Tensor, *_: Any) -> tuple[Tensor, ...]:
 
 @torch.library.register_fake("rbn::backward", lib=LIBRARY)
 def _backward_shapes(dy: Tensor, x: Tensor, mu: Tensor, v: Tensor, *layer: Any) -> tuple[Tensor, ...]:
-    return _gradients_of(functional.dense(x)[0], mu, layer[: len(PARAMETERS)], needs_dx=layer[-1])
+    return _gradients_of(functional.dense(x)[0], mu, layer[: len(VECTOR_PARAMETERS)], needs_dx=layer[-1])
 
 
 def _remember(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, ...]) -> None:
@@ -262,7 +262,7 @@ def _remember(ctx: Any, inputs: Sequence[Any], output: tuple[Tensor, ...]) -> No
 
 
 def _differentiate(ctx: Any, dy: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    wanted = ctx.needs_input_grad[: 1 + len(PARAMETERS)]
+    wanted = ctx.needs_input_grad[: 1 + len(VECTOR_PARAMETERS)]
     gradients: Iterable[Tensor | None] = (None,) * len(wanted)
     if dy is not None:
         x, mu, v, *vectors = ctx.saved_tensors
@@ -310,7 +310,9 @@ def _differentiable_gradients(
 ) -> list[Tensor | None]:
     """The gradients as functions of dY, X and the parameters, through the plain form."""
     *stored, mean, var = vectors
-    parameters = {name: value for name, value in zip(PARAMETERS, stored, strict=True) if value is not None}
+    parameters = {
+        name: value for name, value in zip(VECTOR_PARAMETERS, stored, strict=True) if value is not None
+    }
     running = None if mean is None or var is None else (mean, var)
     y, _, _ = functional.rbn(x, parameters, running, **options._asdict())
     chosen = [value for value, want in zip((x, *stored), wanted, strict=True) if want]
@@ -349,7 +351,7 @@ def _backward_cpu(dy: Tensor, x: Tensor, mu: Tensor, v: Tensor, *layer: Any) -> 
     vectors, options, needs_dx = layer[:COUNT], layer[COUNT:-1], layer[-1]
     x, channels_last = functional.dense(x)
     dy = dy.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last else dy.contiguous()
-    dx, *others = gradients = _gradients_of(x, mu, vectors[: len(PARAMETERS)], needs_dx)
+    dx, *others = gradients = _gradients_of(x, mu, vectors[: len(VECTOR_PARAMETERS)], needs_dx)
     plan = _plan(x, channels_last, vectors[-1] is None, options)
     _call(kernels.backward, plan, [dy, x, mu, v, dx, *_dense(vectors), *others])
     return gradients

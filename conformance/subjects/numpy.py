@@ -11,9 +11,9 @@ import numpy as np
 from rbn.conformance.cases import LAYERS, PRECISIONS_OF, SHARED_SPOILS, SHARED_WITH, SPOILS, WAYS
 from rbn.conformance.subject import Array, Momentum, Outcome, Subject, in_convention
 from rbn_core.config import Config
-from rbn_core.fused import TwoPass
 from rbn_core.matching import State
 from rbn_core.reference import Layer
+from rbn_core.two_pass import TwoPass
 
 Step = Callable[[Array, State, Config, bool, Array], tuple[Array, Array, dict[str, Array], State]]
 """(x, state, config, training, cotangent) to (y, dx, gradients of the parameters, state after the step)."""

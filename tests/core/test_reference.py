@@ -7,12 +7,12 @@ import pytest
 import scipy.ndimage
 
 from rbn_core import BNET, IEBN, RBN, Config, RBNValueError
-from rbn_core.fused import TwoPass
-from rbn_core.options import CHANNEL_STATISTICS, INSTANCE_STATISTICS
+from rbn_core.options import INSTANCE_STATISTICS, MOMENT_STATISTICS
 from rbn_core.reference import Layer
+from rbn_core.two_pass import TwoPass
 
 CALIBRATIONS = list(itertools.product(INSTANCE_STATISTICS, INSTANCE_STATISTICS))
-CHANNEL_CALIBRATIONS = list(itertools.product((*CHANNEL_STATISTICS, None), repeat=2))
+CHANNEL_CALIBRATIONS = list(itertools.product((*MOMENT_STATISTICS, None), repeat=2))
 
 
 class Extended(Layer):

@@ -17,7 +17,7 @@ import rbn.backends.flax as rbn_flax
 from rbn import kernels
 from rbn.backends.flax import functional, fused
 from rbn.backends.flax.internals import enable_x64
-from rbn.kernels.library import PARAMETERS
+from rbn.kernels.library import VECTOR_PARAMETERS
 
 pytestmark = pytest.mark.skipif(not fused.AVAILABLE, reason=kernels.problem() or "without custom calls")
 
@@ -43,7 +43,9 @@ def layer_and_input(centering, scaling, axis, training, dtype="float64"):
     wide = np.promote_types(dtype, np.float32)
     absent = {"center_weight"} if centering is None else set()
     absent |= {"scale_weight", "scale_bias"} if scaling is None else set()
-    parameters = {name: jnp.asarray(rng.normal(size=5), wide) for name in PARAMETERS if name not in absent}
+    parameters = {
+        name: jnp.asarray(rng.normal(size=5), wide) for name in VECTOR_PARAMETERS if name not in absent
+    }
     running = (jnp.asarray(rng.normal(size=5), wide), jnp.asarray(rng.uniform(0.5, 2, 5), wide))
     x, dy = jnp.asarray(rng.normal(size=(2, 3, 5, 6, 5)), dtype)
     options = {"centering": centering, "scaling": scaling, "axis": axis, "eps": 1e-3, "restrict": "sigmoid"}

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from rbn import kernels
-from rbn.kernels.library import ACCUMULATE, BACKWARD, DTYPES, FORWARD, INTERFACE, STATISTICS
+from rbn.kernels.library import ACCUMULATE, BACKWARD, DTYPES, FORWARD, INTERFACE, LOOP_STATISTICS
 from rbn_core import RBNValueError
 
 pytestmark = pytest.mark.skipif(bool(kernels.problem()), reason=kernels.problem())
@@ -110,7 +110,7 @@ def test_statistics_that_do_not_fit_each_other_are_refused(name, change):
 
 
 def test_what_a_layer_has_no_use_for_may_be_missing():
-    for centering, scaling in itertools.product(STATISTICS[:3], STATISTICS):
+    for centering, scaling in itertools.product(LOOP_STATISTICS[:3], LOOP_STATISTICS):
         for training in (True, False):
             memory = memory_of(FORWARD)
             unused = {"center_weight"} if centering is None else set()
@@ -138,7 +138,7 @@ def test_an_option_that_is_not_known_is_refused(field, value):
 
 def test_centering_has_no_statistic_of_the_input_alone():
     plan, memory = plan_of(), memory_of(FORWARD)
-    plan.structure.centering = STATISTICS.index("input_mean")
+    plan.structure.centering = LOOP_STATISTICS.index("input_mean")
     with pytest.raises(RBNValueError, match=r"centering 3"):
         kernels.forward(plan, in_order(FORWARD, memory))
 

@@ -15,9 +15,9 @@ from rbn.kernels.library import (
     DTYPES,
     FORWARD,
     INSTRUCTIONS,
-    PARAMETERS,
+    LOOP_STATISTICS,
     RESTRICTIONS,
-    STATISTICS,
+    VECTOR_PARAMETERS,
 )
 from rbn_core.config import Config
 from rbn_core.reference import Layer, batch_mean_and_variance, per_channel
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(bool(kernels.problem()), reason=kernels.problem(
 BFLOAT16 = ml_dtypes.bfloat16
 LAYOUTS = pytest.mark.parametrize("channels_last", [False, True], ids=["channels first", "channels last"])
 PHASES = pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
-CENTERINGS = STATISTICS[:3]
+CENTERINGS = LOOP_STATISTICS[:3]
 
 GUARD = 72
 """Bytes around an array, no multiple of a vector: nothing lies as vectors like it, unless told to."""
@@ -99,7 +99,15 @@ def in_order(names, arrays):
 
 
 def call(
-    layer, x, dy, training=True, channels_last=False, threads=2, wanted=PARAMETERS, wants_dx=True, line=1
+    layer,
+    x,
+    dy,
+    training=True,
+    channels_last=False,
+    threads=2,
+    wanted=VECTOR_PARAMETERS,
+    wants_dx=True,
+    line=1,
 ):
     """What the loops give for a layer of the reference, by the names of `tolerances`."""
     count, channels = x.shape[:2]
@@ -249,7 +257,7 @@ def test_the_first_values_of_a_plane_tell_nothing_of_the_others(shape, first, ch
 @LAYOUTS
 def test_no_images(channels_last):
     found = call(layer_of(5), *image_of((0, 5, 4)), training=False, channels_last=channels_last)
-    for name in PARAMETERS:
+    for name in VECTOR_PARAMETERS:
         np.testing.assert_array_equal(found[f"d {name}"], np.zeros(5))
 
 
@@ -266,7 +274,7 @@ def test_no_gamma_and_no_beta(training, channels_last):
 def test_only_the_gradients_that_are_wanted(training, channels_last):
     layer, (x, dy) = layer_of(18), image_of((3, 18, 6))
     everything = call(layer, x, dy, training, channels_last)
-    for wanted in ((), *((name,) for name in PARAMETERS)):
+    for wanted in ((), *((name,) for name in VECTOR_PARAMETERS)):
         for wants_dx in (True, False):
             some = call(layer, x, dy, training, channels_last, wanted=wanted, wants_dx=wants_dx)
             assert {name for name in some if name.startswith("d ")} == {f"d {name}" for name in wanted}

@@ -31,7 +31,7 @@ SUITE = [
     case
     for case in all_cases()
     if not case.shares
-    and not case.config.uses_spatial_statistics
+    and case.config.has_two_pass_form
     and 0 < math.prod(case.shape) < 10**6
     and not case.precision  # the kernels see the dtype, which the half-precision cases have
     and case.spoil[1] in REACHING

@@ -109,7 +109,7 @@ def test_without_compiled_loops_the_layers_take_the_frameworks_own_operations(mo
 @pytest.mark.parametrize("training", [True, False])
 def test_the_operators_keep_the_rules_of_the_library(options, training):
     layer = trained(RBN(3, dtype=torch.float64, **options))
-    stored = [getattr(layer, NAMES["torch"][name]) for name in fused.PARAMETERS]
+    stored = [getattr(layer, NAMES["torch"][name]) for name in fused.VECTOR_PARAMETERS]
     stored = [None if value is None else value.detach().requires_grad_() for value in stored]
     running = (None, None) if training else (layer.running_mean, layer.running_var)
     arguments = (*stored, *running, 1e-5, layer.centering, layer.scaling, "sigmoid")

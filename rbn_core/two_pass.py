@@ -56,7 +56,7 @@ class TwoPass(reference.Layer):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        if config.uses_spatial_statistics:
+        if not config.has_two_pass_form:
             raise RBNValueError(
                 "TwoPass: expected channel statistics, got "
                 f"centering={config.centering!r}, scaling={config.scaling!r}. "
