@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from rbn_core import reference
 from rbn_core.config import Config
 from rbn_core.errors import RBNValueError
+from rbn_core.options import MOMENT_STATISTICS
 from rbn_core.reference import RESTRICT, RESTRICT_SLOPE
 
 Array = NDArray[Any]
@@ -51,16 +52,16 @@ class TwoPass(reference.Layer):
     Same options, names and results. `reference` says what is computed, this says how cheaply.
 
     Raises:
-        RBNValueError: A spatial statistic was asked for; those have no two-pass form.
+        RBNValueError: A statistic does not follow from the moments of a plane.
     """
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         if not config.has_two_pass_form:
             raise RBNValueError(
-                "TwoPass: expected channel statistics, got "
-                f"centering={config.centering!r}, scaling={config.scaling!r}. "
-                "Use rbn_core.RBN for spatial statistics."
+                f"TwoPass: expected statistics of {', '.join(MOMENT_STATISTICS)}, which follow from a plane's "
+                f"moments, got centering={config.centering!r}, scaling={config.scaling!r}. "
+                "Use rbn_core.RBN for the others."
             )
 
     def forward(self, x: Any, training: bool) -> Array:

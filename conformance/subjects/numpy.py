@@ -12,6 +12,7 @@ from rbn.conformance.cases import LAYERS, PRECISIONS_OF, SHARED_SPOILS, SHARED_W
 from rbn.conformance.subject import Array, Momentum, Outcome, Subject, in_convention
 from rbn_core.config import Config
 from rbn_core.matching import State
+from rbn_core.options import IMAGE_STATISTICS
 from rbn_core.reference import Layer
 from rbn_core.two_pass import TwoPass
 
@@ -150,7 +151,9 @@ class Numpy(NumpyLayer):
     """The reference's two-pass form: NumPy against NumPy, by two derivations."""
 
     ways = ()
-    absent: Mapping[str, str] = {"rbn/*=spatial_*": "spatial statistics have no two-pass form"}
+    absent: Mapping[str, str] = {
+        f"rbn/*={name}*": "statistics of the image have no two-pass form" for name in IMAGE_STATISTICS
+    }
 
     def __init__(self) -> None:
         super().__init__("numpy", TwoPass)
