@@ -59,9 +59,9 @@ class TwoPass(reference.Layer):
         super().__init__(config)
         if not config.has_two_pass_form:
             raise RBNValueError(
-                f"TwoPass: expected statistics of {', '.join(MOMENT_STATISTICS)}, which follow from a plane's "
-                f"moments, got centering={config.centering!r}, scaling={config.scaling!r}. "
-                "Use rbn_core.RBN for the others."
+                "TwoPass: expected statistics that follow from a plane's moments, "
+                f"{', '.join(MOMENT_STATISTICS)}, got centering={config.centering!r}, "
+                f"scaling={config.scaling!r}. Use rbn_core.RBN for the others."
             )
 
     def forward(self, x: Any, training: bool) -> Array:
