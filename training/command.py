@@ -7,8 +7,12 @@ import importlib.util
 import inspect
 import json
 import logging
+import os
+import sys
 import time
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, get_type_hints
 
@@ -18,6 +22,7 @@ from rich.console import Console
 from rbn.backends.frameworks import FRAMEWORKS, is_installed, missing_message
 from rbn.progress import Progress, Row
 from rbn.training.preset import PRESETS, Preset, read_preset
+from rbn.training.share import ALONE, Share
 from rbn_core.errors import RBNError, RBNValueError
 
 NEEDED = {"grain": "grain", "tensorboardX": "tensorboardX", "PIL": "pillow", "sklearn": "scikit-learn"}
@@ -47,6 +52,13 @@ def train(
         int, typer.Option(min=0, help="Save after so many steps, too, and not only after each epoch.")
     ] = 0,
     keep: Annotated[bool, typer.Option("--keep", help="Keep what --save-every saves.")] = False,
+    amp: Annotated[
+        str, typer.Option(metavar="DTYPE", help="Autocast to bfloat16 or float16; in PyTorch.")
+    ] = "",
+    compile: Annotated[bool, typer.Option("--compile", help="Compile the network; in PyTorch.")] = False,
+    channels_last: Annotated[
+        bool, typer.Option("--channels-last", help="Have the channels last in memory; in PyTorch.")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what the run would be, and do nothing.")
     ] = False,
@@ -59,14 +71,14 @@ def train(
 
     Exit status: 0 when it is done, 1 when the loss is not finite, 2 when it cannot be done, 130 after Ctrl-C.
     """
-    console = _console()
+    console, share = _console(), ALONE
     try:
         changes = {name: _parsed(name, value) for name, value in values.items() if value is not None}
         if print_preset and resume is None:
             typer.echo(read_preset(preset or "digits").changed(**changes).to_toml(), nl=False)
             return
         _check_installed()
-        from rbn.training import run, run_file
+        from rbn.training import loop, run, run_file
 
         if resume is not None and preset is not None:
             raise RBNValueError(
@@ -79,29 +91,41 @@ def train(
             return
         name = _framework(framework, saved.framework if saved else None)
         folder = out or (resume.parent if resume else Path("run"))
-        plan = run.Plan(chosen, saved)
-        for line in plan.lines():
+        share = ALONE if dry_run else loop.join(name, device)
+        leads = share.index == 0
+        plan = run.Plan(chosen, saved, share)
+        for line in plan.lines() if leads else ():
             console.print(line, markup=False, highlight=False, soft_wrap=True)
         if dry_run:
             return
         if plan.progress.step >= plan.total:
-            console.print(f"nothing to do: all {plan.total} steps are made. More: --epochs.", highlight=False)
+            if leads:
+                console.print(
+                    f"nothing to do: all {plan.total} steps are made. More: --epochs.", highlight=False
+                )
             return
-        if resume is None and (folder / run.LAST).exists():
+        if leads and resume is None and (folder / run.LAST).exists():
             raise RBNValueError(
                 f"train: expected a folder without a run, got {folder}, which has one. Go on with --resume "
                 f"{folder / run.LAST}, or give another folder with --out."
             )
-        options = run.Options(name, folder, device, workers, log_every, save_every, keep)
-        with _progress(console) as progress:
-            finished = run.train(plan, options, _throttled(progress), _teller(progress))
+        means = loop.Means(amp, compile, channels_last)
+        options = run.Options(name, folder, device, workers, log_every, save_every, keep, means)
+        with _shown(console, share) as (show, tell):
+            finished = run.train(plan, options, show, tell)
     except RBNError as error:
-        _fail(error)
-    if not finished:
+        _fail(error, share)
+    except BaseException:
+        _leave_if_several(share)
+        raise
+    if leads:
         last = folder / run.LAST
-        console.print(f"stopped and saved: rbn train --resume {last} goes on", markup=False, soft_wrap=True)
+        told = (
+            f"the run is in {folder}" if finished else f"stopped and saved: rbn train --resume {last} goes on"
+        )
+        console.print(told, markup=False, highlight=False, soft_wrap=True)
+    if not finished:
         raise typer.Exit(130)
-    console.print(f"the run is in {folder}", markup=False, highlight=False)
 
 
 def evaluate(
@@ -120,7 +144,7 @@ def evaluate(
 
     Exit status: 0 when it is done, 2 when it cannot be done.
     """
-    console = _console()
+    console, share = _console(), ALONE
     try:
         _check_installed()
         from rbn.training import loop, run, run_file
@@ -136,22 +160,25 @@ def evaluate(
                 f"eval: expected data of {trained} classes, as the network of {file} has them, got "
                 f"{preset.data} with {len(source.classes)}. Give the data that it was trained for."
             )
-        built = loop.build(name, saved.network, preset, device)
+        share = loop.join(name, device)
+        built = loop.build(name, saved.network, preset.changed(accumulate=1), device, share)
         built.load(saved.state, None)
         shown = run.Shown(saved.progress.step, saved.progress.step, 1)
-        with _progress(console) as progress:
-            found = run.evaluate(
-                built, source, preset, workers, shown, _throttled(progress), _teller(progress)
-            )
+        with _shown(console, share) as (show, tell):
+            found = run.evaluate(built, source, preset, workers, shown, show, tell)
         values = run.means(found)
-        console.print(
-            f"{found.count} images of {preset.data} in {name}: top-1 {values['top1']:.2f} %, top-5 "
-            f"{values['top5']:.2f} %, loss {values['loss']:.4f}",
-            highlight=False,
-            soft_wrap=True,
-        )
+        if share.index == 0:
+            console.print(
+                f"{found.count} images of {preset.data} in {name}: top-1 {values['top1']:.2f} %, top-5 "
+                f"{values['top5']:.2f} %, loss {values['loss']:.4f}",
+                highlight=False,
+                soft_wrap=True,
+            )
     except RBNError as error:
-        _fail(error)
+        _fail(error, share)
+    except BaseException:
+        _leave_if_several(share)
+        raise
 
 
 def _with_options(command: Callable[..., None]) -> None:
@@ -219,16 +246,48 @@ def _framework(asked: str | None, stored: str | None) -> str:
     return name
 
 
-def _fail(error: RBNError) -> NoReturn:
+def _fail(error: RBNError, share: Share) -> NoReturn:
     """Print an error and end."""
     diverged = type(error).__name__ == "DivergedError"
-    Console(stderr=True).print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
+    if share.index == 0 or not diverged:  # which all meet in the same step
+        told = f"process {share.index}: {error}" if share.index else str(error)
+        Console(stderr=True).print(told, style="red", markup=False, highlight=False, soft_wrap=True)
+    if share.count > 1:
+        _leave(1 if diverged else 2)
     raise typer.Exit(1 if diverged else 2) from None
+
+
+def _leave_if_several(share: Share) -> None:
+    """End a process in which something unforeseen happened, if others wait for it."""
+    if share.count > 1:
+        traceback.print_exc()
+        _leave(1)
+
+
+def _leave(code: int) -> NoReturn:
+    """End at once: Python's own end would wait for the other processes, and they for this one."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _console() -> Console:
     console = Console()
     return console if console.is_terminal else Console(width=120)
+
+
+@contextmanager
+def _shown(console: Console, share: Share) -> Iterator[tuple[Callable[[Any], None], Callable[[str], None]]]:
+    """What shows a run, in process 0 alone, and what prints a line."""
+    if share.index:
+        yield _hide, _teller(console, f"process {share.index}: ")
+        return
+    with _progress(console) as progress:
+        yield _throttled(progress), _teller(progress.console)
+
+
+def _hide(_: Any) -> None:
+    """Show nothing of a run."""
 
 
 def _progress(console: Console) -> Progress[Any]:
@@ -273,10 +332,10 @@ def _throttled(progress: Progress[Any]) -> Callable[[Any], None]:
     return show
 
 
-def _teller(progress: Progress[Any]) -> Callable[[str], None]:
+def _teller(console: Console, before: str = "") -> Callable[[str], None]:
     """Print a line above the bars."""
 
     def tell(line: str) -> None:
-        progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.print(before + line, markup=False, highlight=False, soft_wrap=True)
 
     return tell

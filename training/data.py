@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import struct
 from collections.abc import Generator, Mapping
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from rbn.training.preset import Preset
+from rbn.training.share import ALONE, Share, check_parts
 from rbn.training.sources import Source
 from rbn.training.transforms import evaluation_image, training_image
 from rbn_core.errors import RBNValueError
@@ -41,19 +43,6 @@ class Batch:
     images: NDArray[np.float32]
     labels: NDArray[np.int64]
     damaged: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Share:
-    """Which part of every batch a process gets.
-
-    Args:
-        index: The process.
-        count: How many there are.
-    """
-
-    index: int = 0
-    count: int = 1
 
 
 class _Sample(grain.transforms.RandomMap):
@@ -86,7 +75,10 @@ class _Sample(grain.transforms.RandomMap):
 
 
 class _Test(grain.transforms.Map):
-    """An image to evaluate with, by its number; one that cannot be decoded is left out."""
+    """An image to evaluate with, by its number; one that cannot be decoded is left out.
+
+    Numbers beyond the last image are there to fill the last batch.
+    """
 
     def __init__(self, source: Source, preset: Preset) -> None:
         self.source, self.preset = source, preset
@@ -94,35 +86,15 @@ class _Test(grain.transforms.Map):
     def map(self, element: int) -> dict[str, Any]:
         """The image, its class, and the number of what could not be decoded."""
         size = self.preset.image_size
-        try:
-            image = evaluation_image(self.source.image(element), self.preset)
-        except DAMAGED:
-            image = np.zeros((3, size, size), np.float32)
-            return {"image": image, "label": np.int64(NOTHING), "damaged": np.int64(element)}
-        return {
-            "image": image,
-            "label": np.int64(self.source.label(element)),
-            "damaged": np.int64(NOTHING),
-        }
-
-
-class _Filled(grain.transforms.Map):
-    """A batch with as many images as all others: what lacks has no class."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-
-    def map(self, element: dict[str, Any]) -> dict[str, Any]:
-        """The batch."""
-        lacking = self.size - len(element["label"])
-        return {
-            name: np.pad(
-                array,
-                ((0, lacking), *((0, 0),) * (array.ndim - 1)),
-                constant_values=0 if name == "image" else NOTHING,
-            )
-            for name, array in element.items()
-        }
+        label = damaged = NOTHING
+        image = np.zeros((3, size, size), np.float32)
+        if element < len(self.source):
+            try:
+                image = evaluation_image(self.source.image(element), self.preset)
+                label = self.source.label(element)
+            except DAMAGED:
+                damaged = element
+        return {"image": image, "label": np.int64(label), "damaged": np.int64(damaged)}
 
 
 def steps_per_epoch(source: Source, preset: Preset) -> int:
@@ -140,7 +112,7 @@ def steps_per_epoch(source: Source, preset: Preset) -> int:
 
 
 def training_batches(
-    source: Source, preset: Preset, step: int = 0, *, workers: int = 0, share: Share = Share()
+    source: Source, preset: Preset, step: int = 0, *, workers: int = 0, share: Share = ALONE
 ) -> Generator[Batch, None, None]:
     """The batches of a run from a step on, without an end; each epoch has another order.
 
@@ -157,7 +129,7 @@ def training_batches(
         RBNValueError: A batch has more images than there are, or cannot be dealt to all processes.
     """
     size, steps = preset.batch_size, steps_per_epoch(source, preset)
-    check_share(preset, share)
+    check_parts(preset, share.count)
     samples = (
         grain.MapDataset.source(range(len(source)))
         .seed(preset.seed % 2**32)
@@ -171,9 +143,11 @@ def training_batches(
 
 
 def evaluation_batches(
-    source: Source, preset: Preset, *, workers: int = 0, share: Share = Share()
+    source: Source, preset: Preset, *, workers: int = 0, share: Share = ALONE
 ) -> Generator[Batch, None, None]:
     """All images once, in order; the last batch is filled up.
+
+    Every process gets as many batches, of which the first ones together are the first of a single process.
 
     Args:
         source: The images.
@@ -181,24 +155,11 @@ def evaluation_batches(
         workers: As in `training_batches`.
         share: Which part of every batch this process gets.
     """
-    check_share(preset, share)
-    size = preset.batch_size // share.count
-    samples = grain.MapDataset.source(range(len(source))).map(_Test(source, preset))
-    batches = samples[share.index :: share.count].batch(size).map(_Filled(size))
+    check_parts(preset.changed(accumulate=1), share.count)
+    places = math.ceil(len(source) / preset.batch_size) * preset.batch_size
+    samples = grain.MapDataset.source(range(places)).map(_Test(source, preset))
+    batches = samples[share.index :: share.count].batch(preset.batch_size // share.count)
     yield from _iterated(batches, workers)
-
-
-def check_share(preset: Preset, share: Share) -> None:
-    """Refuse a batch of which the processes would get parts of several sizes.
-
-    Raises:
-        RBNValueError: It would be so.
-    """
-    if preset.batch_size % share.count:
-        raise RBNValueError(
-            f"train: expected a batch_size that {share.count} processes can share, got {preset.batch_size}. "
-            f"Give a multiple of {share.count}."
-        )
 
 
 def _iterated(batches: Any, workers: int) -> Generator[Batch, None, None]:

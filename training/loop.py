@@ -1,4 +1,4 @@
-"""What a framework does in a run: `loop_<framework>.py` has a class `Loop` of this form for each."""
+"""What a framework does in a run: `loop_<framework>.py` has `join` and such a class `Loop` for each."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from numpy.typing import NDArray
 
 from rbn.training.preset import Preset
+from rbn.training.share import ALONE, Share
 from rbn_core.errors import RBNValueError
 from rbn_core.matching import State
 from rbn_core.networks import Network
@@ -43,34 +44,70 @@ class Scores:
         )
 
 
+@dataclass(frozen=True)
+class Means:
+    """How PyTorch computes a run in less time or memory; the other frameworks have none of these.
+
+    Args:
+        amp: "bfloat16" or "float16" for autocast, and empty without it.
+        compile: Whether `torch.compile` compiles the network.
+        channels_last: Whether images and weights lie in memory with their channels last.
+    """
+
+    amp: str = ""
+    compile: bool = False
+    channels_last: bool = False
+
+
+PLAIN = Means()
+"""Nothing of that."""
+
+
 class Loop(Protocol):
-    """A network and its optimizer.
+    """A network and its optimizer, in one of several processes that go through every batch together.
 
     The gradient is that of the mean over the batch of -sum_k q_k log p_k, with q_k = (1 - s) [k = class] +
-    s / classes for a label smoothing of s.
+    s / classes for a label smoothing of s. With `accumulate` parts it is the mean of theirs, each with batch
+    statistics of its own.
 
     Args:
         network: What to build.
         preset: The optimizer and its options.
         device: As the framework calls it; empty for its default.
+        share: What part of every batch this process gets.
+
+    Attributes:
+        share: The same.
+        parts: Over how many processes or devices a batch is spread.
+        sync: Whether batch statistics are those of all of them together.
     """
 
-    def __init__(self, network: Network, preset: Preset, device: str) -> None: ...
+    share: Share
+    parts: int
+    sync: bool
+
+    def __init__(self, network: Network, preset: Preset, device: str, share: Share) -> None: ...
 
     def step(self, images: NDArray[Any], labels: NDArray[Any], learning_rate: float) -> tuple[float, int]:
         """One update.
 
         Args:
-            images: (N, 3, H, W), float32.
+            images: This process's, (N, 3, H, W), float32.
             labels: (N,), int64.
             learning_rate: That of this update.
 
         Returns:
-            The mean loss before the update, and how many images were classified right.
+            The mean loss before the update, and how many images were classified right, of the whole batch.
         """
 
     def evaluate(self, images: NDArray[Any], labels: NDArray[Any]) -> Scores:
-        """The scores of a batch in evaluation; what has the class -1 does not count."""
+        """The scores of the whole batch in evaluation; what has the class -1 does not count."""
+
+    def align(self) -> None:
+        """Give all processes the running statistics of process 0, which are what is saved."""
+
+    def any(self, flag: bool) -> bool:
+        """Whether any process says so."""
 
     def state(self) -> State:
         """Copies of all weights and statistics, under canonical names."""
@@ -86,14 +123,51 @@ class Loop(Protocol):
         """
 
 
-def build(framework: str, network: Network, preset: Preset, device: str) -> Loop:
-    """The loop of a framework.
+def join(framework: str, device: str) -> Share:
+    """Join the other processes of a run, if a launcher has started several.
 
-    Raises:
-        RBNValueError: The device is not there, or the framework has no float64 for this.
+    Args:
+        framework: One of `rbn.backends.frameworks.FRAMEWORKS`.
+        device: As the framework calls it; empty for its default.
+
+    Returns:
+        What part of every batch this process gets: all of it where there is no other.
     """
     module = importlib.import_module(f"rbn.training.loop_{framework}")
-    loop: Loop = module.Loop(network, preset, device)
+    share: Share = module.join(device)
+    return share
+
+
+def build(
+    framework: str,
+    network: Network,
+    preset: Preset,
+    device: str,
+    share: Share = ALONE,
+    means: Means = PLAIN,
+) -> Loop:
+    """The loop of a framework.
+
+    Args:
+        framework: One of `rbn.backends.frameworks.FRAMEWORKS`.
+        network: What to build.
+        preset: The optimizer and its options.
+        device: As the framework calls it; empty for its default.
+        share: What `join` has returned.
+        means: PyTorch's options.
+
+    Raises:
+        RBNValueError: The device is not there, the framework has no float64 or none of the means, or batches
+            cannot be dealt to all processes and devices.
+    """
+    if framework != "torch" and means != PLAIN:
+        raise RBNValueError(
+            f"train: expected --amp, --compile and --channels-last in PyTorch, which alone has them, got "
+            f"{framework}. Leave them out, or give --framework torch."
+        )
+    module = importlib.import_module(f"rbn.training.loop_{framework}")
+    own = (means,) if framework == "torch" else ()
+    loop: Loop = module.Loop(network, preset, device, share, *own)
     return loop
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import jax
@@ -9,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax  # type: ignore[import-untyped]
 from flax import traverse_util
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from numpy.typing import NDArray
 
 from rbn.backends.flax import (
@@ -21,6 +24,7 @@ from rbn.backends.flax import (
 )
 from rbn.training.loop import BETAS, EPSILON, Scores, check_device
 from rbn.training.preset import Preset
+from rbn.training.share import ALONE, Share, check_parts
 from rbn_core.execution import initial_state
 from rbn_core.matching import State
 from rbn_core.names import to_own
@@ -28,13 +32,38 @@ from rbn_core.networks import Network
 from rbn_core.training import Training
 
 
-class Loop:
-    """See `rbn.training.loop.Loop`; devices are JAX's platforms, such as "cpu" and "gpu"."""
+def join(device: str) -> Share:
+    """Join the other hosts of `JAX_COORDINATOR_ADDRESS`.
 
-    def __init__(self, network: Network, preset: Preset, device: str) -> None:
+    `JAX_NUM_PROCESSES` says how many there are and `JAX_PROCESS_ID` which this one is, but on a cluster that
+    JAX knows.
+    """
+    if "JAX_COORDINATOR_ADDRESS" not in os.environ:
+        return ALONE
+    if not jax.distributed.is_initialized():
+        numbers = (os.environ.get(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
+        count, index = (None if number is None else int(number) for number in numbers)
+        jax.distributed.initialize(num_processes=count, process_id=index)
+    return Share(jax.process_index(), jax.process_count())
+
+
+class Loop:
+    """See `rbn.training.loop.Loop`; devices are JAX's platforms, such as "cpu" and "gpu".
+
+    A batch is sharded over all devices, where a compiled function has the statistics of all of it.
+    """
+
+    sync = True
+
+    def __init__(self, network: Network, preset: Preset, device: str, share: Share) -> None:
         known = [device.platform for device in jax.devices()]
         check_device(device or known[0], [*dict.fromkeys([*known, "cpu"])])
-        self.device = jax.devices(device or known[0])[0]
+        devices = jax.devices(device or known[0])
+        self.share, self.parts = share, len(devices)
+        check_parts(preset, self.parts)
+        mesh = Mesh(np.array(devices), ("batch",))
+        self.everywhere = NamedSharding(mesh, PartitionSpec())
+        self.spread = NamedSharding(mesh, PartitionSpec(None, "batch"))
         if preset.dtype == "float64":
             jax.config.update("jax_enable_x64", True)
         self.preset = preset
@@ -49,8 +78,8 @@ class Loop:
 
     def step(self, images: NDArray[Any], labels: NDArray[Any], learning_rate: float) -> tuple[float, int]:
         """One update."""
-        x, target = self._arrays(images, labels)
-        rate = jnp.asarray(learning_rate, self.dtype)
+        x, target = self._arrays(images, labels, self.preset.accumulate)
+        rate = jax.device_put(np.asarray(learning_rate, self.dtype), self.everywhere)
         self.variables, self.optimizer_state, loss, correct = self._step(
             self.variables, self.optimizer_state, x, target, rate
         )
@@ -58,8 +87,15 @@ class Loop:
 
     def evaluate(self, images: NDArray[Any], labels: NDArray[Any]) -> Scores:
         """The scores of a batch."""
-        count, loss, top1, top5 = self._evaluate(self.variables, *self._arrays(images, labels))
+        count, loss, top1, top5 = self._evaluate(self.variables, *self._arrays(images, labels, 1))
         return Scores(int(count), float(loss), int(top1), int(top5))
+
+    def align(self) -> None:
+        """Nothing: all devices have the same statistics."""
+
+    def any(self, flag: bool) -> bool:
+        """Whether any process says so."""
+        return bool(np.any(multihost_utils.process_allgather(np.array(flag))))
 
     def state(self) -> State:
         """The weights."""
@@ -79,38 +115,63 @@ class Loop:
         self.variables = self._filled(state)
         if training is not None:
             filled = optimizer_from_numpy(self.optimizer_state, self.model, training)
-            self.optimizer_state = jax.device_put(filled, self.device)
+            self.optimizer_state = jax.device_put(filled, self.everywhere)
 
     def _stepped(self, variables: Any, optimizer_state: Any, x: Any, target: Any, rate: Any) -> Any:
+        parts, params = self.preset.accumulate, variables["params"]
+        if parts == 1:
+            found, stats = self._gradients(params, variables["batch_stats"], x[0], target[0])
+        else:
+
+            def added(carry: Any, part: Any) -> Any:
+                sums, stats = carry
+                found, stats = self._gradients(params, stats, *part)
+                return (jax.tree.map(jnp.add, sums, found), stats), None
+
+            shapes = jax.eval_shape(self._gradients, params, variables["batch_stats"], x[0], target[0])[0]
+            zeros = jax.tree.map(lambda each: jnp.zeros(each.shape, each.dtype), shapes)
+            (found, stats), _ = jax.lax.scan(added, (zeros, variables["batch_stats"]), (x, target))
+        loss, correct, gradients = found
+        hyperparams = optimizer_state.hyperparams | {"learning_rate": rate}
+        updates, optimizer_state = self.optimizer.update(
+            jax.tree.map(lambda each: each / parts, gradients),
+            optimizer_state._replace(hyperparams=hyperparams),
+            params,
+        )
+        params = optax.apply_updates(params, updates)
+        return {"params": params, "batch_stats": stats}, optimizer_state, loss / parts, correct
+
+    def _gradients(self, params: Any, stats: Any, x: Any, target: Any) -> Any:
+        """Loss, images classified right and gradients of a part of a batch; and the statistics behind it."""
+
         def loss_of(params: Any) -> Any:
             logits, changed = self.model.apply(
-                variables | {"params": params}, x, train=True, mutable=["batch_stats"]
+                {"params": params, "batch_stats": stats}, x, train=True, mutable=["batch_stats"]
             )
             q = optax.smooth_labels(
                 jax.nn.one_hot(target, logits.shape[1], dtype=logits.dtype), self.preset.label_smoothing
             )
             loss = optax.softmax_cross_entropy(logits, q).mean()
-            return loss, (changed, (logits.argmax(1) == target).sum())
+            return loss, (changed.get("batch_stats", {}), (logits.argmax(1) == target).sum())
 
-        differentiate = jax.value_and_grad(loss_of, has_aux=True)
-        (loss, (changed, correct)), gradients = differentiate(variables["params"])
-        hyperparams = optimizer_state.hyperparams | {"learning_rate": rate}
-        updates, optimizer_state = self.optimizer.update(
-            gradients, optimizer_state._replace(hyperparams=hyperparams), variables["params"]
-        )
-        params = optax.apply_updates(variables["params"], updates)
-        return variables | changed | {"params": params}, optimizer_state, loss, correct
+        (loss, (stats, correct)), gradients = jax.value_and_grad(loss_of, has_aux=True)(params)
+        return (loss, correct, gradients), stats
 
     def _scores(self, variables: Any, x: Any, target: Any) -> Any:
+        x, target = x[0], target[0]
         logits = self.model.apply(variables, x, train=False)
         real = target >= 0
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(real, target, 0))
         found = jax.lax.top_k(logits, min(5, logits.shape[1]))[1] == target[:, None]
         return real.sum(), jnp.where(real, losses, 0).sum(), found[:, 0].sum(), found.sum()
 
-    def _arrays(self, images: NDArray[Any], labels: NDArray[Any]) -> Any:
+    def _arrays(self, images: NDArray[Any], labels: NDArray[Any], parts: int) -> Any:
+        """This process's share of (parts, N / parts, H, W, C) images, and of their classes."""
         x = np.ascontiguousarray(images.transpose(0, 2, 3, 1)).astype(self.dtype, copy=False)
-        return jax.device_put((x, labels.astype(np.int32)), self.device)
+        return [
+            jax.make_array_from_process_local_data(self.spread, each.reshape(parts, -1, *each.shape[1:]))
+            for each in (x, labels.astype(np.int32))
+        ]
 
     def _filled(self, state: State) -> Any:
         """The variables of a state, in the run's dtype, on its device."""
@@ -126,7 +187,7 @@ class Loop:
                 for name, array in flat.items()
             }
             variables = traverse_util.unflatten_dict(flat, sep="/")
-        return jax.device_put(variables, self.device)
+        return jax.device_put({"batch_stats": {}} | variables, self.everywhere)
 
     def _decays(self) -> dict[str, float]:
         """The weight decay of every parameter, by canonical name: optax does not store it."""

@@ -53,6 +53,8 @@ class Preset:
     epochs: int = _value("How often the run goes through the data.", least=1)
     steps: int = _value("After how many steps the run ends; 0 leaves it to the epochs.", least=0)
     batch_size: int = _value("Images in a step, over all processes.", least=1)
+    accumulate: int = _value("In how many parts a step goes through them, to need less memory.", least=1)
+    sync: bool = _value("Whether batch statistics are of all processes' images, or of each one's.")
     optimizer: str = _value("sgd or adamw.", *OPTIMIZERS)
     learning_rate: float = _value("Its highest learning rate.", least=0)
     momentum: float = _value("That of sgd.", above=0)

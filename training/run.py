@@ -6,7 +6,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,10 +14,11 @@ from rbn.stopping import stopping
 from rbn.training import run_file
 from rbn.training.data import Batch, evaluation_batches, steps_per_epoch, training_batches
 from rbn.training.log import Log
-from rbn.training.loop import Loop, Scores, build
+from rbn.training.loop import PLAIN, Loop, Means, Scores, build
 from rbn.training.preset import Preset
 from rbn.training.run_file import Meter, Progress, Saved
 from rbn.training.schedule import learning_rate, total_steps
+from rbn.training.share import ALONE, Share
 from rbn.training.sources import Source, open_data
 from rbn_core import architectures
 from rbn_core.errors import RBNError, RBNValueError
@@ -43,6 +44,7 @@ class Options:
         log_every: The steps between two rows of the log.
         save_every: After how many steps the run is saved, beside after each epoch; 0 for only then.
         keep: Whether what is saved between epochs stays, as `step-N.safetensors`.
+        means: How PyTorch computes it faster.
     """
 
     framework: str
@@ -52,6 +54,7 @@ class Options:
     log_every: int = 10
     save_every: int = 0
     keep: bool = False
+    means: Means = PLAIN
 
 
 @dataclass
@@ -91,18 +94,19 @@ class Plan:
     Args:
         preset: The run.
         saved: Where it goes on; nothing for a new run.
+        share: What part of every batch this process gets.
 
     Raises:
         RBNError: The data are not there, the network does not fit them, or the file is of another network.
     """
 
-    def __init__(self, preset: Preset, saved: Saved | None = None) -> None:
-        self.preset = preset
+    def __init__(self, preset: Preset, saved: Saved | None = None, share: Share = ALONE) -> None:
+        self.preset, self.share = preset, share
         self.training_data, self.evaluation_data = open_data(preset.data)
         self.network = architectures.network(preset.network, preset.norm, len(self.training_data.classes))
         self.steps_per_epoch = steps_per_epoch(self.training_data, preset)
         self.total = total_steps(preset, self.steps_per_epoch)
-        check_fit(self.network, preset)
+        check_fit(self.network, preset, share)
         if saved is not None and saved.network != self.network:
             raise RBNValueError(
                 f"train: expected the file of a run with {_described(self.network)}, got one with "
@@ -133,8 +137,9 @@ class Plan:
             f"{preset.image_size} x {preset.image_size} pixels",
             f"data      {preset.data}: {len(self.training_data):,} images to train with, "
             f"{len(self.evaluation_data):,} to evaluate with, {len(self.training_data.classes)} classes",
-            f"steps     {self.total:,} of {preset.batch_size} images, {self.steps_per_epoch:,} in an epoch; "
-            f"{self.progress.step:,} are made",
+            f"steps     {self.total:,} of {preset.batch_size} images"
+            + (f" in {preset.accumulate} parts" if preset.accumulate > 1 else "")
+            + f", {self.steps_per_epoch:,} in an epoch; {self.progress.step:,} are made",
             f"optimizer {preset.optimizer}, weight decay {preset.weight_decay:g}"
             + ("" if preset.decay_norms else " but for norm layers and biases"),
             f"schedule  {preset.schedule}, warm-up of {preset.warmup_epochs:g} epochs: {schedule}",
@@ -147,20 +152,21 @@ def _described(network: Network) -> str:
     return f"{network.name} with {' and '.join(norms) or 'bn'} for {classes} classes"
 
 
-def check_fit(network: Network, preset: Preset) -> None:
+def check_fit(network: Network, preset: Preset, share: Share = ALONE) -> None:
     """Refuse images of which a network leaves nothing, or one value for a channel's statistics.
 
     Raises:
         RBNValueError: It would be so.
     """
     size = preset.image_size
-    shapes = network.shapes((preset.batch_size, network.in_channels, size, size))
+    together = preset.batch_size // preset.accumulate // (1 if preset.sync else share.count)
+    shapes = network.shapes((max(1, together), network.in_channels, size, size))
     for node in network.nodes:
         planes = shapes[node.inputs[0]]
         values = math.prod((planes[0], *planes[2:]))
         if min(shapes[node.name]) < 1 or (isinstance(node, Norm) and values < 2):
             raise RBNValueError(
-                f"train: expected images that {network.name} can take, got {preset.batch_size} of "
+                f"train: expected images that {network.name} can take, got {together} at a time of "
                 f"{size} x {size} pixels, of which {node.name} gets {planes}. Give a larger --image-size or "
                 "--batch-size."
             )
@@ -168,6 +174,8 @@ def check_fit(network: Network, preset: Preset) -> None:
 
 def train(plan: Plan, options: Options, show: Show, tell: Tell) -> bool:
     """Train to the end of the schedule, or until Ctrl-C or a request to end, when it saves first.
+
+    All processes of the run call it; process 0 writes the files.
 
     Args:
         plan: The run.
@@ -181,24 +189,34 @@ def train(plan: Plan, options: Options, show: Show, tell: Tell) -> bool:
     Raises:
         RBNError: The loss is not finite, or a file cannot be written; the last file of the run is whole.
     """
-    preset, progress = plan.preset, plan.progress
-    out = options.out
-    loop = build(options.framework, plan.network, preset, options.device)
+    preset, progress, share = plan.preset, plan.progress, plan.share
+    out, leads = options.out, share.index == 0
+    loop = build(options.framework, plan.network, preset, options.device, share, options.means)
     if plan.saved is None:
         loop.load(initial_state(plan.network, preset.seed), None)
     else:
         loop.load(plan.saved.state, plan.saved.training)
-    _make_folder(out)
-    (out / "preset.toml").write_text(preset.to_toml(), "utf-8")
+    if leads:
+        _make_folder(out)
+        (out / "preset.toml").write_text(preset.to_toml(), "utf-8")
+        if loop.parts > 1:
+            tell(_spread(loop, preset))
 
     def save(name: str) -> None:
+        if not leads:
+            return
         saved = Saved(loop.state(), loop.training(), plan.network, preset, progress, options.framework)
         run_file.save(out / name, saved, epoch=progress.step // plan.steps_per_epoch)
 
     shown = Shown(progress.step, plan.total, plan.steps_per_epoch, progress.step)
     damaged: set[int] = set()
-    batches = training_batches(plan.training_data, preset, progress.step, workers=options.workers)
-    with Log(out, progress.step) as log, stopping() as signals, closing(batches):
+    batches = training_batches(
+        plan.training_data, preset, progress.step, workers=options.workers, share=share
+    )
+    with ExitStack() as stack:
+        log = stack.enter_context(Log(out, progress.step)) if leads else None
+        signals = stack.enter_context(stopping())
+        stack.enter_context(closing(batches))
         began = time.monotonic()
         for batch in itertools.islice(batches, plan.total - progress.step):
             _tell_damaged(batch, plan.training_data, damaged, tell)
@@ -208,8 +226,8 @@ def train(plan: Plan, options: Options, show: Show, tell: Tell) -> bool:
                 raise DivergedError(_diverged(progress.step, loss, rate, out))
             progress.step += 1
             meter = progress.meter
-            meter.count += len(batch.labels)
-            meter.loss += loss * len(batch.labels)
+            meter.count += preset.batch_size
+            meter.loss += loss * preset.batch_size
             meter.correct += correct
             shown.step = progress.step
             shown.loss, shown.top1 = meter.loss / meter.count, 100 * meter.correct / meter.count
@@ -233,22 +251,24 @@ def train(plan: Plan, options: Options, show: Show, tell: Tell) -> bool:
                 scores = evaluate(loop, plan.evaluation_data, preset, options.workers, shown, show, tell)
                 began += time.monotonic() - paused
                 values |= {f"evaluation_{name}": value for name, value in means(scores).items()}
-            if values:
+            if values and log is not None:
                 log.row(progress.step, values)
+            stopped = loop.any(bool(signals))  # by a signal that one of the processes has got
             if ends:
                 best = values["evaluation_top1"] > progress.best
                 progress.best = max(progress.best, values["evaluation_top1"])
                 save(LAST)
                 if best:
                     save(BEST)
-                tell(_told(plan, values))
-            elif signals:
+                if leads:
+                    tell(_told(plan, values))
+            elif stopped:
                 save(LAST)
             elif options.save_every and progress.step % options.save_every == 0:
                 save(LAST)
                 if options.keep:
                     save(f"step-{progress.step}.safetensors")
-            if signals and progress.step < plan.total:
+            if stopped and progress.step < plan.total:
                 return False
     if damaged:
         tell(f"{len(damaged)} images could not be decoded, and others took their places")
@@ -264,7 +284,7 @@ def evaluate(
     show: Show,
     tell: Tell,
 ) -> Scores:
-    """The scores of all images.
+    """The scores of all images, in all processes.
 
     Args:
         loop: The network.
@@ -277,7 +297,8 @@ def evaluate(
     """
     scores = Scores()
     damaged: set[int] = set()
-    with closing(evaluation_batches(source, preset, workers=workers)) as batches:
+    loop.align()
+    with closing(evaluation_batches(source, preset, workers=workers, share=loop.share)) as batches:
         for batch in batches:
             _tell_damaged(batch, source, damaged, tell)
             scores += loop.evaluate(batch.images, batch.labels)
@@ -305,6 +326,15 @@ def _told(plan: Plan, values: dict[str, float]) -> str:
         f"epoch {values['epoch']:g} of {plan.total / plan.steps_per_epoch:g}: loss {values['loss']:.4f}, "
         f"top-1 {values['top1']:.2f} %; evaluation: loss {values['evaluation_loss']:.4f}, top-1 "
         f"{values['evaluation_top1']:.2f} %, top-5 {values['evaluation_top5']:.2f} %"
+    )
+
+
+def _spread(loop: Loop, preset: Preset) -> str:
+    """A line on how a batch is spread over processes or devices."""
+    images = preset.batch_size // preset.accumulate
+    return (
+        f"{loop.parts} processes or devices share every batch, {images // loop.parts} images each at a time; "
+        f"batch statistics are of {f'{images} images of all' if loop.sync else 'the images of each'}"
     )
 
 

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rbn.training.data import Share, evaluation_batches, steps_per_epoch, training_batches
+from rbn.training.data import evaluation_batches, steps_per_epoch, training_batches
 from rbn.training.preset import read_preset
+from rbn.training.share import Share
 from rbn.training.sources import open_data
 from rbn.training.transforms import evaluation_image, training_image
 from rbn_core import RBNValueError
@@ -63,13 +64,21 @@ def test_processes_share_each_batch():
     for batch, *halves in zip(whole, *parts, strict=True):
         for index, half in enumerate(halves):
             np.testing.assert_array_equal(batch.images[index::2], half.images)
-    counts = [
-        sum((batch.labels >= 0).sum() for batch in evaluation_batches(evaluation, PRESET, share=share))
+    preset = PRESET.changed(batch_size=64)  # 7 batches and one image more: process 1 has none of the last
+    whole, *parts = (
+        list(evaluation_batches(evaluation, preset, share=share))
         for share in (Share(), Share(0, 2), Share(1, 2))
-    ]
-    assert counts == [len(evaluation), 225, 224]
-    with pytest.raises(RBNValueError, match="batch_size that 3 processes can share, got 32"):
+    )
+    assert sum((batch.labels >= 0).sum() for batch in whole) == len(evaluation) == 449
+    for batch, *halves in zip(whole, *parts, strict=True):
+        for index, half in enumerate(halves):
+            np.testing.assert_array_equal(batch.images[index::2], half.images)
+            np.testing.assert_array_equal(batch.labels[index::2], half.labels)
+    wrong = "a multiple of 3, for 3 processes or devices with accumulate = 1, got 32. .*--batch-size 30"
+    with pytest.raises(RBNValueError, match=wrong):
         first(source, 1, share=Share(0, 3))
+    with pytest.raises(RBNValueError, match=r"a multiple of 64, .* --batch-size 64"):
+        first(source, 1, preset=PRESET.changed(accumulate=32), share=Share(0, 2))
 
 
 def test_an_epoch_has_no_image_twice(folder):

@@ -16,6 +16,7 @@ from rbn.cli import app
 from rbn.training import loop, run, run_file
 from rbn.training.log import read_log
 from rbn.training.preset import read_preset
+from rbn.training.share import Share
 from rbn_core import RBNValueError, execution, networks, weights
 from rbn_core.networks import Activation, Convolution, Linear, Network, Norm, Pooling
 
@@ -117,6 +118,99 @@ def test_an_update_is_what_the_papers_and_their_options_say(name, optimizer, dec
             slot, gradient = "first_moment", first.slots["first_moment"][each]
         np.testing.assert_allclose(after[each], expected, rtol=1e-4, atol=1e-6)
         np.testing.assert_allclose(kept.slots[slot][each], gradient, rtol=1e-4, atol=1e-6)
+
+
+def without_statistics():
+    """The small network without its normalization."""
+    conv, _, relu, *rest = small().nodes
+    return dataclasses.replace(small(), nodes=(conv, dataclasses.replace(relu, inputs=("conv1",)), *rest))
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_batch_in_parts_is_the_whole_one_where_there_are_no_batch_statistics(name, optimizer):
+    states, results = [], []
+    for parts in (1, 3):
+        preset = PRESET.changed(optimizer=optimizer, accumulate=parts)
+        built = loop.build(name, without_statistics(), preset, "")
+        built.load(execution.initial_state(without_statistics(), 1), None)
+        results.append([built.step(*images(BATCH, step), 0.01) for step in range(3)])
+        states.append(built.state())
+        assert built.training().step == 3
+    for (loss, correct), (expected, expected_correct) in zip(*results, strict=True):
+        assert loss == pytest.approx(expected, rel=1e-5)
+        assert correct == expected_correct
+    for each, array in states[0].items():
+        np.testing.assert_allclose(states[1][each], array, rtol=1e-4, atol=1e-5, err_msg=each)
+
+
+def test_batch_statistics_are_of_a_part_and_go_into_the_running_ones_part_by_part(name):
+    network, (x, labels) = small(), images(BATCH)
+    state = execution.initial_state(network, 3)
+    built = loop.build(name, network, PRESET.changed(accumulate=2), "")
+    built.load(state, None)
+    loss, _ = built.step(x, labels, 0.05)
+    losses = []
+    for part in (slice(0, 6), slice(6, 12)):
+        logits, state = execution.run(network, state, x[part].astype(np.float64), training=True)
+        losses.append(losses_of(logits, labels[part], 0.1).mean())
+    assert loss == pytest.approx(np.mean(losses), rel=1e-5)
+    found = built.state()
+    for each in ("bn1.running_mean", "bn1.running_var"):
+        np.testing.assert_allclose(found[each], state[each], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.framework("torch")
+def test_half_precision_and_the_memory_format_change_rounding_alone(monkeypatch):
+    from torch import channels_last
+
+    from rbn.training import loop_torch
+
+    def two_steps(means):
+        built = loop.build("torch", small(), PRESET, "cpu", means=means)
+        built.load(execution.initial_state(small(), 1), None)
+        losses = [built.step(*images(BATCH, step), 0.05)[0] for step in range(2)]
+        return built, np.array([*losses, built.evaluate(*images(BATCH)).loss / BATCH])
+
+    _, expected = two_steps(loop.PLAIN)
+    built, found = two_steps(loop.Means(channels_last=True))
+    assert built.model.conv1.weight.is_contiguous(memory_format=channels_last)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    _, found = two_steps(loop.Means(amp="bfloat16"))
+    assert 0 < np.abs(found - expected).max() < 0.02
+    monkeypatch.setattr(loop_torch, "_check_amp", lambda *arguments: None)  # which wants a GPU for it
+    built, found = two_steps(loop.Means(amp="float16"))
+    assert built.scaler.get_scale() > 1000  # no step was left out
+    assert 0 < np.abs(found - expected).max() < 0.002
+
+
+@pytest.mark.long
+@pytest.mark.framework("torch")
+def test_a_compiled_network_is_the_same_to_rounding():
+    losses = []
+    for means in (loop.PLAIN, loop.Means(compile=True)):
+        built = loop.build("torch", small(), PRESET, "cpu", means=means)
+        built.load(execution.initial_state(small(), 1), None)
+        losses.append([built.step(*images(BATCH, step), 0.05)[0] for step in range(2)])
+    assert built.module._compiled_call_impl is not None
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
+@pytest.mark.framework("torch")
+def test_what_cannot_be_combined_is_refused(tmp_path, small_networks):
+    begun = ("train", "--out", tmp_path / "run")
+    for arguments, message in (
+        (("--amp", "float16", "--device", "cpu"), "expected a GPU for --amp float16, got cpu"),
+        (("--amp", "half"), "expected --amp bfloat16 or float16, got 'half'"),
+        (("--amp", "bfloat16", "--dtype", "float64"), "expected --dtype float32 with --amp, got float64"),
+        (("--accumulate", "7"), "a multiple of 7, .* got 64. Give for example --batch-size 63"),
+        (("--accumulate", "0"), "expected accumulate of 1 or more, got 0"),
+    ):
+        done = call(*begun, "--framework", "torch", *arguments)
+        assert done.exit_code == 2, done.output
+        assert re.search(message, done.output.replace("\n", " ")), done.output
+    with pytest.raises(RBNValueError, match="--channels-last in PyTorch, which alone has them, got flax"):
+        loop.build("flax", small(), PRESET, "", means=loop.Means(compile=True))
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
@@ -273,10 +367,14 @@ def test_a_network_that_leaves_nothing_of_the_images_is_refused():
     network = dataclasses.replace(
         small(), nodes=(Convolution("conv1", ("input",), 3, 6, 9), *small().nodes[1:])
     )
-    with pytest.raises(RBNValueError, match="expected images that small can take, got 12 of 8 x 8 pixels"):
+    with pytest.raises(RBNValueError, match="expected images that small can take, got 12 at a time of 8 x"):
         run.check_fit(network, PRESET)
     with pytest.raises(RBNValueError, match="of which bn1 gets"):
         run.check_fit(small(), PRESET.changed(batch_size=1, image_size=1))
+    run.check_fit(small(), PRESET.changed(batch_size=2, image_size=1, sync=True), Share(0, 2))
+    for options, share in (({}, Share(0, 2)), ({"accumulate": 2}, Share())):
+        with pytest.raises(RBNValueError, match="got 1 at a time of 1 x 1 pixels, of which bn1 gets"):
+            run.check_fit(small(), PRESET.changed(batch_size=2, image_size=1, **options), share)
     assert networks.Network.from_json(small().to_json()) == small()
 
 
