@@ -185,6 +185,7 @@ def test_half_precision_and_the_memory_format_change_rounding_alone(monkeypatch)
 
 @pytest.mark.long
 @pytest.mark.framework("torch")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # PyTorch's own, in its compiler
 def test_a_compiled_network_is_the_same_to_rounding():
     losses = []
     for means in (loop.PLAIN, loop.Means(compile=True)):
@@ -196,7 +197,9 @@ def test_a_compiled_network_is_the_same_to_rounding():
 
 
 @pytest.mark.framework("torch")
-def test_what_cannot_be_combined_is_refused(tmp_path, small_networks):
+def test_what_cannot_be_combined_is_refused(tmp_path, small_networks, monkeypatch):
+    from rbn.training.loop_torch import join
+
     begun = ("train", "--out", tmp_path / "run")
     for arguments, message in (
         (("--amp", "float16", "--device", "cpu"), "expected a GPU for --amp float16, got cpu"),
@@ -211,6 +214,20 @@ def test_what_cannot_be_combined_is_refused(tmp_path, small_networks):
     with pytest.raises(RBNValueError, match="--channels-last in PyTorch, which alone has them, got flax"):
         loop.build("flax", small(), PRESET, "", means=loop.Means(compile=True))
     assert not (tmp_path / "run").exists()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RBNValueError, match=r"a device that is there, cpu.*, got 'cuda:0'"):
+        loop.build("torch", small(), PRESET, "cuda:0", Share(0, 2))
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert join("") == Share(0, 1)
+
+
+@pytest.mark.framework("torch", "mindspore")
+def test_a_batch_norm_that_cannot_share_its_statistics_is_refused(name):
+    device = {"torch": "cpu", "mindspore": "CPU"}[name]
+    with pytest.raises(
+        RBNValueError, match=r"expected RBN, IEBN or BNET for --sync .* got bn\. Leave --sync"
+    ):
+        loop.build(name, small("bn"), PRESET.changed(sync=True), device, Share(0, 2))
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])

@@ -48,7 +48,7 @@ def free_port():
         return free.getsockname()[1]
 
 
-def finished(commands, environments, folder, seconds):
+def finished(commands, environments, folder, seconds=400):
     """How commands end that run side by side, and what they print."""
     processes = [
         subprocess.Popen(
@@ -73,9 +73,7 @@ def finished(commands, environments, folder, seconds):
 
 def torchrun(folder):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
-    return finished(
-        [[*command, HERE / "several.py", "torch", folder]], [{"OMP_NUM_THREADS": "1"}], folder, 240
-    )
+    return finished([[*command, HERE / "several.py", "torch", folder]], [{"OMP_NUM_THREADS": "1"}], folder)
 
 
 FAST = "--xla_backend_optimization_level=0 "
@@ -84,7 +82,7 @@ FAST = "--xla_backend_optimization_level=0 "
 
 def four_devices(folder):
     flags = {"XLA_FLAGS": FAST + "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
-    return finished([[sys.executable, HERE / "several.py", "flax", folder]], [flags], folder, 400)
+    return finished([[sys.executable, HERE / "several.py", "flax", folder]], [flags], folder)
 
 
 def two_hosts(folder):
@@ -92,14 +90,14 @@ def two_hosts(folder):
     flags = {"XLA_FLAGS": FAST + "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
     flags |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}", "JAX_NUM_PROCESSES": "2"}
     command = [sys.executable, HERE / "several.py", "flax", folder]
-    return finished([command] * 2, [flags | {"JAX_PROCESS_ID": str(index)} for index in (0, 1)], folder, 400)
+    return finished([command] * 2, [flags | {"JAX_PROCESS_ID": str(index)} for index in (0, 1)], folder)
 
 
 def msrun(folder):
     options = ["--worker_num=2", "--local_worker_num=2", f"--master_port={free_port()}", "--join=True"]
     logs = folder / "logs"
     command = [BIN / "msrun", *options, f"--log_dir={logs}", HERE / "several.py", "mindspore", folder]
-    codes, output = finished([command], [{"GLOG_v": "4"}], folder, 400)
+    codes, output = finished([command], [{"GLOG_v": "4"}], folder)
     return codes, "\n".join([output, *(log.read_text(errors="replace") for log in logs.glob("worker_*"))])
 
 
