@@ -122,6 +122,8 @@ class Loop:
 
     def any(self, flag: bool) -> bool:
         """Whether any process says so."""
+        if self.share.count == 1:
+            return flag
         return self._total(torch.tensor([float(flag)], device=self.device))[0] > 0
 
     def state(self) -> State:

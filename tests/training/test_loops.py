@@ -185,7 +185,7 @@ def test_half_precision_and_the_memory_format_change_rounding_alone(monkeypatch)
 
 @pytest.mark.long
 @pytest.mark.framework("torch")
-@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # PyTorch's own, in its compiler
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # PyTorch's own
 def test_a_compiled_network_is_the_same_to_rounding():
     losses = []
     for means in (loop.PLAIN, loop.Means(compile=True)):
