@@ -97,8 +97,10 @@ class Loop:
         """Take the statistics of process 0."""
         if self.share.count > 1:
             for parameter in self.model.get_parameters():
-                if not parameter.requires_grad:
-                    parameter.set_data(ops.Broadcast(0)((parameter,))[0])
+                if not parameter.requires_grad and parameter.dtype == ms.float32:  # and no count of batches
+                    # Each at once, so that all processes have them in one order.
+                    gathered = ops.AllGather()(parameter.expand_dims(0)).asnumpy()
+                    parameter.set_data(Tensor(gathered[0]))
 
     def any(self, flag: bool) -> bool:
         """Whether any process says so."""
