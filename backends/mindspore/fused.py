@@ -343,7 +343,8 @@ def _check_layer(number: int, accumulates: bool, compiled: bool) -> None:
     due: tuple[int, ...] | None = None
     if config.layer == "BNET":
         stored |= {f"conv.{name}": getattr(layer.conv, name, None) for name in CONVOLUTION}
-        due = (config.num_features, 1, *layer.conv.kernel_size)
+        added = (1,) if config.spatial_dims == 1 else ()  # MindSpore's Conv1d has an axis more
+        due = (config.num_features, 1, *added, *(layer.kernel_size,) * config.spatial_dims)
     facts = {name: None if value is None else (value.shape, value.dtype) for name, value in stored.items()}
     _check_stored(config, tuple(facts.items()), due, accumulates)
     if not accumulates:
