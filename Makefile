@@ -18,6 +18,8 @@ PYTHON_NEWEST ?= $(shell for each in python3.12 "$$HOME"/.pyenv/versions/3.12.*/
 NEWEST := .venv-newest
 NEWEST_STAMP := $(NEWEST)/$(notdir $(STAMP))
 NEWEST_FRAMEWORKS := flax $(if $(TORCH),torch)
+NEWEST_TESTS := $(if $(LONG),tests/$$name --ignore tests/$$name/test_zoos.py,\
+	tests/test_layers.py tests/$$name/test_layers.py tests/$$name/test_surgery.py)
 RUN_NEWEST = $(NEWEST)/bin/python tools/elapsed.py $(NEWEST)/set-up.log
 
 # Libraries that meet the layers, with the versions of both files.
@@ -72,8 +74,8 @@ conform: $(STAMP)
 	.venv/bin/rbn conform $(FRAMEWORKS)
 
 # Installed again when the project changes; upgraded each time, so that what a new release breaks shows by itself. The
-# model zoos are left out: each of their releases is for one of the frameworks'. The tests do without XLA's optimizer, as in
-# make test; the suite has it, one case of each row, or with LONG=1 all cases.
+# model zoos are left out: each of their releases is for one of the frameworks'. The suite runs one case of each row, and the
+# tests are those of the layers and of convert; with LONG=1 they are all.
 newest: $(NEWEST_STAMP)
 	@echo "newest: upgrading $(NEWEST)"
 	@$(RUN_NEWEST) $(NEWEST)/bin/python -m pip install --upgrade --upgrade-strategy eager pip setuptools \
@@ -81,9 +83,8 @@ newest: $(NEWEST_STAMP)
 	@$(NEWEST)/bin/python -m pip list --format freeze | grep -E '^(flax|jax|jaxlib|numpy|optax|orbax-checkpoint|torch)=='
 	$(NEWEST)/bin/rbn conform $(NEWEST_FRAMEWORKS) $(if $(LONG),,--quick)
 	@for name in $(NEWEST_FRAMEWORKS); do \
-		echo "pytest -n 2 --framework $$name tests/$$name"; \
-		$(NEWEST)/bin/pytest -n 2 --dist loadfile --framework $$name tests/$$name \
-			--ignore tests/$$name/test_zoos.py -m "not long" || exit; done
+		echo "pytest -n 2 --framework $$name" $(NEWEST_TESTS); \
+		$(NEWEST)/bin/pytest -n 2 --dist loadfile --framework $$name $(NEWEST_TESTS) -m "not long" || exit; done
 
 $(NEWEST_STAMP):
 	@test -n "$(PYTHON_NEWEST)" || { echo "make newest needs Python 3.12, as python3.12, of pyenv, or named by" \

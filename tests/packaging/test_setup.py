@@ -89,7 +89,8 @@ INSTALL_NEWEST = [
 ]
 UPGRADE = "python -m pip install --upgrade --upgrade-strategy eager pip setuptools "
 TESTS_NEWEST = (
-    "pytest -n 2 --dist loadfile --framework {0} tests/{0} --ignore tests/{0}/test_zoos.py -m not long"
+    "pytest -n 2 --dist loadfile --framework {0} "
+    "tests/test_layers.py tests/{0}/test_layers.py tests/{0}/test_surgery.py -m not long"
 )
 NEWEST = ["python -m pip list --format freeze", "rbn conform flax --quick", TESTS_NEWEST.format("flax")]
 
