@@ -180,10 +180,9 @@ def assert_same(some, others):
 
 @LAYOUTS
 @PHASES
-@pytest.mark.parametrize("restrict", RESTRICTIONS)
 @pytest.mark.parametrize(
-    ("centering", "scaling"),
-    [*itertools.product(CENTERINGS, CENTERINGS), (None, "input_mean")],
+    ("centering", "scaling", "restrict"),
+    [*itertools.product(CENTERINGS, CENTERINGS, RESTRICTIONS), (None, "input_mean", "sigmoid")],
     ids=lambda name: name or "none",
 )
 def test_every_option(centering, scaling, restrict, training, channels_last):
