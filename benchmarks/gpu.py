@@ -146,7 +146,7 @@ def check(
     training: bool,
     case: str,
 ) -> Iterator[Check]:
-    """Every quantity of the fast form beside the plain one in float64, and that it comes out again.
+    """Every quantity of the fused form beside the plain one in float64, and that it comes out again.
 
     A unit in the last place is one of the terms that are added up: of a parameter's gradient, its channel's.
     """
@@ -276,7 +276,7 @@ def copy_bandwidth() -> float:
 
 
 def kernels_of(shape: Shape, dtype: torch.dtype, layout: str, phase: str) -> dict[str, float]:
-    """The seconds of every kernel of a step of the fast form."""
+    """The seconds of every kernel of a step of the fused form."""
     x, dy = (laid_out(numbers(shape, seed).to(dtype), layout) for seed in (1, 2))
     step = step_of(RBN(shape[1], device=DEVICE), x, dy, phase)
     step()

@@ -22,7 +22,7 @@ ALLOWED = 1e-4
 """How far an activation may be off, relative to the largest: frameworks round differently, layer by layer."""
 
 
-class Layer(NamedTuple):
+class Observed(NamedTuple):
     """What a layer did.
 
     Args:
@@ -36,7 +36,7 @@ class Layer(NamedTuple):
     output: NDArray[Any]
 
 
-Layers = dict[str, Layer]
+Layers = dict[str, Observed]
 """What the layers of a network did, by dotted path, in the order in which they ended; the network is last."""
 
 
@@ -213,7 +213,7 @@ def difference(one: NDArray[Any], other: NDArray[Any]) -> tuple[float, float]:
     return best, best / size if size else (0.0 if best == 0 else np.inf)
 
 
-def causes(one: Layer, other: Layer) -> str:
+def causes(one: Observed, other: Observed) -> str:
     """What is usually behind a difference at such a layer."""
     kinds = f"{one.kind} {other.kind}".lower()
     found = next((cause for names, cause in CAUSES if any(name in kinds for name in names)), None)

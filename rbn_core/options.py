@@ -14,7 +14,7 @@ Statistic = Literal["channel_mean", "channel_std", "spatial_mean", "spatial_std"
 """An instance statistic: mu_c, sigma_c, mu_s, sigma_s of RBN's Table 3, and IEBN's mu_c of X itself."""
 
 MOMENT_STATISTICS: tuple[Statistic, ...] = ("channel_mean", "channel_std")
-"""Those that follow from the mean and the variance of a plane: the fast form has them."""
+"""Those that follow from the mean and the variance of a plane: the fused form has them."""
 
 IMAGE_STATISTICS: tuple[Statistic, ...] = ("spatial_mean", "spatial_std")
 """Those computed from the image: over channels where the name begins with "spatial", else over positions."""

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from numpy.typing import NDArray
 
-from rbn_core.activations import Layer, Layers
+from rbn_core.activations import Layers, Observed
 
 
 def activations(model: nn.Module, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Layers:
@@ -32,7 +32,7 @@ def activations(model: nn.Module, variables: Mapping[str, Any], *args: Any, **kw
         made = call(*given, **options)
         path, output = ".".join(context.module.path), first_array(made)
         if context.method_name == "__call__" and output is not None and path not in found:
-            found[path] = Layer(type(context.module).__name__, first_array(given), output)
+            found[path] = Observed(type(context.module).__name__, first_array(given), output)
         return made
 
     with nn.intercept_methods(note):

@@ -86,7 +86,7 @@ def compute(
     share: distributed.Share,
     in_loops: bool,
 ) -> tuple[Array, Array, Array]:
-    """Y, E and Var in the fast form where it can be, and else in the plain one.
+    """Y, E and Var in the fused form where it can be, and else in the plain one.
 
     Args:
         x: As in `functional.rbn`, and so are `parameters`, `running`, `axis`, `dtype` and `mask`.
@@ -97,7 +97,7 @@ def compute(
         dtype: The output dtype that the layer was given.
         mask: Which values count.
         share: What part of the batch x is.
-        in_loops: Whether the layer may take the fast form.
+        in_loops: Whether the layer may take the fused form.
     """
     statistics: dict[str, Any] = {
         "centering": config.centering,
@@ -121,7 +121,7 @@ def takes(
     scaling: Statistic | None,
     restrict: str,
 ) -> bool:
-    """Whether the fast form can compute this input; else it is for `functional.rbn`.
+    """Whether the fused form can compute this input; else it is for `functional.rbn`.
 
     It is for images with the channels last or behind the batch, of sizes that are known.
     """

@@ -2,7 +2,7 @@
 
 JAX's public ways to define an operation (`jax.custom_vjp` and `jax.ffi`, with `jax.lax.platform_dependent`)
 cannot tell a program for one CPU from one for several devices or for export, and have no forward mode beside
-the backward one. So the fast form is a `Primitive`, and where that cannot be made plain operations are left.
+the backward one. So the fused form is a `Primitive`, and where that cannot be made plain operations are left.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import numpy as np
 from jittor import nn
 from numpy.typing import NDArray
 
-from rbn_core.activations import Layer, Layers
+from rbn_core.activations import Layers, Observed
 
 
 def activations(model: nn.Module, *args: Any, **kwargs: Any) -> Layers:
@@ -32,7 +32,7 @@ def activations(model: nn.Module, *args: Any, **kwargs: Any) -> Layers:
             made = execute(*given, **options)
             output = _array(made)
             if output is not None and path not in found:
-                found[path] = Layer(type(layer).__name__, _array(given), output)
+                found[path] = Observed(type(layer).__name__, _array(given), output)
             return made
 
         return call

@@ -127,7 +127,7 @@ def check_layer(config: Config, given: Mapping[str, Any], training: bool) -> dic
 
 
 def takes(x: Var, centering: Statistic | None, scaling: Statistic | None, restrict: str) -> bool:
-    """Whether the fast form can compute this input: what is not known to be right is for `functional.rbn`."""
+    """Whether the fused form can compute this input: what is not known to be right goes elsewhere."""
     return (
         not kernels.problem()
         and not jt.flags.use_cuda
@@ -319,6 +319,6 @@ class Backward(Function):
             RBNError: Always.
         """
         raise RBNError(
-            "RBN: expected a first gradient of the fast form, got the gradient of a gradient. "
+            "RBN: expected a first gradient of the fused form, got the gradient of a gradient. "
             "Build the layer with fused=False: Jittor's own operations can be differentiated again."
         )

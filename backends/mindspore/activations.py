@@ -9,7 +9,7 @@ import numpy as np
 from mindspore import nn
 from numpy.typing import NDArray
 
-from rbn_core.activations import Layer, Layers
+from rbn_core.activations import Layers, Observed
 from rbn_core.errors import RBNValueError
 
 
@@ -40,7 +40,7 @@ def activations(model: nn.Cell, *args: Any, **kwargs: Any) -> Layers:
         def note(layer: nn.Cell, given: Any, made: Any, path: str = path) -> None:
             output = _array(made)
             if output is not None and path not in found:
-                found[path] = Layer(type(layer).__name__, _array(given), output)
+                found[path] = Observed(type(layer).__name__, _array(given), output)
 
         handles.append(cell.register_forward_hook(note))
     try:

@@ -65,7 +65,7 @@ def check_layer(number: int, accumulates: bool) -> None:
 
 
 def takes(x: Tensor, centering: Statistic | None, scaling: Statistic | None, restrict: str) -> bool:
-    """Whether the fast form can compute this input; else it is for `functional.rbn`.
+    """Whether the fused form can compute this input; else it is for `functional.rbn`.
 
     What is not known to be right is not taken.
     """
@@ -311,7 +311,7 @@ def refuse_second_gradients() -> None:
         RBNError: Always.
     """
     raise RBNError(
-        "RBN: expected a first gradient of the fast form, got the gradient of a gradient. "
+        "RBN: expected a first gradient of the fused form, got the gradient of a gradient. "
         "Build the layer with fused=False: a graph of MindSpore's own operations can be differentiated "
         "again. If you asked for a first gradient after an error inside of another, run this again: until a "
         "graph fails MindSpore goes on as if inside of that one."

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from rbn.backends.torch.weights import to_array, unwrapped
-from rbn_core.activations import Layer, Layers
+from rbn_core.activations import Layers, Observed
 
 
 def activations(model: nn.Module, *args: Any, **kwargs: Any) -> Layers:
@@ -33,7 +33,7 @@ def activations(model: nn.Module, *args: Any, **kwargs: Any) -> Layers:
         def note(layer: nn.Module, given: Any, made: Any, path: str = path) -> None:
             output = _array(made)
             if output is not None and path not in found:
-                found[path] = Layer(type(layer).__name__, _array(given), output)
+                found[path] = Observed(type(layer).__name__, _array(given), output)
 
         handles.append(module.register_forward_hook(note))
     try:

@@ -27,7 +27,7 @@ from rbn_core.options import MOMENT_STATISTICS, RESTRICTIONS, Statistic
 
 DTYPES = {getattr(torch, name): place for place, name in enumerate(NAMES_OF_DTYPES)}
 AVAILABLE = {"cpu": not kernels.problem(), "cuda": importlib.util.find_spec("triton") is not None}
-"""On which kinds of device there is a fast form."""
+"""On which kinds of device there is a fused form."""
 
 KINDS = (Tensor, torch.nn.Parameter)
 """The kinds of tensors whose memory holds their numbers."""
@@ -35,7 +35,7 @@ KINDS = (Tensor, torch.nn.Parameter)
 OPTIONS = {
     *itertools.product((None, *MOMENT_STATISTICS), (None, *MOMENT_STATISTICS, "input_mean"), RESTRICTIONS)
 }
-"""The centering, scaling and restrict that the fast form knows."""
+"""The centering, scaling and restrict that the fused form knows."""
 
 STATISTICS_DTYPES = (torch.float32, torch.float64)
 COUNT = len(VECTORS)
@@ -151,7 +151,7 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 def takes(x: Tensor, centering: Statistic | None, scaling: Statistic | None, restrict: str) -> bool:
-    """Whether the fast form can compute what `check_layer` found ordinary; else it is for `functional.rbn`.
+    """Whether the fused form can compute what `check_layer` found ordinary; else it is for `functional.rbn`.
 
     The operators have no rules for forward-mode derivatives and for `torch.func`, and an exported or traced
     program must run where this package is not installed.

@@ -23,7 +23,6 @@ from rbn.conformance.suite import (
     DTYPES,
     HALF_DTYPES,
     MIXED_SHAPES,
-    MODES,
     SHAPES,
     SHARES,
     WAY_SHARES,
@@ -176,7 +175,6 @@ def test_every_combination_that_the_suite_promises_has_a_case():
     assert {case.shares for case in all_cases()} == {(), *SHARES, WAY_SHARES}
     for layer, way in itertools.product(("rbn", "iebn"), WAYS):
         assert has(layer=layer, devices=f"4 by {way}")
-    assert MODES == (True, False)
 
 
 LISTED = {

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from rbn_core import RBNValueError
-from rbn_core.activations import OUTPUT, Layer, compare
+from rbn_core.activations import OUTPUT, Observed, compare
 
 RNG = np.random.default_rng(0)
 A, B, C = (RNG.normal(size=(2, 3, 5, 4)).astype(np.float32) for _ in range(3))
@@ -12,9 +12,9 @@ A, B, C = (RNG.normal(size=(2, 3, 5, 4)).astype(np.float32) for _ in range(3))
 
 def layers(*, relu=B, conv=C, into=B):
     return {
-        "conv1": Layer("Conv2d", A, relu),
-        "layer1.conv": Layer("Conv2d", into, conv),
-        OUTPUT: Layer("Net", A, conv),
+        "conv1": Observed("Conv2d", A, relu),
+        "layer1.conv": Observed("Conv2d", into, conv),
+        OUTPUT: Observed("Net", A, conv),
     }
 
 
@@ -44,17 +44,21 @@ def test_what_differs_before_a_layer_is_no_layer():
 
 
 def test_channels_may_be_last():
-    last = {path: Layer("Conv", None, np.moveaxis(layer.output, 1, -1)) for path, layer in layers().items()}
+    last = {
+        path: Observed("Conv", None, np.moveaxis(layer.output, 1, -1)) for path, layer in layers().items()
+    }
     assert compare(layers(), last).layer is None
     assert compare(last, layers()).layer is None
-    assert compare(layers(), last | {"conv1": Layer("Conv", None, A)}).layer == "conv1"
+    assert compare(layers(), last | {"conv1": Observed("Conv", None, A)}).layer == "conv1"
 
 
 def test_layers_are_paired_by_names_or_else_in_order():
     other = {f"cells.{i}": layer for i, layer in enumerate(list(layers().values())[:2])}
-    other = {"cells.x": Layer("Cast", None, np.ones(3))} | other | {OUTPUT: layers()[OUTPUT]}
+    other = {"cells.x": Observed("Cast", None, np.ones(3))} | other | {OUTPUT: layers()[OUTPUT]}
     assert compare(layers(), other).compared == 3
-    renamed = compare(layers(), other | {"cells.1": Layer("Conv2d", B, A)}, rename={"layer1.conv": "cells.1"})
+    renamed = compare(
+        layers(), other | {"cells.1": Observed("Conv2d", B, A)}, rename={"layer1.conv": "cells.1"}
+    )
     assert renamed.layer == "layer1.conv"
 
 

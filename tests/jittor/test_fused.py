@@ -1,4 +1,4 @@
-"""The fast form in Jittor is the same layer as the plain one."""
+"""The fused form in Jittor is the same layer as the plain one."""
 
 import gc
 import itertools
@@ -75,7 +75,7 @@ def step(layer, x):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """What the operators of the fast form get, call by call."""
+    """What the operators of the fused form get, call by call."""
     found = []
     code = jt.code
 
@@ -205,7 +205,7 @@ def test_gradients_of_gradients_are_refused_with_the_way_out(of):
         return jt.grad(sum(g.sqr().sum() for g in gradients), inputs)
 
     layer, plain = pair()
-    with pytest.raises(RBNError, match=r"a first gradient of the fast form(.|\n)*fused=False"):
+    with pytest.raises(RBNError, match=r"a first gradient of the fused form(.|\n)*fused=False"):
         second(layer, image())
     assert abs(second(plain, image())[0].numpy()).max() > 1e-3
     assert_same(step(layer, image()), step(plain, image()))  # and it goes on

@@ -12,7 +12,7 @@ from rbn.backends.jittor import BNET, IEBN, RBN, from_numpy, to_numpy
 import jittor as jt
 
 LEVELS = [(level, True) for level in (0, 3, 4, 5, 6)] + [(5, False), (6, False)]
-"""With the fast form or without; 1 and 2 are 0 in Jittor, and the suite has them all."""
+"""With the fused form or without; 1 and 2 are 0 in Jittor, and the suite has them all."""
 SHAPE = (4, 3, 5, 6)
 DIGITS = {"float16": 0.5**9, "bfloat16": 0.5**6, "float32": 1e-5}
 """Of results that have been rounded to a dtype, and of a gradient that has been so twice."""

@@ -1,4 +1,4 @@
-"""The fast form in MindSpore is the same layer as the plain one, in PyNative mode and in graphs."""
+"""The fused form in MindSpore is the same layer as the plain one, in PyNative mode and in graphs."""
 
 import os
 

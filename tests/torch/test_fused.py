@@ -1,4 +1,4 @@
-"""The fast form in PyTorch is the same layer as the plain one, for autograd, the compiler and all else."""
+"""The fused form in PyTorch is the same layer as the plain one, for autograd, the compiler and all else."""
 
 import copy
 import itertools

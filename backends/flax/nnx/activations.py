@@ -7,7 +7,7 @@ from typing import Any
 from flax import nnx
 
 from rbn.backends.flax.activations import first_array
-from rbn_core.activations import Layer, Layers
+from rbn_core.activations import Layers, Observed
 
 
 def activations(model: nnx.Module, *args: Any, **kwargs: Any) -> Layers:
@@ -42,7 +42,7 @@ def activations(model: nnx.Module, *args: Any, **kwargs: Any) -> Layers:
             made = original(self, *given, **options)
             path, output = paths.get(id(self)), first_array(made)
             if path is not None and output is not None and path not in found:
-                found[path] = Layer(type(self).__name__, first_array(given), output)
+                found[path] = Observed(type(self).__name__, first_array(given), output)
             return made
 
         return call
