@@ -29,8 +29,8 @@ def copy(tmp_path_factory):
                 ignored = shutil.ignore_patterns("__pycache__", "results")
                 shutil.copytree(ROOT / each, folder / each, ignore=ignored)
             shutil.copy(ROOT / "pyproject.toml", folder)
-            with (PATCHES / f"{name}.patch").open() as patch:
-                subprocess.run(["patch", "-p1", "--silent"], stdin=patch, cwd=folder, check=True)
+            alone = os.environ | {"GIT_CEILING_DIRECTORIES": str(folder.parent)}  # in no repository around it
+            subprocess.run(["git", "apply", PATCHES / f"{name}.patch"], cwd=folder, env=alone, check=True)
         return made[name]
 
     return patched

@@ -202,7 +202,7 @@ def forward(x: Tensor, vectors: Vectors, options: Options) -> tuple[Tensor, Tens
         x: (N, C, *spatial), float32, float64, bfloat16 or float16, contiguous or with its channels last.
         vectors: Those of the layer, (C,) each, float32 (float64 beside float64); without E and Var of eq. 1
             it takes the batch's.
-        options: Those of the layer, for statistics over channels.
+        options: Those of the layer, with statistics that follow from the moments of a plane.
 
     Returns:
         Y, of x's dtype and memory format; mu and v, the mean and biased variance of every plane, (N, C) each;
